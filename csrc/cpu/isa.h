@@ -1,0 +1,44 @@
+// The inner loops that are compiled once per instruction set (isa.cpp) and chosen at run time.
+#pragma once
+#include <cstdint>
+
+#include "vispruner/numerics.h"
+
+namespace vispruner::cpu {
+
+// Quantized tokens lie in panels of 16: panel[c / 2][token % 16][c % 2], int16. The same layout
+// serves both sides of the Gram product: 16 tokens x 2 channels are one 64-byte vector, and one
+// token's 2 channels are one 32-bit broadcast.
+constexpr int kPanelTokens = 16;
+
+// A Gram tile is kTileRows x kTileCols; matrices are padded to multiples of kTileCols.
+constexpr int kTileRows = 8;
+constexpr int kTileCols = 32;
+
+// Neighbour lists: kListStride - 1 entries at most, best first, then the sentinel.
+constexpr int kListStride = 32;
+
+struct IsaKernels {
+  const char* name;
+
+  // Quantizes one token into slot `slot` of its panel and returns its squared norm.
+  // `row` has C elements; `scratch` holds round_up(C, 2) floats.
+  int64_t (*quantize_token)(const void* row, DType dtype, int64_t channels, int slot,
+                            int16_t* panel, float* scratch);
+
+  // tile[r][c] = q_(row0 + r) . q_(col0 + c), exact, as float64. row0 % 8 == 0, col0 % 32 == 0.
+  void (*gram_tile)(const int16_t* panels, int64_t panel_size, int64_t pairs, int row0, int col0,
+                    double* tile);
+
+  // The most similar tokens of one token, best first, as (id, redundancy); every token that is
+  // more similar than the last entry is in the list. Returns the number of entries.
+  // similarity(gram[j], inv[j]) is ranked; `self` is left out. `guess` carries the threshold
+  // from one call to the next. `scratch` holds n int32.
+  int (*neighbours)(const float* gram, const float* inv, int n, int self, uint16_t* ids,
+                    float* redundancy, int32_t* guess, int32_t* scratch);
+};
+
+// The kernels for this processor.
+const IsaKernels& isa();
+
+}  // namespace vispruner::cpu

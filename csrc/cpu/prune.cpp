@@ -1,0 +1,334 @@
+// Ranking, exact Gram matrix, dedup loop and gather of one image on the CPU.
+//
+// Cost at R residual tokens: Gram R^2 C / 2 multiply-adds (int16, two a lane and instruction),
+// neighbour lists a few passes over R^2 floats, and then (R - k) / step rounds that probe 4 to 10
+// list entries a token and sort half the list. The method's own loop reads about 25 times as many
+// similarities and multiplies matrices inside it.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "vispruner/cpu.h"
+
+namespace vispruner::cpu {
+namespace {
+
+constexpr int64_t kAlign = 64;
+
+// Hands out aligned pieces of the caller's workspace; with base = nullptr it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct GramWorkspace {
+  int rows;            // R, padded to whole tiles: `padded`
+  int padded;
+  int64_t pairs, panel_size;
+  int16_t* panels;
+  float* inv;
+  float* row_scratch;  // one row of channels for each thread
+  int64_t row_stride;
+
+  GramWorkspace(Arena& arena, int tokens, int64_t channels, int threads)
+      : rows(tokens),
+        padded(static_cast<int>(round_up(tokens, kTileCols))),
+        pairs((channels + 1) / 2),
+        panel_size(pairs * 2 * kPanelTokens),
+        panels(arena.take<int16_t>(padded / kPanelTokens * panel_size)),
+        inv(arena.take<float>(padded)),
+        row_scratch(nullptr),
+        row_stride(round_up(channels, 16)) {
+    row_scratch = arena.take<float>(row_stride * threads);
+  }
+};
+
+struct DedupWorkspace {
+  GramWorkspace gram;
+  float* matrix;        // (padded, padded)
+  uint16_t* neighbours;  // (rows, kListStride)
+  float* redundancy;    // (rows, kListStride)
+  int32_t* key_scratch;  // (threads, padded)
+  uint16_t* list[2];
+  uint64_t* sort_keys;
+  uint8_t* in_b;
+
+  DedupWorkspace(Arena& arena, int residual, int64_t channels, int threads)
+      : gram(arena, residual, channels, threads),
+        matrix(arena.take<float>(int64_t{gram.padded} * gram.padded)),
+        neighbours(arena.take<uint16_t>(int64_t{residual} * kListStride)),
+        redundancy(arena.take<float>(int64_t{residual} * kListStride)),
+        key_scratch(arena.take<int32_t>(int64_t{threads} * gram.padded)),
+        list{arena.take<uint16_t>(residual), arena.take<uint16_t>(residual)},
+        sort_keys(arena.take<uint64_t>(residual)),
+        in_b(arena.take<uint8_t>(residual + 1)) {}
+};
+
+struct PruneWorkspace {
+  uint64_t* ranked;   // sort keys, then (in the low half) tokens in ranking order
+  uint8_t* keep;
+
+  PruneWorkspace(Arena& arena, const ImageShape& shape)
+      : ranked(arena.take<uint64_t>(shape.tokens)), keep(arena.take<uint8_t>(shape.tokens)) {}
+};
+
+template <typename T>
+float element(const void* data, int64_t at) {
+  return to_float(static_cast<const T*>(data)[at]);
+}
+
+float attention_at(const AttentionView& view, const void* data, int64_t at) {
+  switch (view.dtype) {
+    case DType::kFloat16: return element<Half>(data, at);
+    case DType::kBFloat16: return element<BFloat16>(data, at);
+    default: return element<float>(data, at);
+  }
+}
+
+int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Ascending order of these keys is ranking order: score descending, then token ascending.
+uint64_t rank_key(float score, int token) {
+  return (uint64_t{~ordered_key(score)} << 32) | static_cast<uint32_t>(token);
+}
+
+void rank_keys(const AttentionView& view, const void* data, int tokens, uint64_t* keys) {
+  for (int t = 0; t < tokens; ++t) {
+    if (!data) {
+      keys[t] = static_cast<uint64_t>(t);
+      continue;
+    }
+    float sum = attention_at(view, data, t * view.token_stride);
+    for (int64_t h = 1; h < view.heads; ++h) {
+      sum += attention_at(view, data, h * view.head_stride + t * view.token_stride);
+    }
+    keys[t] = rank_key(ranking_score(sum), t);
+  }
+  if (data) std::sort(keys, keys + tokens);
+}
+
+int key_token(uint64_t key) { return static_cast<int>(static_cast<uint32_t>(key)); }
+
+// Workers pull tasks of unequal size from one counter.
+template <typename Body>
+void for_each_task(const Threads& threads, int64_t tasks, const Body& body) {
+  if (threads.count == 1 || tasks == 1) {
+    for (int64_t t = 0; t < tasks; ++t) body(t, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  threads.run(threads.count, [&](int64_t worker) {
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      body(t, static_cast<int>(worker));
+    }
+  });
+}
+
+// Quantizes rows `token_of(0) ... token_of(rows - 1)` into panels, with their inverse norms.
+template <typename TokenOf>
+void quantize_rows(const FeatureView& feats, const void* first, const TokenOf& token_of,
+                   const Threads& threads, GramWorkspace& ws) {
+  const int64_t bytes = dtype_bytes(feats.dtype);
+  for_each_task(threads, ws.padded / kPanelTokens, [&](int64_t p, int worker) {
+    int16_t* panel = ws.panels + p * ws.panel_size;
+    for (int slot = 0; slot < kPanelTokens; ++slot) {
+      const auto row = static_cast<int>(p) * kPanelTokens + slot;
+      if (row >= ws.rows) {  // padding
+        for (int64_t c = 0; c < ws.pairs; ++c) {
+          std::memset(panel + (c * kPanelTokens + slot) * 2, 0, 2 * sizeof(int16_t));
+        }
+        ws.inv[row] = 0.0f;
+        continue;
+      }
+      const char* x = static_cast<const char*>(first) + token_of(row) * feats.token_stride * bytes;
+      const int64_t squared = isa().quantize_token(x, feats.dtype, feats.channels, slot, panel,
+                                                   ws.row_scratch + worker * ws.row_stride);
+      ws.inv[row] = inverse_norm(squared);
+    }
+  });
+}
+
+// Calls emit(row, col, gram_tile) for every tile on or above the diagonal, in parallel.
+template <typename Emit>
+void for_each_tile(const Threads& threads, const GramWorkspace& ws, const Emit& emit) {
+  const int64_t columns = ws.padded / kTileCols;
+  for_each_task(threads, columns, [&](int64_t task, int) {
+    const auto col0 = static_cast<int>(columns - 1 - task) * kTileCols;  // the longest first
+    double tile[kTileRows * kTileCols];
+    for (int row0 = 0; row0 < std::min(col0 + kTileCols, ws.rows); row0 += kTileRows) {
+      isa().gram_tile(ws.panels, ws.panel_size, ws.pairs, row0, col0, tile);
+      emit(row0, col0, tile);
+    }
+  });
+}
+
+void gram_matrix(const Threads& threads, const GramWorkspace& ws, float* matrix) {
+  const int64_t ld = ws.padded;
+  for_each_tile(threads, ws, [&](int row0, int col0, const double* tile) {
+    for (int r = 0; r < kTileRows; ++r) {
+      float* out = matrix + (row0 + r) * ld + col0;
+      for (int c = 0; c < kTileCols; ++c) out[c] = static_cast<float>(tile[r * kTileCols + c]);
+    }
+    if (row0 >= col0) return;  // a tile on the diagonal holds both halves
+    for (int c = 0; c < kTileCols; ++c) {
+      float* out = matrix + (col0 + c) * ld + row0;
+      for (int r = 0; r < kTileRows; ++r) out[r] = static_cast<float>(tile[r * kTileCols + c]);
+    }
+  });
+}
+
+// Stable sort of the A half of the list by redundancy, highest first: ascending order of these.
+uint64_t redundancy_key(float redundancy, int position) {
+  return (uint64_t{~ordered_key(redundancy)} << 32) | static_cast<uint32_t>(position);
+}
+
+// The loop of the method on residual rows 0 ... R - 1, which are in ranking order. Leaves the
+// survivors in ws.list[0].
+void dedup_loop(DedupWorkspace& ws, int k, int step) {
+  const int rows = ws.gram.rows;
+  const int64_t ld = ws.gram.padded;
+  uint16_t* list = ws.list[0];
+  uint16_t* next = ws.list[1];
+  for (int i = 0; i < rows; ++i) {
+    list[i] = static_cast<uint16_t>(i);
+    ws.in_b[i] = i & 1;
+  }
+  ws.in_b[rows] = 1;  // the sentinel that ends every neighbour list
+
+  for (int n = rows; n > k;) {
+    const int a_count = (n + 1) / 2;
+    for (int p = 0; p < a_count; ++p) {
+      const int64_t token = list[2 * p];
+      const uint16_t* ids = ws.neighbours + token * kListStride;
+      int e = 0;
+      while (!ws.in_b[ids[e]]) ++e;
+      float redundancy;
+      if (ids[e] != rows) {
+        redundancy = ws.redundancy[token * kListStride + e];
+      } else {  // none of the listed neighbours is in B: scan it
+        const float* gram = ws.matrix + token * ld;
+        float best = similarity(gram[list[1]], ws.gram.inv[list[1]]);
+        for (int b = 3; b < n; b += 2) {
+          best = std::max(best, similarity(gram[list[b]], ws.gram.inv[list[b]]));
+        }
+        redundancy = best * ws.gram.inv[token];
+      }
+      ws.sort_keys[p] = redundancy_key(redundancy, p);
+    }
+    std::sort(ws.sort_keys, ws.sort_keys + a_count);
+
+    const int r = std::min({step, n - k, a_count});
+    int length = 0;
+    for (int s = 0; s < r; ++s) ws.in_b[list[2 * key_token(ws.sort_keys[s])]] = 0;
+    for (int s = r; s < a_count; ++s) next[length++] = list[2 * key_token(ws.sort_keys[s])];
+    for (int b = 1; b < n; b += 2) next[length++] = list[b];
+    for (int i = 0; i < length; ++i) ws.in_b[next[i]] = i & 1;
+    std::swap(list, next);
+    n = length;
+  }
+  ws.list[0] = list;
+}
+
+}  // namespace
+
+void topk(const AttentionView& attention, int64_t image, int tokens, int k, int64_t* order,
+          float* scores) {
+  const void* first = static_cast<const char*>(attention.data) +
+                      image * attention.image_stride * dtype_bytes(attention.dtype);
+  std::vector<uint64_t> keys(static_cast<size_t>(tokens));
+  rank_keys(attention, first, tokens, keys.data());
+  for (int r = 0; r < std::min(k, tokens); ++r) {
+    order[r] = key_token(keys[static_cast<size_t>(r)]);
+    if (scores) scores[r] = key_float(~static_cast<uint32_t>(keys[static_cast<size_t>(r)] >> 32));
+  }
+}
+
+int64_t prune_workspace_bytes(const ImageShape& shape, int64_t channels, int threads) {
+  Arena arena(nullptr);
+  PruneWorkspace prune(arena, shape);
+  if (shape.residual() > 0) DedupWorkspace dedup(arena, shape.residual(), channels, threads);
+  return arena.used();
+}
+
+void prune_image(const FeatureView& feats, const AttentionView& attention, const PruneImage& image,
+                 int step, const Threads& threads, void* workspace) {
+  Arena arena(workspace);
+  const ImageShape& shape = image.shape;
+  PruneWorkspace ws(arena, shape);
+  rank_keys(attention, image.attention, shape.tokens, ws.ranked);
+  std::fill(ws.keep, ws.keep + shape.tokens, uint8_t{0});
+  for (int r = 0; r < shape.important; ++r) ws.keep[key_token(ws.ranked[r])] = 1;
+
+  if (const int residual = shape.residual(); residual > 0) {
+    const uint64_t* order = ws.ranked + shape.important;
+    DedupWorkspace dedup(arena, residual, feats.channels, threads.count);
+    quantize_rows(feats, image.feats, [&](int row) { return key_token(order[row]); }, threads,
+                  dedup.gram);
+    gram_matrix(threads, dedup.gram, dedup.matrix);
+    constexpr int kRowsPerTask = 32;
+    for_each_task(threads, (residual + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t t, int worker) {
+      int32_t guess = 0;
+      const int begin = static_cast<int>(t) * kRowsPerTask;
+      for (int i = begin; i < std::min(begin + kRowsPerTask, residual); ++i) {
+        const int64_t at = int64_t{i} * kListStride;
+        const int count =
+            isa().neighbours(dedup.matrix + int64_t{i} * dedup.gram.padded, dedup.gram.inv,
+                             residual, i, dedup.neighbours + at, dedup.redundancy + at, &guess,
+                             dedup.key_scratch + int64_t{worker} * dedup.gram.padded);
+        dedup.neighbours[at + count] = static_cast<uint16_t>(residual);  // the sentinel
+      }
+    });
+    dedup_loop(dedup, shape.diverse, step);
+    for (int i = 0; i < shape.diverse; ++i) ws.keep[key_token(order[dedup.list[0][i]])] = 1;
+  }
+
+  int64_t* indices = image.indices;
+  const int64_t row_bytes = feats.channels * dtype_bytes(feats.dtype);
+  char* out = static_cast<char*>(image.kept_feats);
+  for (int t = 0; t < shape.tokens; ++t) {
+    if (!ws.keep[t]) continue;
+    *indices++ = image.index_base + t;
+    if (!out) continue;
+    const int64_t from = t * feats.token_stride * dtype_bytes(feats.dtype);
+    std::memcpy(out, static_cast<const char*>(image.feats) + from, static_cast<size_t>(row_bytes));
+    out += row_bytes;
+  }
+}
+
+int64_t cosine_workspace_bytes(int tokens, int64_t channels, int threads) {
+  Arena arena(nullptr);
+  GramWorkspace ws(arena, tokens, channels, threads);
+  return arena.used();
+}
+
+void pairwise_cosine(const FeatureView& feats, const void* first_token, int tokens, float* out,
+                     const Threads& threads, void* workspace) {
+  Arena arena(workspace);
+  GramWorkspace ws(arena, tokens, feats.channels, threads.count);
+  quantize_rows(feats, first_token, [](int row) { return row; }, threads, ws);
+  for_each_tile(threads, ws, [&](int row0, int col0, const double* tile) {
+    for (int r = 0; r < kTileRows && row0 + r < tokens; ++r) {
+      for (int c = 0; c < kTileCols && col0 + c < tokens; ++c) {
+        const int i = row0 + r, j = col0 + c;
+        const auto gram = static_cast<float>(tile[r * kTileCols + c]);
+        out[int64_t{i} * tokens + j] = similarity(gram, ws.inv[j]) * ws.inv[i];
+        out[int64_t{j} * tokens + i] = similarity(gram, ws.inv[i]) * ws.inv[j];
+      }
+    }
+  });
+}
+
+}  // namespace vispruner::cpu

@@ -1,0 +1,94 @@
+// What the kernels need of the machine, behind small named functions: launching, shared memory
+// and the few instructions that CUDA C++ has no word for. Under VP_SIMT the same names come from
+// the host shim (tests/simt/simt.h), with plain C++ twins of the instructions.
+#pragma once
+#include <cstdint>
+
+#if defined(VP_SIMT)
+#include "simt.h"
+#else
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace vispruner::cuda {
+
+// Dynamic shared memory of the block; all kernels declare it by the same name and type.
+#define VP_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+
+// Launches a kernel on a stream; above 48 KiB of shared memory it first asks the driver for
+// them, once a kernel and device. Returns the cudaError_t.
+template <auto kKernel, typename... Args>
+int launch(dim3 grid, int threads, int shared_bytes, void* stream, const Args&... args) {
+  if (shared_bytes > 48 * 1024) {
+    static std::atomic<uint64_t> allowed{0};
+    int device = 0;
+    if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+    const uint64_t bit = uint64_t{1} << (device % 64);
+    if (!(allowed.load(std::memory_order_relaxed) & bit) || device >= 64) {
+      int most = 0;
+      cudaError_t e =
+          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      cudaFuncAttributes attributes{};
+      if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, kKernel);
+      if (e == cudaSuccess) {
+        e = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes));
+      }
+      if (e != cudaSuccess) return e;
+      allowed.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  kKernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return cudaGetLastError();
+}
+
+// Bytes of shared memory one block may ask for on the current device.
+inline int shared_memory_limit(int* bytes) {
+  int device = 0;
+  if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+// ---- asynchronous copies, 16 bytes a thread ---------------------------------------------------
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- int8 tensor cores ------------------------------------------------------------------------
+// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives
+// the 4 bytes at 4 * (l % 4) of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* shared_row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+}
+// sum (16 x 8, int32) += a (16 x 32, int8, rows) * b (32 x 8, int8, columns)
+__device__ __forceinline__ void multiply_add_s8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace vispruner::cuda
+#endif
+
+namespace vispruner::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+}  // namespace vispruner::cuda

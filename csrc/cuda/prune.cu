@@ -1,0 +1,197 @@
+// The pipeline: waves of images that fit the workspace, five launches a wave.
+#include "batch.cuh"
+#include "vispruner/cuda.h"
+
+namespace vispruner::cuda {
+namespace {
+
+constexpr int kMostImages = 32768;  // grid.y
+constexpr int kTableChunk = 48;     // images a launch parameter holds (below 4 KiB)
+constexpr int kTableThreads = 64;
+
+struct TableChunk {
+  Image images[kTableChunk];
+};
+static_assert(sizeof(TableChunk) + 64 <= 4096 && kTableChunk <= kTableThreads, "");
+
+// Launch parameters are the one way to bring host data to the device that neither waits nor needs
+// pinned memory, and that a captured graph keeps.
+__global__ void table_kernel(TableChunk chunk, int count, Image* table) {
+  if (static_cast<int>(threadIdx.x) < count) table[threadIdx.x] = chunk.images[threadIdx.x];
+}
+
+int64_t image_bytes(const PruneArgs& args, const ImageShape& shape) {
+  return workspace_layout(shape.tokens, shape.residual(), args.feats.channels).bytes;
+}
+
+int64_t table_bytes(const PruneArgs& args) {
+  return args.ragged ? round_up(args.images * static_cast<int64_t>(sizeof(Image)), 256) : 0;
+}
+
+struct Wave {
+  int64_t begin, end;
+  WaveSize size;
+  int64_t bytes;
+};
+
+int larger(int a, int b) { return a > b ? a : b; }
+
+// As many images from `begin` on as the limit allows, at least one.
+Wave next_wave(const PruneArgs& args, int64_t begin) {
+  const int64_t left = args.images - begin;
+  if (!args.ragged) {
+    const int64_t each = image_bytes(args, args.shape);
+    int64_t fit = args.workspace_limit / each;
+    fit = fit < 1 ? 1 : fit;
+    fit = fit > kMostImages ? kMostImages : fit;
+    fit = fit < left ? fit : left;
+    return {begin, begin + fit,
+            {static_cast<int>(fit), args.shape.tokens, args.shape.residual(), args.shape.kept()},
+            fit * each};
+  }
+  Wave wave{begin, begin, {}, 0};
+  while (wave.end < args.images && wave.size.images < kMostImages) {
+    const ImageShape& shape = args.ragged[wave.end].shape;
+    const int64_t bytes = image_bytes(args, shape);
+    if (wave.end > begin && wave.bytes + bytes > args.workspace_limit) break;
+    wave.bytes += bytes;
+    wave.size = {wave.size.images + 1, larger(wave.size.tokens, shape.tokens),
+                 larger(wave.size.residual, shape.residual()),
+                 larger(wave.size.kept, shape.kept())};
+    ++wave.end;
+  }
+  return wave;
+}
+
+int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, void* workspace,
+             void* stream) {
+  const int64_t channels = args.feats.channels;
+  if (size.kept == 0) return 0;
+  if (const int e = rank_and_quantize(batch, size, args.feats, args.attention, RankOutput{},
+                                      workspace, stream)) {
+    return e;
+  }
+  if (size.residual > 0) {
+    if (const int e = gram(batch, size, channels, nullptr, workspace, stream)) return e;
+    if (const int e = neighbours(batch, size, channels, workspace, stream)) return e;
+  }
+  if (const int e = dedup_and_select(batch, size, channels, args.step, args.indices, workspace,
+                                     stream)) {
+    return e;
+  }
+  if (!args.kept_feats) return 0;
+  return gather(batch, size, args.feats, args.indices, args.kept_feats, stream);
+}
+
+// Fills the table of wave images, whose workspaces lie one after the other from `offset` on.
+int write_table(const PruneArgs& args, const Wave& wave, int64_t offset, Image* table,
+                void* stream) {
+  for (int64_t i = wave.begin; i < wave.end;) {
+    TableChunk chunk{};
+    const int64_t first = i;
+    int count = 0;
+    for (; i < wave.end && count < kTableChunk; ++i, ++count) {
+      const RaggedImage& image = args.ragged[i];
+      chunk.images[count] = {image.shape,
+                             image.first_token * args.feats.token_stride,
+                             image.first_token * args.attention.token_stride,
+                             image.first_kept,
+                             image.first_token,
+                             offset};
+      offset += image_bytes(args, image.shape);
+    }
+    if (const int e = launch<table_kernel>(1, kTableThreads, 0, stream,
+                                           chunk, count, table + first)) {
+      return e;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t prune_workspace_bytes(const PruneArgs& args) {
+  int64_t most = 0;
+  for (int64_t begin = 0; begin < args.images;) {
+    const Wave wave = next_wave(args, begin);
+    most = wave.bytes > most ? wave.bytes : most;
+    begin = wave.end;
+    if (!args.ragged) break;  // the first wave is the largest
+  }
+  return table_bytes(args) + most;
+}
+
+int prune(const PruneArgs& args, void* workspace, void* stream) {
+  auto* table = static_cast<Image*>(workspace);
+  const int64_t images_at = table_bytes(args);
+  for (int64_t begin = 0; begin < args.images;) {
+    const Wave wave = next_wave(args, begin);
+    Batch batch{};
+    if (args.ragged) {
+      if (const int e = write_table(args, wave, images_at, table, stream)) return e;
+      batch.table = table + begin;
+    } else {
+      batch.first = {args.shape,
+                     begin * args.feats.image_stride,
+                     begin * args.attention.image_stride,
+                     begin * args.shape.kept(),
+                     0,
+                     images_at};
+      batch.feature_stride = args.feats.image_stride;
+      batch.attention_stride = args.attention.image_stride;
+      batch.kept_stride = args.shape.kept();
+      batch.workspace_stride = image_bytes(args, args.shape);
+    }
+    if (const int e = run_wave(args, batch, wave.size, workspace, stream)) return e;
+    begin = wave.end;
+  }
+  return 0;
+}
+
+namespace {
+int64_t cosine_image_bytes(const FeatureView& feats, int tokens) {
+  return workspace_layout(tokens, tokens, feats.channels, false).bytes;
+}
+
+int64_t cosine_wave(const FeatureView& feats, int64_t images, int tokens, int64_t limit) {
+  int64_t fit = limit / cosine_image_bytes(feats, tokens);
+  fit = fit < 1 ? 1 : fit;
+  fit = fit > kMostImages ? kMostImages : fit;
+  return fit < images ? fit : images;
+}
+}  // namespace
+
+int64_t cosine_workspace_bytes(const FeatureView& feats, int64_t images, int tokens,
+                               int64_t workspace_limit) {
+  return cosine_wave(feats, images, tokens, workspace_limit) * cosine_image_bytes(feats, tokens);
+}
+
+int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float* out,
+                    int64_t workspace_limit, void* workspace, void* stream) {
+  const int64_t per_wave = cosine_wave(feats, images, tokens, workspace_limit);
+  Batch batch{};
+  batch.first.shape = {tokens, 0, tokens};
+  batch.feature_stride = feats.image_stride;
+  batch.workspace_stride = cosine_image_bytes(feats, tokens);
+  for (int64_t begin = 0; begin < images; begin += per_wave) {
+    batch.first.first_feature = begin * feats.image_stride;
+    const auto now = static_cast<int>(images - begin < per_wave ? images - begin : per_wave);
+    const WaveSize size{now, tokens, tokens, 0};
+    if (const int e = rank_and_quantize(batch, size, feats, AttentionView{}, RankOutput{},
+                                        workspace, stream)) {
+      return e;
+    }
+    float* wave_out = out + begin * tokens * tokens;
+    if (const int e = gram(batch, size, feats.channels, wave_out, workspace, stream)) return e;
+  }
+  return 0;
+}
+
+#if !defined(VP_SIMT)
+const char* error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+int set_device(int device) { return cudaSetDevice(device); }
+#endif
+
+}  // namespace vispruner::cuda

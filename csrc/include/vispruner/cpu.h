@@ -1,0 +1,49 @@
+// CPU kernels: interface between the torch-free code in csrc/cpu and the bindings.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+#include "vispruner/shape.h"
+
+namespace vispruner::cpu {
+
+// Threads come from the caller (torch's own pool): run(tasks, body) calls body(i) for i in
+// [0, tasks), each on its own thread as far as there are threads.
+struct Threads {
+  int count;
+  std::function<void(int64_t tasks, const std::function<void(int64_t)>& body)> run;
+};
+
+// The instruction set in use, the best one of this processor unless VISPRUNER_CPU_ISA names a
+// lesser one; and all that were built, separated by commas.
+const char* isa_name();
+const char* isa_built();
+
+// Ranking of one image: `order[r]` is the token of rank r; `scores`, if not null, in that order.
+void topk(const AttentionView& attention, int64_t image, int tokens, int k, int64_t* order,
+          float* scores);
+
+struct PruneImage {
+  const void* feats;          // the first token of the image
+  const void* attention;      // the first token and head of the image; null: already ranked
+  ImageShape shape;
+  int64_t index_base;         // added to the indices that are written
+  int64_t* indices;           // (kept), ascending
+  void* kept_feats;           // (kept, C) contiguous; null: indices only
+};
+
+// Bytes of scratch memory that `prune_image` needs: mostly the Gram matrix (4 R^2) and the
+// quantized residual tokens (2 R C).
+int64_t prune_workspace_bytes(const ImageShape& shape, int64_t channels, int threads);
+
+// Prunes one image. `feats` and `attention` give layout and dtype; their data pointers are not
+// used, those of `image` are.
+void prune_image(const FeatureView& feats, const AttentionView& attention, const PruneImage& image,
+                 int step, const Threads& threads, void* workspace);
+
+// (N, N) float32 cosines of one image, row stride N.
+int64_t cosine_workspace_bytes(int tokens, int64_t channels, int threads);
+void pairwise_cosine(const FeatureView& feats, const void* first_token, int tokens, float* out,
+                     const Threads& threads, void* workspace);
+
+}  // namespace vispruner::cpu

@@ -1,0 +1,49 @@
+// CUDA kernels: interface between the torch-free code in csrc/cuda and the bindings.
+//
+// All functions enqueue work on `stream` of the current device and return the cudaError_t as an
+// int. None waits for the device, none allocates.
+#pragma once
+#include <cstdint>
+
+#include "vispruner/shape.h"
+
+namespace vispruner::cuda {
+
+const char* error_string(int error);
+int set_device(int device);
+
+// (images, min(k, tokens)) indices in ranking order, and their scores if not null.
+int topk(const AttentionView& attention, int64_t images, int tokens, int k, int64_t* indices,
+         float* scores, void* stream);
+
+// One image of a ragged batch, on the host.
+struct RaggedImage {
+  int64_t first_token;  // row of the packed input
+  int64_t first_kept;   // row of the packed output
+  ImageShape shape;
+};
+
+struct PruneArgs {
+  FeatureView feats;
+  AttentionView attention;  // data == null: tokens are in ranking order already
+  int64_t images;
+  ImageShape shape;            // of every image, unless ragged
+  const RaggedImage* ragged;   // (images) on the host, or null
+  int step;
+  int64_t* indices;            // (rows), ascending within an image
+  void* kept_feats;            // (rows, C) contiguous, or null
+  int64_t workspace_limit;     // bytes; images run in waves that fit, at least one at a time
+};
+
+// Bytes of device workspace for `prune`: an image of N tokens with R residual ones takes about
+// 4 R^2 (Gram) + 3 R C (digits) + 192 R (neighbour lists) + 2 N.
+int64_t prune_workspace_bytes(const PruneArgs& args);
+int prune(const PruneArgs& args, void* workspace, void* stream);
+
+// (images, tokens, tokens) float32 cosines.
+int64_t cosine_workspace_bytes(const FeatureView& feats, int64_t images, int tokens,
+                               int64_t workspace_limit);
+int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float* out,
+                    int64_t workspace_limit, void* workspace, void* stream);
+
+}  // namespace vispruner::cuda

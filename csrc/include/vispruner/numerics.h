@@ -1,0 +1,127 @@
+// Canonical numerics v1 (docs/numerics.md): the arithmetic that decides which tokens stay.
+//
+// Shared by the CUDA kernels, the CPU kernels and the host run of the CUDA kernels, so that there
+// is one definition of each step. Every step is exact or a single correctly rounded IEEE
+// operation. Compile with floating-point contraction off (nvcc: --fmad=false, GCC and Clang:
+// -ffp-contract=off) and never with fast-math.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define VP_HD __host__ __device__ __forceinline__
+#else
+#define VP_HD inline
+#endif
+
+namespace vispruner {
+
+// Storage types of features and attention. The 16-bit ones are plain bits, so that no CUDA header
+// is needed to name them.
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr float kQuantMax = 2047.0f;   // q is an integer in [-2047, 2047]
+constexpr float kTinyPeak = 1e-30f;    // a token below this counts as zero
+constexpr uint32_t kInfBits = 0x7f800000u;
+
+VP_HD uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
+#endif
+}
+
+VP_HD float bits_float(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+#endif
+}
+
+// ---- upcast: exact --------------------------------------------------------------------------
+VP_HD float to_float(float x) { return x; }
+VP_HD float to_float(BFloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
+VP_HD float to_float(Half x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  // Branch-free and exact for every class of value: shift the fields into place, rescale the
+  // exponent by a multiplication (which also normalizes subnormals), restore Inf and NaN.
+  const uint32_t magnitude = (uint32_t{x.bits} & 0x7fffu) << 13;
+  const float scaled = bits_float(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? kInfBits : 0u;
+  return bits_float(float_bits(scaled) | special | ((uint32_t{x.bits} & 0x8000u) << 16));
+#endif
+}
+
+// ---- ordering ---------------------------------------------------------------------------------
+// Unsigned integers in the order of the floats; -0 and +0 are equal, as they are for IEEE.
+VP_HD uint32_t ordered_key(float x) {
+  const uint32_t u = float_bits(x + 0.0f);  // -0 + +0 = +0
+  return (u & 0x80000000u) ? ~u : (u | 0x80000000u);
+}
+VP_HD float key_float(uint32_t key) {
+  return bits_float((key & 0x80000000u) ? (key & 0x7fffffffu) : ~key);
+}
+
+// NaN ranks last, as -inf does.
+VP_HD float ranking_score(float sum) { return sum != sum ? bits_float(0xff800000u) : sum; }
+
+// ---- quantization -----------------------------------------------------------------------------
+VP_HD uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffffu; }
+
+// The scale of a token whose largest magnitude_bits is `peak`; 0 means "all q are zero". The
+// integer maximum orders NaN above Inf above every finite value, so one test finds them all.
+VP_HD float quantization_scale(uint32_t peak) {
+  const float m = bits_float(peak);
+  return (peak < kInfBits && m >= kTinyPeak) ? kQuantMax / m : 0.0f;
+}
+
+VP_HD int quantize(float x, float scale) {
+  if (scale == 0.0f) return 0;
+  const float y = x * scale;  // |y| <= 2047 plus a rounding error
+#if defined(__CUDA_ARCH__)
+  return __float2int_rn(y);
+#else
+  // Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low mantissa bits.
+  return static_cast<int>(float_bits(y + 12582912.0f)) - 0x4b400000;
+#endif
+}
+
+// q = 64 * hi + lo with int8 digits: hi in [-32, 32], lo in [-32, 31], hi + lo in [-64, 63].
+VP_HD int high_digit(int q) { return (q + 32) >> 6; }
+VP_HD int low_digit(int q) { return q - 64 * high_digit(q); }
+
+// q . q' from the three digit products, ss being (hi + lo) . (hi' + lo'):
+// 4096 hh + 64 (ss - hh - ll) + ll.
+VP_HD int64_t gram_from_digits(int hh, int ss, int ll) {
+  return int64_t{4032} * hh + int64_t{64} * ss - int64_t{63} * ll;
+}
+
+// ---- similarity -------------------------------------------------------------------------------
+VP_HD float gram_to_float(int64_t g) { return static_cast<float>(g); }  // one rounding
+
+VP_HD float inverse_norm(int64_t squared_norm) {
+  if (squared_norm <= 0) return 0.0f;
+  return static_cast<float>(1.0 / sqrt(static_cast<double>(squared_norm)));
+}
+
+// The j side of the cosine; multiplying by inv_i completes it. The order matters for the bits.
+VP_HD float similarity(float gram, float inv_j) { return gram * inv_j; }
+
+}  // namespace vispruner

@@ -1,0 +1,44 @@
+// What pruning one image means in numbers. Shared by the CPU and the CUDA path.
+#pragma once
+#include <cstdint>
+
+#include "vispruner/numerics.h"
+
+namespace vispruner {
+
+constexpr int kMaxTokens = 32768;  // an image; token positions are 16-bit inside the kernels
+
+struct ImageShape {
+  int tokens;       // N
+  int important;    // kept by score
+  int diverse;      // kept by the dedup loop
+  VP_HD int kept() const { return important + diverse; }
+  // Tokens that enter the dedup loop; 0 when there is nothing for it to do.
+  VP_HD int residual() const { return diverse > 0 ? tokens - important : 0; }
+};
+
+inline ImageShape image_shape(int64_t tokens, int64_t k, double important_ratio) {
+  if (k >= tokens) return {static_cast<int>(tokens), static_cast<int>(tokens), 0};
+  const auto important = static_cast<int64_t>(static_cast<double>(k) * important_ratio);
+  return {static_cast<int>(tokens), static_cast<int>(important), static_cast<int>(k - important)};
+}
+
+// (H, N) attention of one image or of all: strides in elements, any of them may be anything.
+struct AttentionView {
+  const void* data;  // null: no scores, tokens are in ranking order already
+  DType dtype;
+  int64_t heads;
+  int64_t image_stride, head_stride, token_stride;
+};
+
+// Features: channels are contiguous, tokens and images are strided.
+struct FeatureView {
+  const void* data;
+  DType dtype;
+  int64_t channels;
+  int64_t image_stride, token_stride;
+};
+
+VP_HD int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace vispruner

@@ -1,0 +1,529 @@
+// Torch operators: schemas, memory-safety checks, dispatch to the CPU and CUDA kernels.
+//
+// The only file that knows torch, and of torch only the stable ABI, so one binary serves every
+// torch >= 2.10. What users see of bad input (TypeError and ValueError with names, shapes and
+// expectations) is raised by vispruner_cuda/_checks.py; the checks here keep a direct call of
+// torch.ops.vispruner.* from reading or writing what it must not.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "vispruner/cpu.h"
+#if defined(VP_WITH_CUDA)
+#include "vispruner/cuda.h"
+
+// Lives in libtorch_cuda alone: weak, so that the library also loads into a torch without CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
+    __attribute__((weak));
+#endif
+
+namespace vispruner {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- tensors to views -------------------------------------------------------------------------
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: STD_TORCH_CHECK(false, name, " must have dtype float16, bfloat16 or float32");
+  }
+}
+
+// Channels contiguous; images and tokens may be strided (feats[:, 1:] needs no copy).
+Tensor with_contiguous_channels(const Tensor& feats) {
+  const int64_t last = feats.dim() - 1;
+  const bool fine = feats.stride(last) == 1 || feats.size(last) == 1;
+  return fine ? feats : torch::stable::contiguous(feats);
+}
+
+// (B, N, C) or, packed, (T, C).
+FeatureView feature_view(const Tensor& feats) {
+  const bool packed = feats.dim() == 2;
+  return {feats.const_data_ptr(), dtype_of(feats, "feats"), feats.size(packed ? 1 : 2),
+          packed ? 0 : feats.stride(0), feats.stride(packed ? 0 : 1)};
+}
+
+// (B, N) or (B, H, N); packed: (T) or (H, T).
+AttentionView attention_view(const Tensor& attn, bool packed) {
+  const int64_t batch_dims = packed ? 0 : 1;
+  const bool heads = attn.dim() == batch_dims + 2;
+  return {attn.const_data_ptr(),
+          dtype_of(attn, "cls_attn"),
+          heads ? attn.size(batch_dims) : 1,
+          packed ? 0 : attn.stride(0),
+          heads ? attn.stride(batch_dims) : 0,
+          attn.stride(attn.dim() - 1)};
+}
+
+int64_t tokens_of(const Tensor& attn) { return attn.size(attn.dim() - 1); }
+
+// ---- checks -----------------------------------------------------------------------------------
+void check_tokens(int64_t n) {
+  STD_TORCH_CHECK(n <= kMaxTokens, "an image has ", n, " tokens, at most ", kMaxTokens,
+                  " are supported");
+}
+
+void check_feats(const Tensor& feats, int64_t dim) {
+  STD_TORCH_CHECK(feats.dim() == dim, "feats must have ", dim, " dimensions, got ", feats.dim());
+  STD_TORCH_CHECK(feats.size(dim - 1) >= 1, "feats must have at least one channel");
+  if (dim == 3) check_tokens(feats.size(1));
+}
+
+void check_attention(const Tensor& attn, int64_t batch_dims) {
+  STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.dim() == batch_dims + 2, "cls_attn must have ",
+                  batch_dims + 1, " or ", batch_dims + 2, " dimensions, got ", attn.dim());
+  STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.size(batch_dims) >= 1,
+                  "cls_attn must have at least one head");
+  if (batch_dims) check_tokens(tokens_of(attn));
+}
+
+void check_selection(const Tensor& feats, const Tensor& attn, double important_ratio,
+                     int64_t step) {
+  STD_TORCH_CHECK(feats.device() == attn.device(), "feats and cls_attn must be on one device");
+  STD_TORCH_CHECK(important_ratio >= 0.0 && important_ratio <= 1.0,
+                  "important_ratio must be in [0, 1], got ", important_ratio);
+  STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
+}
+
+void check_k(int64_t k) { STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k); }
+
+void check_prune(const Tensor& feats, const Tensor& attn, int64_t k, double important_ratio,
+                 int64_t step) {
+  check_feats(feats, 3);
+  check_attention(attn, 1);
+  STD_TORCH_CHECK(attn.size(0) == feats.size(0) && tokens_of(attn) == feats.size(1),
+                  "cls_attn must match feats in images and tokens");
+  check_k(k);
+  check_selection(feats, attn, important_ratio, step);
+}
+
+// One image of a ragged batch: rows [first_token, ...) of the input, [first_kept, ...) of the output.
+struct PackedImage {
+  int64_t first_token, first_kept;
+  ImageShape shape;
+};
+
+std::vector<PackedImage> check_packed(const Tensor& feats, const Tensor& attn,
+                                      const std::vector<int64_t>& bounds,
+                                      const std::vector<int64_t>& ks, double important_ratio,
+                                      int64_t step) {
+  check_feats(feats, 2);
+  check_attention(attn, 0);
+  STD_TORCH_CHECK(tokens_of(attn) == feats.size(0), "cls_attn must match feats in tokens");
+  check_selection(feats, attn, important_ratio, step);
+  STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == feats.size(0) &&
+                      ks.size() + 1 == bounds.size(),
+                  "cu_seqlens must begin with 0, end with the rows of feats and have one entry "
+                  "more than k");
+  std::vector<PackedImage> images;
+  images.reserve(ks.size());
+  int64_t kept = 0;
+  for (size_t i = 0; i < ks.size(); ++i) {
+    const int64_t tokens = bounds[i + 1] - bounds[i];
+    STD_TORCH_CHECK(tokens >= 0, "cu_seqlens must not decrease");
+    check_tokens(tokens);
+    check_k(ks[i]);
+    images.push_back({bounds[i], kept, image_shape(tokens, ks[i], important_ratio)});
+    kept += images.back().shape.kept();
+  }
+  return images;
+}
+
+int64_t kept_rows(const std::vector<PackedImage>& images) {
+  return images.empty() ? 0 : images.back().first_kept + images.back().shape.kept();
+}
+
+// Larger than any image: rounds are bounded by the tokens anyway.
+int clamp_to_tokens(int64_t x) { return static_cast<int>(std::min<int64_t>(x, kMaxTokens)); }
+
+// ---- CPU --------------------------------------------------------------------------------------
+int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+const char* at_element(const void* data, DType dtype, int64_t element) {
+  return static_cast<const char*>(data) + element * element_bytes(dtype);
+}
+
+cpu::Threads torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t tasks, const std::function<void(int64_t)>& body) {
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(i);
+            });
+          }};
+}
+
+cpu::Threads one_thread() {
+  return {1, [](int64_t tasks, const std::function<void(int64_t)>& body) {
+            for (int64_t i = 0; i < tasks; ++i) body(i);
+          }};
+}
+
+// Images run side by side where there are enough of them and they are small (a workspace each);
+// otherwise one after the other with all threads on each. Returns the bytes of one workspace and
+// calls body(image, threads, workspace).
+template <typename Bytes, typename Body>
+void for_each_image(const Tensor& like, int64_t images, int largest_residual, const Bytes& bytes,
+                    const Body& body) {
+  constexpr int kSmall = 2048;  // residual tokens; 16 MiB of Gram matrix
+  const cpu::Threads all = torch_threads();
+  const bool side_by_side =
+      all.count > 1 && images >= all.count && largest_residual <= kSmall;
+  const int64_t lanes = side_by_side ? all.count : 1;
+  const int64_t each = round_up(bytes(side_by_side ? 1 : all.count), 64);
+  // The allocator's alignment (64 bytes) is the workspace's.
+  const Tensor memory = torch::stable::new_empty(like, {lanes * each}, ScalarType::Byte);
+  auto* base = static_cast<char*>(memory.mutable_data_ptr());
+  if (!side_by_side) {
+    for (int64_t image = 0; image < images; ++image) body(image, all, base);
+    return;
+  }
+  all.run(lanes, [&](int64_t lane) {
+    const cpu::Threads one = one_thread();
+    for (int64_t image = lane; image < images; image += lanes) {
+      body(image, one, base + lane * each);
+    }
+  });
+}
+
+// `image_at(i)` describes image i; feats and attention give layout and dtype.
+template <typename ImageAt>
+void prune_images_cpu(const Tensor& like, const FeatureView& feats, const AttentionView& attention,
+                      int64_t images, int64_t step, const ImageAt& image_at) {
+  int largest = 0;
+  for (int64_t i = 0; i < images; ++i) largest = std::max(largest, image_at(i).shape.residual());
+  const auto bytes = [&](int threads) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < images; ++i) {
+      most = std::max(most, cpu::prune_workspace_bytes(image_at(i).shape, feats.channels, threads));
+    }
+    return most;
+  };
+  for_each_image(like, images, largest, bytes,
+                 [&](int64_t i, const cpu::Threads& threads, void* workspace) {
+                   cpu::prune_image(feats, attention, image_at(i), clamp_to_tokens(step), threads,
+                                    workspace);
+                 });
+}
+
+void prune_batch_cpu(const Tensor& like, const FeatureView& feats, const AttentionView& attention,
+                     int64_t images, const ImageShape& shape, int64_t step, int64_t* indices,
+                     void* kept_feats) {
+  prune_images_cpu(like, feats, attention, images, step, [&](int64_t i) {
+    const int64_t row = i * shape.kept();
+    cpu::PruneImage image{};
+    image.feats = at_element(feats.data, feats.dtype, i * feats.image_stride);
+    image.attention = attention.data
+                          ? at_element(attention.data, attention.dtype, i * attention.image_stride)
+                          : nullptr;
+    image.shape = shape;
+    image.indices = indices + row;
+    image.kept_feats = kept_feats ? static_cast<char*>(kept_feats) +
+                                        row * feats.channels * element_bytes(feats.dtype)
+                                  : nullptr;
+    return image;
+  });
+}
+
+std::tuple<Tensor, Tensor> topk_cpu(const Tensor& cls_attn, int64_t k) {
+  check_attention(cls_attn, 1);
+  check_k(k);
+  const AttentionView view = attention_view(cls_attn, false);
+  const int64_t images = cls_attn.size(0), tokens = tokens_of(cls_attn);
+  const int64_t kept = std::min(k, tokens);
+  Tensor scores = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Long);
+  auto* scores_out = scores.mutable_data_ptr<float>();
+  auto* indices_out = indices.mutable_data_ptr<int64_t>();
+  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      cpu::topk(view, i, static_cast<int>(tokens), static_cast<int>(kept), indices_out + i * kept,
+                scores_out + i * kept);
+    }
+  });
+  return {scores, indices};
+}
+
+Tensor pairwise_cosine_cpu(const Tensor& feats_) {
+  check_feats(feats_, 3);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const FeatureView view = feature_view(feats);
+  const int64_t images = feats.size(0), tokens = feats.size(1);
+  Tensor out = torch::stable::new_empty(feats, {images, tokens, tokens}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  auto* cosines = out.mutable_data_ptr<float>();
+  const auto n = static_cast<int>(tokens);
+  for_each_image(
+      feats, images, n,
+      [&](int threads) { return cpu::cosine_workspace_bytes(n, view.channels, threads); },
+      [&](int64_t i, const cpu::Threads& threads, void* workspace) {
+        cpu::pairwise_cosine(view, at_element(view.data, view.dtype, i * view.image_stride), n,
+                             cosines + i * tokens * tokens, threads, workspace);
+      });
+  return out;
+}
+
+Tensor dedup_cpu(const Tensor& feats_, int64_t k, int64_t step) {
+  check_feats(feats_, 3);
+  check_k(k);
+  STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const int64_t images = feats.size(0), tokens = feats.size(1);
+  const ImageShape shape = image_shape(tokens, k, 0.0);
+  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
+  if (indices.numel() == 0) return indices;
+  prune_batch_cpu(feats, feature_view(feats), AttentionView{}, images, shape, step,
+                  indices.mutable_data_ptr<int64_t>(), nullptr);
+  return indices;
+}
+
+std::tuple<Tensor, Tensor> prune_cpu(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
+                                     double important_ratio, int64_t step) {
+  check_prune(feats_, cls_attn, k, important_ratio, step);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const int64_t images = feats.size(0);
+  const ImageShape shape = image_shape(feats.size(1), k, important_ratio);
+  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
+  Tensor kept = torch::stable::new_empty(feats, {images, shape.kept(), feats.size(2)});
+  if (indices.numel() > 0) {
+    prune_batch_cpu(feats, feature_view(feats), attention_view(cls_attn, false), images, shape,
+                    step, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
+  }
+  return {kept, indices};
+}
+
+std::tuple<Tensor, Tensor> prune_varlen_cpu(const Tensor& feats_, const Tensor& cls_attn,
+                                            const std::vector<int64_t>& cu_seqlens,
+                                            const std::vector<int64_t>& k, double important_ratio,
+                                            int64_t step) {
+  const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const int64_t rows = kept_rows(packed);
+  Tensor indices = torch::stable::new_empty(feats, {rows}, ScalarType::Long);
+  Tensor kept = torch::stable::new_empty(feats, {rows, feats.size(1)});
+  if (rows == 0) return {kept, indices};
+  const FeatureView view = feature_view(feats);
+  const AttentionView attention = attention_view(cls_attn, true);
+  auto* indices_out = indices.mutable_data_ptr<int64_t>();
+  auto* kept_out = static_cast<char*>(kept.mutable_data_ptr());
+  prune_images_cpu(feats, view, attention, static_cast<int64_t>(packed.size()), step,
+                   [&](int64_t i) {
+                     const PackedImage& p = packed[static_cast<size_t>(i)];
+                     cpu::PruneImage image{};
+                     image.feats =
+                         at_element(view.data, view.dtype, p.first_token * view.token_stride);
+                     image.attention = at_element(attention.data, attention.dtype,
+                                                  p.first_token * attention.token_stride);
+                     image.shape = p.shape;
+                     image.index_base = p.first_token;
+                     image.indices = indices_out + p.first_kept;
+                     image.kept_feats =
+                         kept_out + p.first_kept * view.channels * element_bytes(view.dtype);
+                     return image;
+                   });
+  return {kept, indices};
+}
+
+// ---- CUDA -------------------------------------------------------------------------------------
+#if defined(VP_WITH_CUDA)
+
+// Images run in waves whose workspaces fit this; one image may take more. 160 images of LLaVA-1.5
+// fit, enough to fill any GPU.
+constexpr int64_t kWorkspaceLimit = int64_t{512} << 20;
+
+void check_cuda(int error) {
+  STD_TORCH_CHECK(error == 0, "vispruner: CUDA error ", error, ": ", cuda::error_string(error));
+}
+
+// Makes the tensor's device current (for torch and for our own runtime) and knows its stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "vispruner: this torch has no CUDA");
+    check_cuda(cuda::set_device(t.get_device_index()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+std::tuple<Tensor, Tensor> topk_cuda(const Tensor& cls_attn, int64_t k) {
+  check_attention(cls_attn, 1);
+  check_k(k);
+  const int64_t images = cls_attn.size(0), tokens = tokens_of(cls_attn);
+  const int64_t kept = std::min(k, tokens);
+  Tensor scores = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Long);
+  if (indices.numel() > 0) {
+    const Launch launch(cls_attn);
+    check_cuda(cuda::topk(attention_view(cls_attn, false), images, static_cast<int>(tokens),
+                          static_cast<int>(kept), indices.mutable_data_ptr<int64_t>(),
+                          scores.mutable_data_ptr<float>(), launch.stream()));
+  }
+  return {scores, indices};
+}
+
+Tensor pairwise_cosine_cuda(const Tensor& feats_) {
+  check_feats(feats_, 3);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const FeatureView view = feature_view(feats);
+  const int64_t images = feats.size(0), tokens = feats.size(1);
+  Tensor out = torch::stable::new_empty(feats, {images, tokens, tokens}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  const Launch launch(feats);
+  const auto n = static_cast<int>(tokens);
+  const Tensor ws =
+      workspace(feats, cuda::cosine_workspace_bytes(view, images, n, kWorkspaceLimit));
+  check_cuda(cuda::pairwise_cosine(view, images, n, out.mutable_data_ptr<float>(), kWorkspaceLimit,
+                                   ws.mutable_data_ptr(), launch.stream()));
+  return out;
+}
+
+void run_prune(const Tensor& feats, const cuda::PruneArgs& args) {
+  const Launch launch(feats);
+  const Tensor ws = workspace(feats, cuda::prune_workspace_bytes(args));
+  check_cuda(cuda::prune(args, ws.mutable_data_ptr(), launch.stream()));
+}
+
+Tensor dedup_cuda(const Tensor& feats_, int64_t k, int64_t step) {
+  check_feats(feats_, 3);
+  check_k(k);
+  STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const int64_t images = feats.size(0);
+  const ImageShape shape = image_shape(feats.size(1), k, 0.0);
+  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
+  if (indices.numel() > 0) {
+    run_prune(feats, {feature_view(feats), AttentionView{}, images, shape, nullptr,
+                      clamp_to_tokens(step), indices.mutable_data_ptr<int64_t>(), nullptr,
+                      kWorkspaceLimit});
+  }
+  return indices;
+}
+
+std::tuple<Tensor, Tensor> prune_cuda(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
+                                      double important_ratio, int64_t step) {
+  check_prune(feats_, cls_attn, k, important_ratio, step);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const int64_t images = feats.size(0);
+  const ImageShape shape = image_shape(feats.size(1), k, important_ratio);
+  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
+  Tensor kept = torch::stable::new_empty(feats, {images, shape.kept(), feats.size(2)});
+  if (indices.numel() > 0) {
+    run_prune(feats, {feature_view(feats), attention_view(cls_attn, false), images, shape, nullptr,
+                      clamp_to_tokens(step), indices.mutable_data_ptr<int64_t>(),
+                      kept.mutable_data_ptr(), kWorkspaceLimit});
+  }
+  return {kept, indices};
+}
+
+std::tuple<Tensor, Tensor> prune_varlen_cuda(const Tensor& feats_, const Tensor& cls_attn,
+                                             const std::vector<int64_t>& cu_seqlens,
+                                             const std::vector<int64_t>& k, double important_ratio,
+                                             int64_t step) {
+  const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
+  const Tensor feats = with_contiguous_channels(feats_);
+  const int64_t rows = kept_rows(packed);
+  Tensor indices = torch::stable::new_empty(feats, {rows}, ScalarType::Long);
+  Tensor kept = torch::stable::new_empty(feats, {rows, feats.size(1)});
+  if (rows == 0) return {kept, indices};
+  std::vector<cuda::RaggedImage> images;
+  images.reserve(packed.size());
+  for (const PackedImage& p : packed) images.push_back({p.first_token, p.first_kept, p.shape});
+  run_prune(feats, {feature_view(feats), attention_view(cls_attn, true),
+                    static_cast<int64_t>(images.size()), ImageShape{}, images.data(),
+                    clamp_to_tokens(step), indices.mutable_data_ptr<int64_t>(),
+                    kept.mutable_data_ptr(), kWorkspaceLimit});
+  return {kept, indices};
+}
+
+#endif
+
+// ---- what was built ---------------------------------------------------------------------------
+#if !defined(VP_VERSION)
+#define VP_VERSION "unknown"
+#endif
+#if !defined(VP_BUILD_CUDA_ARCHS)
+#define VP_BUILD_CUDA_ARCHS ""
+#endif
+#if !defined(VP_BUILD_CUDA_VERSION)
+#define VP_BUILD_CUDA_VERSION ""
+#endif
+
+std::string build_info() {
+#if defined(VP_WITH_CUDA)
+  const bool cuda = true;
+  const int state = aoti_torch_get_current_cuda_stream ? 2 : 1;
+#else
+  const bool cuda = false;
+  const int state = 0;
+#endif
+  const auto quoted = [](const char* s) { return "\"" + std::string(s) + "\""; };
+  std::string isas = quoted(cpu::isa_built());
+  for (size_t at = 0; (at = isas.find(',', at)) != std::string::npos; at += 3) {
+    isas.replace(at, 1, "\",\"");
+  }
+  return std::string("{\"version\":") + quoted(VP_VERSION) +
+         ",\"cuda\":" + (cuda ? "true" : "false") +
+         ",\"cuda_version\":" + quoted(VP_BUILD_CUDA_VERSION) +
+         ",\"cuda_archs\":" + quoted(VP_BUILD_CUDA_ARCHS) +
+         ",\"cuda_runtime_state\":" + std::to_string(state) +
+         ",\"cpu_isa\":" + quoted(cpu::isa_name()) + ",\"cpu_isas\":[" + isas + "]}";
+}
+
+}  // namespace
+}  // namespace vispruner
+
+STABLE_TORCH_LIBRARY(vispruner, m) {
+  m.def("topk(Tensor cls_attn, int k) -> (Tensor scores, Tensor indices)");
+  m.def("pairwise_cosine(Tensor feats) -> Tensor");
+  m.def("dedup(Tensor feats, int k, int step) -> Tensor");
+  m.def(
+      "prune(Tensor feats, Tensor cls_attn, int k, float important_ratio, int step) -> "
+      "(Tensor feats, Tensor indices)");
+  m.def(
+      "prune_varlen(Tensor feats, Tensor cls_attn, int[] cu_seqlens, int[] k, "
+      "float important_ratio, int step) -> (Tensor feats, Tensor indices)");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vispruner, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&vispruner::build_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vispruner, CPU, m) {
+  m.impl("topk", TORCH_BOX(&vispruner::topk_cpu));
+  m.impl("pairwise_cosine", TORCH_BOX(&vispruner::pairwise_cosine_cpu));
+  m.impl("dedup", TORCH_BOX(&vispruner::dedup_cpu));
+  m.impl("prune", TORCH_BOX(&vispruner::prune_cpu));
+  m.impl("prune_varlen", TORCH_BOX(&vispruner::prune_varlen_cpu));
+}
+
+#if defined(VP_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(vispruner, CUDA, m) {
+  m.impl("topk", TORCH_BOX(&vispruner::topk_cuda));
+  m.impl("pairwise_cosine", TORCH_BOX(&vispruner::pairwise_cosine_cuda));
+  m.impl("dedup", TORCH_BOX(&vispruner::dedup_cuda));
+  m.impl("prune", TORCH_BOX(&vispruner::prune_cuda));
+  m.impl("prune_varlen", TORCH_BOX(&vispruner::prune_varlen_cuda));
+}
+#endif

@@ -1,0 +1,171 @@
+// Runs CUDA kernel source on the host, for tests where there is no GPU: one fiber a thread, blocks
+// one after another. Barriers, warp collectives, shared memory and atomics behave as on a device;
+// the inline instructions of device.cuh have plain C++ twins here.
+//
+// This shows the kernels' logic. It shows nothing of races between warps beyond the order that the
+// schedule happens to take (three are tried), of alignment, of memory ordering or of speed.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ static  // one block runs at a time: a static is the block's
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace simt {
+
+extern dim3 thread_index, block_index, block_size;
+extern unsigned char* dynamic_shared;
+constexpr int kMostShared = 227 * 1024;
+extern int shared_limit;  // what shared_memory_limit reports: tests force launch plans with it
+
+// Order in which runnable threads are resumed: 0 ascending, 1 descending, else a shuffle with this
+// seed. A missing barrier shows in at least one of the first two.
+extern unsigned schedule;
+
+void block_barrier();
+
+// Every lane hands in `bytes` and gets all 32 lanes' values back, kSlotBytes apart.
+constexpr int kSlotBytes = 32;
+const unsigned char* exchange(unsigned mask, const void* value, int bytes);
+int lane();
+
+int run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+
+template <typename T>
+T from_lane(const unsigned char* slots, int lane) {
+  T value;
+  std::memcpy(&value, slots + lane * kSlotBytes, sizeof value);
+  return value;
+}
+
+template <typename T, typename Fold>
+T reduce(unsigned mask, T value, const Fold& fold) {
+  const unsigned char* slots = exchange(mask, &value, sizeof value);
+  T result = from_lane<T>(slots, 0);
+  for (int l = 1; l < 32; ++l) result = fold(result, from_lane<T>(slots, l));
+  return result;
+}
+
+}  // namespace simt
+
+#define threadIdx simt::thread_index
+#define blockIdx simt::block_index
+#define blockDim simt::block_size
+
+inline void __syncthreads() { simt::block_barrier(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int offset) {
+  const int from = simt::lane() ^ offset;
+  return simt::from_lane<T>(simt::exchange(mask, &value, sizeof value), from);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int offset) {
+  const int from = simt::lane() >= offset ? simt::lane() - offset : simt::lane();
+  return simt::from_lane<T>(simt::exchange(mask, &value, sizeof value), from);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  const unsigned own = vote ? 1u << simt::lane() : 0u;
+  return simt::reduce(mask, own, [](unsigned a, unsigned b) { return a | b; });
+}
+template <typename T>
+T __reduce_max_sync(unsigned mask, T value) {
+  return simt::reduce(mask, value, [](T a, T b) { return std::max(a, b); });
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T value) {
+  return simt::reduce(mask, value, [](T a, T b) { return std::min(a, b); });
+}
+template <typename T>
+T __reduce_add_sync(unsigned mask, T value) {
+  return simt::reduce(mask, value, [](T a, T b) { return a + b; });
+}
+
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at += value;
+  return old;
+}
+template <typename T>
+T atomicSub(T* at, T value) {
+  const T old = *at;
+  *at -= value;
+  return old;
+}
+template <typename T>
+T atomicOr(T* at, T value) {
+  const T old = *at;
+  *at |= value;
+  return old;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+using std::max;
+using std::min;
+
+// ---- twins of csrc/cuda/device.cuh ------------------------------------------------------------
+#define VP_SHARED_MEMORY(name) unsigned char* name = simt::dynamic_shared
+
+namespace vispruner::cuda {
+
+template <auto kKernel, typename... Args>
+int launch(dim3 grid, int threads, int shared_bytes, void*, const Args&... args) {
+  return simt::run_grid(grid, threads, shared_bytes, [&] { kKernel(args...); });
+}
+
+inline int shared_memory_limit(int* bytes) {
+  *bytes = simt::shared_limit;
+  return 0;
+}
+
+inline void copy_async_16(void* shared, const void* global) { std::memcpy(shared, global, 16); }
+inline void copy_async_commit() {}
+template <int kPending>
+void copy_async_wait() {}
+
+inline void load_matrices(uint32_t (&out)[4], const void* shared_row) {
+  const unsigned char* slots = simt::exchange(~0u, &shared_row, sizeof shared_row);
+  const int lane = simt::lane();
+  for (int m = 0; m < 4; ++m) {
+    const auto* row = simt::from_lane<const unsigned char*>(slots, 8 * m + lane / 4);
+    std::memcpy(&out[m], row + 4 * (lane % 4), 4);
+  }
+}
+
+inline void multiply_add_s8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragment {
+    int8_t a[4][4], b[2][4];
+  } own;
+  std::memcpy(own.a, a, 16);
+  std::memcpy(own.b[0], &b0, 4);
+  std::memcpy(own.b[1], &b1, 4);
+  const unsigned char* slots = simt::exchange(~0u, &own, sizeof own);
+  const int lane = simt::lane();
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4, column = lane % 4 * 2 + e % 2, lower = e / 2;  // rows 8 to 15
+    for (int t = 0; t < 4; ++t) {
+      const auto* x = reinterpret_cast<const Fragment*>(slots + (row * 4 + t) * simt::kSlotBytes);
+      const auto* y = reinterpret_cast<const Fragment*>(slots + (column * 4 + t) * simt::kSlotBytes);
+      for (int i = 0; i < 4; ++i) {
+        sum[e] += x->a[lower][i] * y->b[0][i] + x->a[2 + lower][i] * y->b[1][i];
+      }
+    }
+  }
+}
+
+}  // namespace vispruner::cuda

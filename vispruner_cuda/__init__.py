@@ -1,0 +1,29 @@
+"""VisPruner's token selection as PyTorch operators for CPU and CUDA.
+
+    import vispruner_cuda
+    kept = vispruner_cuda.prune(feats, cls_attn, k=64)   # kept.feats, kept.indices
+
+`vispruner_cuda.reference` holds the same functions in plain PyTorch; `python -m vispruner_cuda`
+says what this installation can do.
+"""
+
+from . import _library, reference
+from ._results import PruneResult, PruneVarlenResult, TopkResult
+from ._version import __version__
+
+_library.load()
+from . import _fakes  # noqa: E402, F401  (after the operators exist)
+from .functional import dedup, pairwise_cosine, prune, prune_varlen, topk  # noqa: E402
+
+__all__ = [
+    "PruneResult",
+    "PruneVarlenResult",
+    "TopkResult",
+    "__version__",
+    "dedup",
+    "pairwise_cosine",
+    "prune",
+    "prune_varlen",
+    "reference",
+    "topk",
+]

@@ -1,0 +1,134 @@
+"""`python -m vispruner_cuda`: what is installed, and whether it works here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+
+import vispruner_cuda
+
+from . import _library
+from ._version import __version__
+
+
+def coverage(archs: str, major: int, minor: int) -> str:
+    """How a list like "80+PTX 86 90a" serves a GPU: by machine "code", by "PTX", or "none"."""
+    found = "none"
+    for arch in archs.split():
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            continue
+        built = (int(match[1]), int(match[2]))
+        # Machine code runs on its own and later minor versions; that of an "a" on its own alone.
+        same_family = built[0] == major and built[1] <= minor
+        if built == (major, minor) or (same_family and match[3] != "a"):
+            return "code"
+        if match[4] and not match[3] and built <= (major, minor):
+            found = "PTX"  # compiled by the driver at the first use
+    return found
+
+
+def probe(device: torch.device) -> str | None:
+    """Prune on the device and on the CPU and compare; what went wrong, or None."""
+    feats = torch.arange(64 * 16).mul(37).remainder(101).sub(50).to(torch.float16).view(1, 64, 16)
+    scores = torch.arange(64).mul(29).remainder(64).to(torch.float16).view(1, 64)
+    want = vispruner_cuda.prune(feats, scores, 16)
+    try:
+        got = vispruner_cuda.prune(feats.to(device), scores.to(device), 16)
+        same = all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None if same else "not the result of the CPU"
+
+
+def report() -> dict[str, Any]:
+    """Everything the command prints, as plain data; "problems" is empty if all is well."""
+    info = _library.load()
+    devices: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for index in range(torch.cuda.device_count() if torch.version.cuda else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        device: dict[str, Any] = {
+            "index": index,
+            "name": torch.cuda.get_device_name(index),
+            "capability": f"{major}.{minor}",
+            "covered_by": coverage(info.cuda_archs, major, minor),
+            "works": False,
+        }
+        if info.cuda_runtime_state != _library.READY:
+            problem = "the library was built without CUDA kernels"
+        elif device["covered_by"] == "none":
+            problem = f"no kernels for compute capability {major}.{minor}"
+        else:
+            problem = probe(torch.device("cuda", index)) or ""
+        device["works"] = not problem
+        if problem:
+            problems.append(f"cuda:{index} ({device['name']}): {problem}")
+        devices.append(device)
+    return {
+        "version": __version__,
+        "library": str(_library.PATH),
+        "build": dataclasses.asdict(info),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "backends": ["reference", "cpu", *(["cuda"] if any(d["works"] for d in devices) else [])],
+        "devices": devices,
+        "problems": problems,
+    }
+
+
+def _text(data: dict[str, Any]) -> str:
+    build = data["build"]
+    cuda = "none (built without nvcc)"
+    if build["cuda"]:
+        cuda = f"{build['cuda_archs']} (CUDA {build['cuda_version']})"
+        if build["cuda_runtime_state"] != _library.READY:
+            cuda += ", idle: this torch has no CUDA"
+    rows = [
+        ("vispruner_cuda", data["version"]),
+        ("library", data["library"]),
+        (
+            "torch",
+            f"{data['torch']} ({'CUDA ' + data['torch_cuda'] if data['torch_cuda'] else 'CPU'})",
+        ),
+        ("backends", ", ".join(data["backends"])),
+        ("CPU kernels", f"{build['cpu_isa']} (built: {', '.join(build['cpu_isas'])})"),
+        ("CUDA kernels", cuda),
+    ]
+    for device in data["devices"]:
+        how = {"code": "machine code", "PTX": "PTX, compiled at first use", "none": "no kernels"}
+        rows.append(
+            (
+                f"cuda:{device['index']}",
+                f"{device['name']}, compute capability {device['capability']}: "
+                f"{how[device['covered_by']]}, {'works' if device['works'] else 'UNUSABLE'}",
+            )
+        )
+    if not data["devices"]:
+        rows.append(("devices", "CPU only"))
+    return "\n".join(f"{name:<15}{value}" for name, value in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vispruner_cuda",
+        description="Print what is installed and whether it works on the devices of this machine.",
+        epilog="The exit status is 1 if there is a GPU that the kernels cannot use.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args(arguments)
+    data = report()
+    print(json.dumps(data, indent=2) if options.json else _text(data))
+    for problem in data["problems"]:
+        print(f"vispruner_cuda: {problem}", file=sys.stderr)
+    return 1 if data["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

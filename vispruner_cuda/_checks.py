@@ -1,0 +1,199 @@
+"""Argument checks: one place, one wording, the same for every backend.
+
+TypeError for types and dtypes, ValueError for shapes and values. Each message names the
+argument, what it was and what was expected. Only metadata is looked at: a check never reads a
+tensor's values, so it never makes the host wait for the device (NaN and Inf inside tensors are
+defined behaviour, docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Tokens of one image: token positions are 16-bit integers inside the kernels.
+MAX_TOKENS = 32768
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPE_NAMES = "torch.float16, torch.bfloat16 or torch.float32"
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {value.dtype}")
+
+
+def _integer(name: str, value: object, minimum: int) -> None:
+    integral = isinstance(value, (numbers.Integral, torch.SymInt))
+    if not integral or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {_describe(value)}")
+    if value < minimum:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _ratio(name: str, value: object) -> None:
+    if not isinstance(value, (numbers.Real, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {_describe(value)}")
+    if isinstance(value, float) and math.isnan(value) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def _tokens(name: str, n: int) -> None:
+    if n > MAX_TOKENS:
+        raise ValueError(f"{name} has {n} tokens an image, at most {MAX_TOKENS} are supported")
+
+
+def _feats(feats: object) -> None:
+    _tensor("feats", feats)
+    if feats.dim() != 3:  # type: ignore[attr-defined]
+        raise ValueError(f"feats must have shape (B, N, C), got {_describe(feats)}")
+    _batched_feats(feats)  # type: ignore[arg-type]
+
+
+def _batched_feats(feats: Tensor) -> None:
+    _tokens("feats", feats.shape[1])
+    _channels(feats)
+
+
+def _channels(feats: Tensor) -> None:
+    if feats.shape[-1] < 1:
+        raise ValueError(f"feats must have at least one channel, got {_describe(feats)}")
+
+
+def _cls_attn(cls_attn: object) -> None:
+    _tensor("cls_attn", cls_attn)
+    if cls_attn.dim() not in (2, 3):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"cls_attn must have shape (B, N) or (B, H, N), got {_describe(cls_attn)}"
+        )
+    if cls_attn.dim() == 3 and cls_attn.shape[1] < 1:  # type: ignore[attr-defined]
+        raise ValueError(f"cls_attn must have at least one head, got {_describe(cls_attn)}")
+    _tokens("cls_attn", cls_attn.shape[-1])  # type: ignore[attr-defined]
+
+
+def _same_device(feats: Tensor, cls_attn: Tensor) -> None:
+    if feats.device != cls_attn.device:
+        raise ValueError(
+            "cls_attn must be on the device of feats, "
+            f"got feats on {feats.device} and cls_attn on {cls_attn.device}"
+        )
+
+
+def topk(cls_attn: object, k: object) -> None:
+    _cls_attn(cls_attn)
+    _integer("k", k, 1)
+
+
+def pairwise_cosine(feats: object) -> None:
+    _feats(feats)
+
+
+def dedup(feats: object, k: object, step: object) -> None:
+    _feats(feats)
+    _integer("k", k, 1)
+    _integer("step", step, 1)
+
+
+def prune(
+    feats: Tensor, cls_attn: Tensor, k: object, important_ratio: object, step: object
+) -> None:
+    _feats(feats)
+    _cls_attn(cls_attn)
+    expected = (feats.shape[0], feats.shape[1])
+    if (cls_attn.shape[0], cls_attn.shape[-1]) != expected:
+        raise ValueError(
+            f"cls_attn must have shape ({expected[0]}, {expected[1]}) or "
+            f"({expected[0]}, H, {expected[1]}) to match feats of shape {tuple(feats.shape)}, "
+            f"got {_describe(cls_attn)}"
+        )
+    _same_device(feats, cls_attn)
+    _integer("k", k, 1)
+    _ratio("important_ratio", important_ratio)
+    _integer("step", step, 1)
+
+
+def _host_ints(name: str, value: object) -> list[int]:
+    """A list of ints out of a sequence or a CPU integer tensor."""
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.is_floating_point() or value.is_complex():
+            raise TypeError(
+                f"{name} must be a sequence of ints or a 1-D integer tensor on the CPU, "
+                f"got {_describe(value)} of dtype {value.dtype}"
+            )
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be on the host, got a tensor on {value.device}: reading it would "
+                "make the host wait for the device (keep the lengths as a list, or call .tolist())"
+            )
+        return value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence of ints, got {_describe(value)}")
+    for item in value:
+        if not isinstance(item, (numbers.Integral, torch.SymInt)) or isinstance(item, bool):
+            raise TypeError(f"{name} must hold ints, got {_describe(item)}")
+    return list(value)
+
+
+def prune_varlen(
+    feats: Tensor,
+    cls_attn: Tensor,
+    cu_seqlens: object,
+    k: object,
+    important_ratio: object,
+    step: object,
+) -> tuple[list[int], list[int]]:
+    """Checks, and returns (bounds of the images, k of each image)."""
+    _tensor("feats", feats)
+    if feats.dim() != 2:
+        raise ValueError(f"feats must have shape (T, C), got {_describe(feats)}")
+    _channels(feats)
+    _tensor("cls_attn", cls_attn)
+    if cls_attn.dim() not in (1, 2) or cls_attn.shape[-1] != feats.shape[0]:
+        raise ValueError(
+            f"cls_attn must have shape ({feats.shape[0]},) or (H, {feats.shape[0]}) to match "
+            f"feats of shape {tuple(feats.shape)}, got {_describe(cls_attn)}"
+        )
+    if cls_attn.dim() == 2 and cls_attn.shape[0] < 1:
+        raise ValueError(f"cls_attn must have at least one head, got {_describe(cls_attn)}")
+    _same_device(feats, cls_attn)
+
+    bounds = _host_ints("cu_seqlens", cu_seqlens)
+    if not bounds or bounds[0] != 0 or bounds[-1] != feats.shape[0]:
+        raise ValueError(
+            f"cu_seqlens must begin with 0 and end with {feats.shape[0]}, the number of rows of "
+            f"feats, got {bounds}"
+        )
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
+        _tokens("feats", end - start)
+
+    images = len(bounds) - 1
+    if isinstance(k, (Sequence, Tensor)) and not isinstance(k, (str, bytes)):
+        ks = _host_ints("k", k)
+        if len(ks) != images:
+            raise ValueError(
+                f"k must be one int or one per image ({images}), got {len(ks)} values"
+            )
+        for value in ks:
+            _integer("k", value, 1)
+    else:
+        _integer("k", k, 1)
+        ks = [k] * images  # type: ignore[list-item]
+    _ratio("important_ratio", important_ratio)
+    _integer("step", step, 1)
+    return bounds, ks

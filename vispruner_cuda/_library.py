@@ -1,0 +1,124 @@
+"""Finds and loads libvispruner.so, and says in one line what is wrong where that fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import re
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+
+OLDEST_TORCH = (2, 10)
+PATH = Path(__file__).with_name("libvispruner.so")
+
+# e_machine in the header of an ELF file, and the name that platform.machine() has for it.
+_MACHINES = {21: "ppc64le", 22: "s390x", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+
+# BuildInfo.cuda_runtime_state
+CPU_ONLY = 0  # the library has no CUDA kernels
+NO_CUDA_TORCH = 1  # it has, but found no CUDA in this torch
+READY = 2  # it has, and found the CUDA of this torch
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the loaded library says of itself."""
+
+    version: str
+    cuda: bool
+    cuda_version: str  # of the compiler; empty if there are no CUDA kernels
+    cuda_archs: str  # like "80+PTX 86 90 120+PTX"
+    cuda_runtime_state: int  # CPU_ONLY, NO_CUDA_TORCH or READY
+    cpu_isa: str  # the instruction set in use
+    cpu_isas: tuple[str, ...]  # those that were built
+
+
+def _check_torch() -> None:
+    numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        raise ImportError(
+            f"vispruner_cuda needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, "
+            f"but this is torch {torch.__version__}: pip install -U torch"
+        )
+
+
+def _defect(path: Path) -> str | None:
+    """What the header of the file says against loading it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return "it is no Linux library"
+    order = "<" if header[5] == 1 else ">"
+    (machine,) = struct.unpack_from(order + "H", header, 18)
+    name = _MACHINES.get(machine, f"another machine (ELF machine {machine})")
+    if name != platform.machine():
+        return f"it is built for {name}, and this machine is {platform.machine()}"
+    # The table of sections ends the file; loading a part of a file would kill the process.
+    (table,) = struct.unpack_from(order + "Q", header, 40)
+    entry_size, entries = struct.unpack_from(order + "HH", header, 58)
+    if table + entry_size * entries > size:
+        return "it is cut short"
+    return None
+
+
+def _load_file(path: Path) -> None:
+    if not path.is_file():
+        raise ImportError(
+            f"vispruner_cuda: the compiled library {path} is missing: "
+            "run `pip install .` in the directory of the sources"
+        )
+    reason = _defect(path)
+    if reason is None:
+        try:
+            torch.ops.load_library(path)
+            return
+        except (OSError, RuntimeError) as error:
+            # torch says only that it failed, and chains what the linker says; in one line
+            reason = " ".join(str(error.__cause__ or error).split())
+    raise ImportError(
+        f"vispruner_cuda: the compiled library {path} cannot be loaded: {reason}; "
+        "run `pip install .` again on this machine"
+    )
+
+
+def _check(info: BuildInfo) -> None:
+    if info.version != __version__:
+        raise ImportError(
+            f"vispruner_cuda {__version__} found a library of version {info.version} in {PATH}: "
+            "run `pip install .` again"
+        )
+    if torch.version.cuda is None:
+        return
+    if info.cuda_runtime_state == NO_CUDA_TORCH:
+        raise ImportError(
+            f"vispruner_cuda: torch {torch.__version__} has CUDA, but {PATH} does not find its "
+            "current-stream function (linked without libtorch.so?): run `pip install .` again"
+        )
+    # device_count() asks NVML and so leaves CUDA uninitialized, for programs that fork later.
+    if info.cuda_runtime_state == CPU_ONLY and torch.cuda.device_count() > 0:
+        warnings.warn(
+            "vispruner_cuda was built without CUDA kernels, so it works on CPU tensors only, "
+            "although this machine has a GPU: install a CUDA toolkit (nvcc) and run "
+            "`pip install .` again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def load() -> BuildInfo:
+    """Load the library (once) and return what it says of itself; ImportError if it is unusable."""
+    _check_torch()
+    _load_file(PATH)
+    fields = json.loads(torch.ops.vispruner.build_info())
+    info = BuildInfo(**{**fields, "cpu_isas": tuple(fields["cpu_isas"])})
+    _check(info)
+    return info

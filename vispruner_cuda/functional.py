@@ -1,0 +1,162 @@
+"""The public functions: argument checks, then one operator call each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._results import PruneResult, PruneVarlenResult, TopkResult
+from .reference import gather_tokens
+
+
+def topk(cls_attn: Tensor, k: int) -> TopkResult:
+    """The k tokens with the highest [CLS] attention, in ranking order.
+
+    The score of a token is its attention summed over heads (the method averages them, which
+    ranks the same); ties go to the lower token index and NaN ranks last.
+
+    Args:
+        cls_attn: (B, N) or (B, H, N), float16, bfloat16 or float32, any strides; N <= 32768.
+        k: tokens to return, at least 1; all N if k >= N.
+
+    Returns:
+        TopkResult: `scores` (B, min(k, N)) float32 head sums and `indices` (B, min(k, N)) int64.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape or value.
+
+    Source: VisPruner (arXiv 2412.01818), section 3.2; docs/numerics.md, "Score".
+    """
+    _checks.topk(cls_attn, k)
+    return TopkResult(*torch.ops.vispruner.topk(cls_attn.detach(), int(k)))
+
+
+def pairwise_cosine(feats: Tensor) -> Tensor:
+    """Cosine similarity of every pair of tokens, from exact 12-bit integer inner products.
+
+    Row i holds the similarities as the dedup loop sees them when token i is in A, so the matrix
+    is symmetric up to the last bit only. A token that is all zeros, or holds a NaN or Inf, has
+    cosine 0 with everything.
+
+    Args:
+        feats: (B, N, C), float16, bfloat16 or float32; N <= 32768.
+
+    Returns:
+        (B, N, N) float32, bitwise the same on every device.
+
+    Raises:
+        TypeError, ValueError: as for :func:`topk`.
+
+    Source: docs/numerics.md, "Gram" and "Redundancy".
+    """
+    _checks.pairwise_cosine(feats)
+    return torch.ops.vispruner.pairwise_cosine(feats.detach())
+
+
+def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
+    """Drops near-duplicates until k tokens are left: the diverse half of the method on its own.
+
+    Every round splits the list into even and odd positions (A and B), ranks A by its largest
+    cosine similarity to B, drops the `step` most redundant tokens and goes on with the rest of A,
+    in that order, followed by B.
+
+    Args:
+        feats: (B, N, C) tokens *in ranking order* (most important first); dtypes as in :func:`prune`.
+        k: tokens to keep, at least 1; all N if k >= N.
+        step: tokens to drop a round, at least 1.
+
+    Returns:
+        (B, min(k, N)) int64 positions in `feats`, ascending.
+
+    Raises:
+        TypeError, ValueError: as for :func:`topk`.
+
+    Source: VisPruner (arXiv 2412.01818), section 3.3; docs/numerics.md, "The loop".
+    """
+    _checks.dedup(feats, k, step)
+    return torch.ops.vispruner.dedup(feats.detach(), int(k), int(step))
+
+
+def prune(
+    feats: Tensor,
+    cls_attn: Tensor,
+    k: int,
+    *,
+    important_ratio: float = 0.5,
+    step: int = 8,
+) -> PruneResult:
+    """Keeps the k visual tokens that matter, from visual cues alone.
+
+    `int(k * important_ratio)` tokens are kept for their [CLS] attention; the others are
+    deduplicated by cosine similarity until k are kept in all. The same tokens come out on every
+    device, in every batch and under every compiler (docs/numerics.md).
+
+    Args:
+        feats: (B, N, C) patch features of the encoder layer, float16, bfloat16 or float32; N <=
+            32768. Strided batches and tokens (`hidden[:, 1:]`) are read in place.
+        cls_attn: (B, N) scores or (B, H, N) [CLS] attention of each head, on the same device; the
+            dtype may differ from that of feats.
+        k: visual tokens to keep of each image, at least 1; all N if k >= N.
+        important_ratio: share of k kept by score, in [0, 1].
+        step: tokens the dedup loop drops a round, at least 1.
+
+    Returns:
+        PruneResult: `feats` (B, min(k, N), C) in the dtype of the input and `indices`
+        (B, min(k, N)) int64, ascending. If feats requires grad, so do the returned features (an
+        ordinary gather); the choice of tokens is not differentiable.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device.
+
+    Source: VisPruner (arXiv 2412.01818), section 3; docs/numerics.md.
+    """
+    _checks.prune(feats, cls_attn, k, important_ratio, step)
+    kept, indices = torch.ops.vispruner.prune(
+        feats.detach(), cls_attn.detach(), int(k), float(important_ratio), int(step)
+    )
+    if feats.requires_grad and torch.is_grad_enabled():
+        kept = gather_tokens(feats, indices)
+    return PruneResult(kept, indices)
+
+
+def prune_varlen(
+    feats: Tensor,
+    cls_attn: Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
+    k: int | Sequence[int] | Tensor,
+    *,
+    important_ratio: float = 0.5,
+    step: int = 8,
+) -> PruneVarlenResult:
+    """:func:`prune` for images of different size, packed one after the other.
+
+    Args:
+        feats: (T, C) packed patch features; dtypes as in :func:`prune`.
+        cls_attn: (T,) or (H, T), packed alike.
+        cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1]; ints, or an integer tensor
+            on the CPU (a tensor on the GPU would make the host wait: keep the lengths there).
+        k: tokens to keep, one int for all images or one for each, on the host, at least 1.
+        important_ratio, step: as in :func:`prune`.
+
+    Returns:
+        PruneVarlenResult: `feats` (T', C), `indices` (T',) int64 rows of the packed input, and the
+        new `cu_seqlens` as a tuple of ints.
+
+    Raises:
+        TypeError, ValueError: as for :func:`prune`.
+    """
+    bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
+    kept, indices = torch.ops.vispruner.prune_varlen(
+        feats.detach(), cls_attn.detach(), bounds, ks, float(important_ratio), int(step)
+    )
+    if feats.requires_grad and torch.is_grad_enabled():
+        kept = feats[indices]
+    kept_bounds = [0]
+    for start, end, k_image in zip(bounds[:-1], bounds[1:], ks, strict=True):
+        kept_bounds.append(kept_bounds[-1] + min(k_image, end - start))
+    return PruneVarlenResult(kept, indices, tuple(kept_bounds))

@@ -1,0 +1,187 @@
+"""The method in plain PyTorch: what every kernel of this package is tested against.
+
+Canonical numerics v1 (docs/numerics.md): every arithmetic step is either exact or one
+correctly rounded IEEE operation, so the decisions (which tokens stay) are the same on every
+device, for every batch size and in every implementation. Nothing here is fast; everything
+here is meant to be read. The functions take the same arguments as their namesakes in
+`vispruner_cuda` and run on any device that has float64.
+
+Source: VisPruner, arXiv 2412.01818 (ICCV 2025), section 3; rules for odd list lengths and
+very small k are this project's own, because the authors' code is undefined there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._results import PruneResult, PruneVarlenResult, TopkResult
+
+_QMAX = 2047.0  # 12-bit symmetric quantization: integers in [-2047, 2047]
+_TINY = 1e-30  # a token whose largest magnitude is below this counts as zero
+
+
+# ------------------------------------------------------------------------ the canonical steps
+def ranking_scores(cls_attn: Tensor) -> Tensor:
+    """Scores that tokens are ranked by.
+
+    Args:
+        cls_attn: (B, N) scores or (B, H, N) attention of each head.
+
+    Returns:
+        (B, N) float32: heads added in index order with plain float32 additions (no division:
+        it cannot change the ranking); NaN replaced by -inf, so that it ranks last, and -0 by +0.
+    """
+    if cls_attn.dim() == 2:
+        scores = cls_attn.float()
+    else:
+        scores = cls_attn[:, 0].float()
+        for head in range(1, cls_attn.shape[1]):
+            scores = scores + cls_attn[:, head].float()
+    return torch.where(scores.isnan(), float("-inf"), scores + 0.0)  # -0 becomes +0
+
+
+def quantize(feats: Tensor) -> Tensor:
+    """12-bit integers of each token, (..., N, C) -> (..., N, C) float64 holding integers.
+
+    A token with a non-finite element, or with max |x| < 1e-30, becomes all zeros.
+    """
+    x = feats.float()
+    peak = x.abs().amax(dim=-1, keepdim=True)  # NaN and Inf propagate into the peak
+    usable = torch.isfinite(peak) & (peak >= _TINY)
+    scale = torch.full_like(peak, _QMAX) / torch.where(usable, peak, 1.0)
+    q = torch.round(x * scale)  # round half to even
+    return torch.where(usable, q, 0.0).double()
+
+
+def gram(q: Tensor) -> Tensor:
+    """Exact integer inner products q_i . q_j as float64, (..., N, C) -> (..., N, N).
+
+    Every partial sum is an integer below 2**53, so float64 holds it exactly in any order.
+    """
+    return q @ q.transpose(-1, -2)
+
+
+def inverse_norms(g: Tensor) -> Tensor:
+    """float32(1 / sqrt(float64(G_ii))), 0 where G_ii = 0; (..., N, N) -> (..., N)."""
+    squared = g.diagonal(dim1=-2, dim2=-1)
+    inv = (1.0 / torch.sqrt(torch.where(squared > 0, squared, 1.0))).float()
+    return torch.where(squared > 0, inv, 0.0)
+
+
+def _similarities(feats: Tensor) -> tuple[Tensor, Tensor]:
+    """s_ij = fl32(fl32(G_ij) * inv_j) and inv_i, the two factors of the cosine."""
+    g = gram(quantize(feats))
+    inv = inverse_norms(g)
+    return g.float() * inv.unsqueeze(-2), inv
+
+
+def _dedup_list(s: Tensor, inv: Tensor, residual: Tensor, k: int, step: int) -> Tensor:
+    """The loop, for one image.
+
+    Args:
+        s: (R, R) similarities between residual tokens, inv: (R,) inverse norms.
+        residual: (R,) rows of `s` in ranking order.
+
+    Returns:
+        (min(k, R),) the surviving entries of `residual`, in the list order of the last round.
+    """
+    while len(residual) > k:
+        a, b = residual[0::2], residual[1::2]
+        redundancy = s[a][:, b].amax(dim=1) * inv[a]
+        order = torch.sort(redundancy, descending=True, stable=True).indices
+        r = min(step, len(residual) - k, len(a))
+        residual = torch.cat([a[order[r:]], b])
+    return residual
+
+
+def _select(feats: Tensor, scores: Tensor, k: int, important_ratio: float, step: int) -> Tensor:
+    """Kept token indices of one image, ascending: feats (N, C), scores (N,) -> (min(k, N),)."""
+    n = len(scores)
+    if k >= n:
+        return torch.arange(n, device=scores.device)
+    k_important = int(k * important_ratio)
+    ranking = torch.sort(scores, descending=True, stable=True).indices
+    important, residual = ranking[:k_important], ranking[k_important:]
+    if k == k_important:
+        return important.sort().values
+    s, inv = _similarities(feats[residual])
+    rows = torch.arange(len(residual), device=scores.device)
+    diverse = residual[_dedup_list(s, inv, rows, k - k_important, step)]
+    return torch.cat([important, diverse]).sort().values
+
+
+def gather_tokens(feats: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` (B, k) of feats (B, N, C): (B, k, C). Differentiable in feats."""
+    return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1]))
+
+
+# ----------------------------------------------------------------------------- the public API
+def topk(cls_attn: Tensor, k: int) -> TopkResult:
+    """See :func:`vispruner_cuda.topk`."""
+    _checks.topk(cls_attn, k)
+    scores = ranking_scores(cls_attn)
+    values, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return TopkResult(values[:, :k].contiguous(), indices[:, :k].contiguous())
+
+
+def pairwise_cosine(feats: Tensor) -> Tensor:
+    """See :func:`vispruner_cuda.pairwise_cosine`."""
+    _checks.pairwise_cosine(feats)
+    s, inv = _similarities(feats)
+    return s * inv.unsqueeze(-1)
+
+
+def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
+    """See :func:`vispruner_cuda.dedup`."""
+    _checks.dedup(feats, k, step)
+    batch, n = feats.shape[:2]
+    rows = torch.arange(n, device=feats.device)
+    kept = rows.new_empty((batch, min(k, n)))
+    for image in range(batch):
+        s, inv = _similarities(feats[image])
+        kept[image] = _dedup_list(s, inv, rows, k, step).sort().values
+    return kept
+
+
+def prune(
+    feats: Tensor,
+    cls_attn: Tensor,
+    k: int,
+    *,
+    important_ratio: float = 0.5,
+    step: int = 8,
+) -> PruneResult:
+    """See :func:`vispruner_cuda.prune`."""
+    _checks.prune(feats, cls_attn, k, important_ratio, step)
+    scores = ranking_scores(cls_attn)
+    batch, n = scores.shape
+    indices = torch.empty((batch, min(k, n)), dtype=torch.int64, device=feats.device)
+    for image in range(batch):
+        indices[image] = _select(feats[image], scores[image], k, important_ratio, step)
+    return PruneResult(gather_tokens(feats, indices), indices)
+
+
+def prune_varlen(
+    feats: Tensor,
+    cls_attn: Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
+    k: int | Sequence[int],
+    *,
+    important_ratio: float = 0.5,
+    step: int = 8,
+) -> PruneVarlenResult:
+    """See :func:`vispruner_cuda.prune_varlen`."""
+    bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
+    attn = cls_attn.unsqueeze(0)
+    kept, kept_bounds = [], [0]
+    for start, end, k_image in zip(bounds[:-1], bounds[1:], ks, strict=True):
+        scores = ranking_scores(attn[..., start:end])[0]
+        local = _select(feats[start:end], scores, k_image, important_ratio, step)
+        kept.append(local + start)
+        kept_bounds.append(kept_bounds[-1] + len(local))
+    indices = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64, device=feats.device)
+    return PruneVarlenResult(feats[indices], indices, tuple(kept_bounds))
