@@ -62,7 +62,7 @@ def gram(q: Tensor) -> Tensor:
 
     Every partial sum is an integer below 2**53, so float64 holds it exactly in any order.
     """
-    return q @ q.transpose(-1, -2)
+    return q @ q.transpose(-1, -2) + 0.0  # an integer has no -0
 
 
 def inverse_norms(g: Tensor) -> Tensor:

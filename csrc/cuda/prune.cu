@@ -41,7 +41,7 @@ Wave next_wave(const PruneArgs& args, int64_t begin) {
   const int64_t left = args.images - begin;
   if (!args.ragged) {
     const int64_t each = image_bytes(args, args.shape);
-    int64_t fit = args.workspace_limit / each;
+    int64_t fit = each > 0 ? args.workspace_limit / each : left;
     fit = fit < 1 ? 1 : fit;
     fit = fit > kMostImages ? kMostImages : fit;
     fit = fit < left ? fit : left;

@@ -124,6 +124,42 @@ void release(int begin, int end) {
   for (int i = begin; i < end; ++i) fibers[static_cast<size_t>(i)].state = State::kReady;
 }
 
+// Resumes the ready ones of 32 threads, and tells whether there were any.
+bool resume_lanes(std::vector<int>::const_iterator threads) {
+  bool any = false;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const int i = threads[lane];
+    Fiber& fiber = fibers[static_cast<size_t>(i)];
+    if (fiber.state != State::kReady) continue;
+    any = true;
+    current = i;
+    thread_index = dim3(static_cast<unsigned>(i));
+    switch_to(scheduler, fiber.context);
+    if (failure) throw std::runtime_error(failure);
+  }
+  return any;
+}
+
+// The threads of a block, warp by warp, in the order that they are resumed in.
+std::vector<int> resume_order() {
+  std::vector<int> order(static_cast<size_t>(count));
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule == 1) std::reverse(order.begin(), order.end());
+  if (schedule > 1) {
+    std::mt19937 random(schedule);
+    std::vector<int> first(static_cast<size_t>(count / kWarpSize));
+    std::iota(first.begin(), first.end(), 0);
+    std::shuffle(first.begin(), first.end(), random);
+    for (int i = 0; i < count; ++i) {
+      order[static_cast<size_t>(i)] = first[static_cast<size_t>(i / kWarpSize)] * kWarpSize + i % kWarpSize;
+    }
+    for (auto warp = order.begin(); warp != order.end(); warp += kWarpSize) {
+      std::shuffle(warp, warp + kWarpSize, random);
+    }
+  }
+  return order;
+}
+
 void run_block(const std::vector<int>& order) {
   at_barrier = done = 0;
   failure = nullptr;
@@ -137,14 +173,10 @@ void run_block(const std::vector<int>& order) {
   for (Warp& warp : warps) warp.waiting = 0;
   while (done < count) {
     bool progress = false;
-    for (const int i : order) {
-      Fiber& fiber = fibers[static_cast<size_t>(i)];
-      if (fiber.state != State::kReady) continue;
-      progress = true;
-      current = i;
-      thread_index = dim3(static_cast<unsigned>(i));
-      switch_to(scheduler, fiber.context);
-      if (failure) throw std::runtime_error(failure);
+    // Each warp runs as far as it gets before the next one starts: warps drift apart as much as
+    // barriers allow, which is what shows a missing one.
+    for (auto warp = order.begin(); warp != order.end(); warp += kWarpSize) {
+      while (resume_lanes(warp)) progress = true;
     }
     if (!progress) {
       throw std::runtime_error(
@@ -194,10 +226,7 @@ int run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void(
   body = &kernel;
   count = threads;
   block_size = dim3(static_cast<unsigned>(threads));
-  std::vector<int> order(static_cast<size_t>(threads));
-  std::iota(order.begin(), order.end(), 0);
-  if (schedule == 1) std::reverse(order.begin(), order.end());
-  if (schedule > 1) std::shuffle(order.begin(), order.end(), std::mt19937(schedule));
+  const std::vector<int> order = resume_order();
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       std::fill(memory.begin(), memory.end(), kPoison);

@@ -31,8 +31,8 @@ extern unsigned char* dynamic_shared;
 constexpr int kMostShared = 227 * 1024;
 extern int shared_limit;  // what shared_memory_limit reports: tests force launch plans with it
 
-// Order in which runnable threads are resumed: 0 ascending, 1 descending, else a shuffle with this
-// seed. A missing barrier shows in at least one of the first two.
+// Order of the warps, and of the threads in them: 0 ascending, 1 descending, else a shuffle with
+// this seed. A missing barrier shows in at least one of the first two.
 extern unsigned schedule;
 
 void block_barrier();

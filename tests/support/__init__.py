@@ -1,1 +1,16 @@
 """What several test folders share: problems to solve, and the implementations that solve them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import vispruner_cuda
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """For a child interpreter that is to find these tests and the package under test."""
+    path = [str(TESTS), str(Path(vispruner_cuda.__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}

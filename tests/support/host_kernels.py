@@ -48,7 +48,10 @@ def build(csrc: Path, directory: Path) -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vispruner_simt", path)
+    # pybind11 returns the module it has for a name: every file gets a name of its own (the last
+    # part is that of the init function).
+    name = f"host_kernels_{abs(hash(path))}.vispruner_simt"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

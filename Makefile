@@ -1,0 +1,77 @@
+# From a bare machine with python3 and a C++ compiler (and nvcc, for the CUDA kernels):
+#
+#   make demo     or     make test
+#
+# Both use a virtual environment of their own in $(VENV), with the versions in constraints.txt.
+# To use the environment you are in instead, with its own torch, say VENV= (empty): then this
+# package is installed into it, and nothing else is.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+BIN :=
+PY := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+INSTALL := $(PY) -m pip install --no-deps .
+else
+BIN := $(abspath $(VENV))/bin/
+PY := $(BIN)python
+INSTALL := $(PY) -m pip install -c constraints.txt '.[dev]'
+endif
+
+CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test lint format bench clean
+.PHONY: lint-ruff lint-mypy lint-format lint-tidy
+
+help:  ## print this
+	@echo 'make TARGET [PYTHON=python3] [VENV=.venv, or empty: the current environment]'
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+# torch comes first: the build uses the torch it finds and must not fetch another.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt torch
+	touch $@
+
+venv: $(if $(BIN),$(VENV)/.torch) ## make the virtual environment, with torch
+
+install: venv ## build and install the package, and say what was built
+	$(INSTALL)
+	$(PY) -m vispruner_cuda
+
+demo: install ## prune a real photograph and draw the kept patches (DEMO_ARGS)
+	$(PY) -m vispruner.demo $(DEMO_ARGS)
+
+# From within tests/, so that Python finds the installed package and not the source tree.
+test: install ## run all tests (PYTEST_ARGS)
+	cd tests && $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: lint-ruff lint-mypy lint-format lint-tidy ## check style, types and C++ (changes nothing)
+
+lint-ruff: install
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+
+lint-mypy: install
+	$(BIN)mypy
+
+lint-format: install
+	$(CXX_FILES) | xargs $(BIN)clang-format --dry-run -Werror
+
+lint-tidy: install
+	PATH="$(BIN):$$PATH" $(PY) .ci/clang_tidy.py
+
+format: install ## format all sources in place
+	$(BIN)ruff check --fix-only .
+	$(BIN)ruff format .
+	$(CXX_FILES) | xargs $(BIN)clang-format -i
+
+bench: install ## run the benchmarks, JSON in .benchmarks/
+	cd benchmarks && $(PY) -m pytest --benchmark-only --benchmark-autosave $(PYTEST_ARGS)
+
+clean:  ## remove what was built (the virtual environment stays)
+	rm -rf build dist python/*.egg-info *.egg-info vispruner_cuda/libvispruner.so

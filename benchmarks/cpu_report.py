@@ -1,0 +1,194 @@
+"""Measures the CPU operators against eager PyTorch and writes results/cpu.json.
+
+All candidates of a case run in one process on the same tensors, interleaved round by round, so
+that a slow moment of the machine hits all of them; the table has medians. Before timing, every
+operator is compared with the reference. Extra memory is the growth of the peak resident set over
+one `prune` call in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import environment
+import peers
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from workloads import CASES, Case
+
+import vispruner_cuda
+
+OPERATOR = "vispruner_cuda"
+MEMORY_CASES = (
+    Case("prune", 1, 576),
+    Case("prune", 1, 576, "bfloat16"),
+    Case("prune", 1, 2880),
+    Case("prune", 1, 2880, "bfloat16"),
+)
+
+
+def candidates(case: Case) -> dict[str, Callable[[], Any]]:
+    """The operator and its peers as functions without arguments."""
+    feats, attn = case.tensors()
+    k = case.k
+    if case.op == "prune":
+        found: dict[str, Callable[[], Any]] = {
+            OPERATOR: lambda: vispruner_cuda.prune(feats, attn, k),
+            "eager loop": lambda: peers.prune_each(feats, attn, k),
+        }
+        if case.images > 1:
+            found["eager loop, batched"] = lambda: peers.prune_batched(feats, attn, k)
+        return found
+    if case.op == "topk":
+        return {
+            OPERATOR: lambda: vispruner_cuda.topk(attn, k),
+            "mean, torch.topk": lambda: peers.topk(attn, k),
+        }
+    if case.op == "pairwise_cosine":
+        return {
+            OPERATOR: lambda: vispruner_cuda.pairwise_cosine(feats),
+            "normalize, matmul": lambda: peers.pairwise_cosine(feats),
+        }
+    return {
+        OPERATOR: lambda: vispruner_cuda.dedup(feats, k),
+        "eager loop": lambda: peers.dedup(feats, k),
+    }
+
+
+def check(case: Case) -> None:
+    """The operator against the reference, bit for bit."""
+    feats, attn = case.tensors()
+    reference = vispruner_cuda.reference
+    got: Any
+    want: Any
+    if case.op == "prune":
+        got, want = (module.prune(feats, attn, case.k) for module in (vispruner_cuda, reference))
+    elif case.op == "topk":
+        got, want = (module.topk(attn, case.k) for module in (vispruner_cuda, reference))
+    elif case.op == "pairwise_cosine":
+        got, want = ([m.pairwise_cosine(feats)] for m in (vispruner_cuda, reference))
+    else:
+        got, want = ([m.dedup(feats, case.k)] for m in (vispruner_cuda, reference))
+    if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+        raise SystemExit(f"{case.name}: the operator and the reference differ")
+
+
+def measure(case: Case, rounds: int, tick: Callable[[], None]) -> dict[str, Any]:
+    """Interleaved timings of one case, in milliseconds."""
+    functions = candidates(case)
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+        tick()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    minima = {name: min(values) for name, values in times.items()}
+    return {
+        "name": case.name,
+        "op": case.op,
+        "images": case.images,
+        "tokens": case.tokens,
+        "channels": case.channels,
+        "dtype": case.dtype,
+        "k": case.k,
+        "rounds": rounds,
+        "median_ms": {name: round(value, 4) for name, value in medians.items()},
+        "min_ms": {name: round(value, 4) for name, value in minima.items()},
+        "speedup": round(_speedup(medians), 2),
+        "speedup_of_minima": round(_speedup(minima), 2),
+    }
+
+
+def _speedup(times: dict[str, float]) -> float:
+    """How many times faster than the fastest peer."""
+    return min(value for name, value in times.items() if name != OPERATOR) / times[OPERATOR]
+
+
+# ------------------------------------------------------------------------------------ memory
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(field)
+
+
+def peak_growth(case: Case) -> int:
+    """Growth of the peak resident set over the first call of this size in this process."""
+    feats, attn = case.tensors()
+    vispruner_cuda.prune(feats[:, :96].clone(), attn[..., :96].clone(), 8)  # threads and code
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = _status("VmHWM")
+    vispruner_cuda.prune(feats, attn, case.k)
+    return _status("VmHWM") - before
+
+
+def memory(case: Case, threads: int) -> dict[str, Any]:
+    """Extra memory of one call, measured in a fresh process."""
+    command = [sys.executable, __file__, "--memory-of", case.name, "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    extra = int(done.stdout)
+    residual = case.tokens - case.k // 2
+    feats = case.images * case.tokens * case.channels * (4 if case.dtype == "float32" else 2)
+    gram = 4 * residual * residual
+    return {
+        "name": case.name,
+        "peak_extra_bytes": extra,
+        "gram_bytes": gram,
+        "features_bytes": feats,
+        "copies_of_features_besides_gram": round((extra - gram) / feats, 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of the small cases; no file")
+    parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        (case,) = (c for c in MEMORY_CASES if c.name == options.memory_of)
+        print(peak_growth(case))
+        return 0
+
+    cases = [c for c in CASES if not options.quick or c.tokens <= 576]
+    rounds = {c: 3 if options.quick else c.rounds for c in cases}
+    speed = []
+    console = Console(stderr=True)
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=sum(rounds.values()))
+        for case in cases:
+            progress.update(task, description=f"{case.name:<42}")
+            check(case)
+            row = measure(case, rounds[case], lambda: progress.advance(task))
+            speed.append(row)
+            progress.console.print(
+                f"{case.name:<42} {row['median_ms']}  "
+                f"{row['speedup']}x (minima: {row['speedup_of_minima']}x)"
+            )
+    extra = [
+        memory(c, options.threads) for c in MEMORY_CASES if not options.quick or c.tokens < 1000
+    ]
+    for row in extra:
+        console.print(json.dumps(row))
+    if not options.quick:
+        console.print(f"wrote {environment.write('cpu', {'speed': speed, 'memory': extra})}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Generates the tables of README.md and docs/ from the files in benchmarks/results/.
+
+A table lies between `<!-- table:NAME -->` and `<!-- /table -->`. Without options the files are
+rewritten; `--check` only says which are out of date, and exits with 1 if one is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+DOCUMENTS = ("README.md", "docs/*.md")
+
+_BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def _load(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """First column left, the others right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _where(data: Any) -> str:
+    device, versions = data["device"], data["versions"]
+    return (
+        f"{device['processor']}, {device['threads']} threads, {device['instruction_set']}; "
+        f"torch {versions['torch']}; {data['date']}."
+    )
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def cpu_speed(results: Callable[[str], Any]) -> str:
+    """Operators against the fastest eager peer."""
+    data = results("cpu")
+    rows = []
+    for row in data["speed"]:
+        median = dict(row["median_ms"])
+        own = median.pop("vispruner_cuda")
+        peer = min(median, key=lambda name: median[name])
+        rows.append(
+            [
+                f"`{row['name']}`",
+                f"{_milliseconds(median[peer])} ({peer})",
+                _milliseconds(own),
+                f"{row['speedup']:.1f} x" if row["speedup"] < 10 else f"{row['speedup']:.0f} x",
+            ]
+        )
+    table = _markdown(
+        ["work (images x tokens x channels)", "eager PyTorch", "here", "faster"], rows
+    )
+    return f"{table}\nMedians, interleaved in one process. {_where(data)}\n"
+
+
+def cpu_memory(results: Callable[[str], Any]) -> str:
+    """Extra memory of one call."""
+    data = results("cpu")
+
+    def mib(count: int) -> str:
+        return f"{count / 2**20:.1f} MiB"
+
+    rows = [
+        [
+            f"`{row['name']}`",
+            mib(row["features_bytes"]),
+            mib(row["gram_bytes"]),
+            mib(row["peak_extra_bytes"]),
+            f"{row['copies_of_features_besides_gram']:.2f}",
+        ]
+        for row in data["memory"]
+    ]
+    head = ["work", "features", "Gram matrix", "peak extra", "copies of the features besides Gram"]
+    return (
+        f"{_markdown(head, rows)}\nGrowth of the peak resident set over one call. {_where(data)}\n"
+    )
+
+
+def chaos(results: Callable[[str], Any]) -> str:
+    """What survives a rounding error."""
+    data = results("numerics_chaos")
+    parts = []
+    for result in data["results"]:
+        rows = [
+            [
+                row["variant"],
+                f"{100 * row['important_agreement']:.0f} %",
+                f"{100 * row['diverse_agreement']:.0f} %",
+                f"{100 * row['identical']:.0f} %",
+                f"{row['coverage']:.3f}",
+            ]
+            for row in result["variants"]
+        ]
+        head = ["kept by", "important half", "diverse half", "images unchanged", "coverage"]
+        count = f"{result['images']} images"
+        parts.append(
+            f"{result['features'].capitalize()} features, {count}:\n\n{_markdown(head, rows)}"
+        )
+    setup = data["setup"]
+    shape = f"{setup['tokens']} tokens, {setup['channels']} channels, k = {setup['k']}"
+    return "\n".join(parts) + f"\n{shape}, ratio {setup['important_ratio']}. {_where(data)}\n"
+
+
+def gpu_status(results: Callable[[str], Any]) -> str:
+    """What has run on a GPU, from gpu_verified.json, which a run on a GPU writes."""
+    data = results("gpu_verified")
+    head = ["GPU", "date", "torch, driver", "tests passed", "failed", "csrc tree"]
+    if data is None:
+        return "GPU-tested: not yet. No kernel of this project has run on a GPU so far.\n"
+    runs = data if isinstance(data, list) else [data]
+    rows = [
+        [
+            str(run["device"]),
+            str(run["date"]),
+            f"{run['torch']}, {run['driver']}",
+            str(run["tests"]["passed"]),
+            str(run["tests"]["failed"]),
+            f"`{run['csrc_tree'][:12]}`",
+        ]
+        for run in runs
+    ]
+    return _markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
+    "cpu-speed": cpu_speed,
+    "cpu-memory": cpu_memory,
+    "chaos": chaos,
+    "gpu-status": gpu_status,
+}
+
+
+def render(text: str, results: Callable[[str], Any] = _load) -> str:
+    """The text with every table generated anew; KeyError for a table that nobody makes."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match['name']](results)}\n{match[3]}"
+
+    return _BLOCK.sub(table, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    stale = 0
+    for pattern in DOCUMENTS:
+        for path in sorted(options.root.glob(pattern)):
+            old = path.read_text()
+            new = render(old)
+            if new == old:
+                continue
+            stale += 1
+            if options.check:
+                print(f"{path}: tables are out of date: run python benchmarks/tables.py")
+            else:
+                path.write_text(new)
+                print(f"{path}: updated")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

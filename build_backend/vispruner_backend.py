@@ -1,0 +1,164 @@
+"""The PEP 517/660 backend: setuptools, building against the torch that is already installed.
+
+pip builds in an isolated environment, and a build requirement on torch would download a second
+torch (gigabytes) to build against.  But pip runs the isolated build with the target environment's
+own interpreter, hiding its packages with PYTHONPATH alone: a child interpreter without that
+variable sees them.  So this backend asks a child where torch is and hands the directory to CMake.
+torch is never imported, and is named as a build requirement only where there is none.
+
+In the same way setuptools, CMake and ninja are required only where none that is good enough can
+be reached: with them in place, `pip install .` needs no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TORCH = (2, 10)  # the first with all of the stable ABI that csrc/ops.cpp uses
+SETUPTOOLS = (77, 0)  # the first that knows the license expression in pyproject.toml
+CMAKE = (3, 22)
+
+TORCH_DIR = "VISPRUNER_TORCH_DIR"
+
+# What pip (PYTHONPATH) and `build` (PYTHONNOUSERSITE) use to hide an environment from the build.
+_HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")
+
+_PROBE = """
+import importlib.metadata, importlib.util, json
+found = {}
+for name in ("torch", "setuptools"):
+    spec = importlib.util.find_spec(name)
+    if spec and spec.submodule_search_locations:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found[name] = [version, spec.submodule_search_locations[0]]
+print(json.dumps(found))
+"""
+
+
+def _version(text: str) -> tuple[int, int]:
+    """The first two numbers of a version, (0, 0) if there are none."""
+    match = re.search(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _packages(target: bool) -> dict[str, tuple[str, str]]:
+    """Version and directory of torch and setuptools: in the target environment, or in this one."""
+    hidden = _HIDING if target else ()
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    # Not in the source tree, where `python -c` would find its directories first.
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE], env=environment, cwd=os.sep, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        return {}
+    return {name: (found[0], found[1]) for name, found in json.loads(done.stdout).items()}
+
+
+def torch_dir() -> str | None:
+    """The torch to build against: VISPRUNER_TORCH_DIR, this environment's, or the target's."""
+    named = os.environ.get(TORCH_DIR)
+    if named:
+        if not Path(named, "include", "torch", "headeronly", "version.h").is_file():
+            raise RuntimeError(f"{TORCH_DIR}={named}: no torch >= {TORCH[0]}.{TORCH[1]} there")
+        return named
+    for target in (False, True):
+        version, directory = _packages(target).get("torch", ("", ""))
+        if _version(version) >= TORCH:
+            return directory
+    return None
+
+
+def _target_setuptools() -> str | None:
+    """The directory to import the target environment's setuptools from, if it is new enough."""
+    version, directory = _packages(target=True).get("setuptools", ("", ""))
+    return str(Path(directory).parent) if _version(version) >= SETUPTOOLS else None
+
+
+def _tool_works(name: str, oldest: tuple[int, int] = (0, 0)) -> bool:
+    """Whether a command runs here (one that pip installed in a hidden environment may not)."""
+    try:
+        done = subprocess.run([name, "--version"], capture_output=True, text=True)
+    except OSError:
+        return False
+    return done.returncode == 0 and _version(done.stdout) >= oldest
+
+
+def _setuptools_requirement() -> list[str]:
+    return [] if _target_setuptools() else [f"setuptools>={SETUPTOOLS[0]}.{SETUPTOOLS[1]}"]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    requirements = _setuptools_requirement()
+    if not _tool_works("cmake", CMAKE):
+        requirements.append(f"cmake>={CMAKE[0]}.{CMAKE[1]}")
+    if not _tool_works("ninja"):
+        requirements.append("ninja")
+    if torch_dir() is None:
+        requirements.append(f"torch>={TORCH[0]}.{TORCH[1]}")
+    return requirements
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
+    return _setuptools_requirement()
+
+
+def _setuptools() -> Any:
+    """setuptools.build_meta, from the target environment if this one has no setuptools."""
+    try:
+        from setuptools import build_meta
+    except ImportError:
+        directory = _target_setuptools()
+        if directory is None:
+            raise
+        sys.path.append(directory)  # last: what the build environment has comes first
+        from setuptools import build_meta
+    return build_meta
+
+
+def _builder() -> Any:
+    directory = torch_dir()
+    if directory is None:
+        raise RuntimeError(
+            "vispruner: no torch to build against. Install torch first, or set "
+            f"{TORCH_DIR} to the directory of its package."
+        )
+    os.environ[TORCH_DIR] = directory  # for setup.py, which hands it to CMake
+    return _setuptools()
+
+
+def build_wheel(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
+    return _builder().build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
+    return _builder().build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
+    return _setuptools().build_sdist(sdist_directory, config_settings)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Any = None) -> str:
+    return _setuptools().prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: Any = None
+) -> str:
+    return _setuptools().prepare_metadata_for_build_editable(metadata_directory, config_settings)

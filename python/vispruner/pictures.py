@@ -1,0 +1,180 @@
+"""Pictures of what was kept, drawn over the photograph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+Color = tuple[int, int, int]
+
+# Okabe and Ito's palette: told apart with every kind of colour vision.
+IMPORTANT: Color = (230, 159, 0)
+DIVERSE: Color = (86, 180, 233)
+
+_INK: Color = (40, 40, 40)
+_PAPER: Color = (255, 255, 255)
+_DIMMED: Color = (24, 24, 28)
+_DIMMING = 0.65  # share of _DIMMED in a dropped patch
+# Anchors of the heat map, low to high: dark violet to yellow, of rising lightness throughout.
+_HEAT: tuple[Color, ...] = (
+    (68, 1, 84),
+    (59, 82, 139),
+    (33, 145, 140),
+    (94, 201, 98),
+    (253, 231, 37),
+)
+
+
+def _cells(grid: tuple[int, int], indices: Iterable[int], name: str) -> list[tuple[int, int]]:
+    """(row, column) of token indices, which count along the rows."""
+    rows, columns = grid
+    cells = []
+    for index in indices:
+        if not 0 <= index < rows * columns:
+            raise ValueError(
+                f"{name} holds {index}, which is no patch of a {rows} x {columns} grid"
+            )
+        cells.append(divmod(int(index), columns))
+    return cells
+
+
+def _fit(image: Image.Image, grid: tuple[int, int], cell: int) -> Image.Image:
+    """The image at `cell` pixels a patch."""
+    rows, columns = grid
+    return image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
+
+
+def draw_kept(
+    image: Image.Image,
+    grid: tuple[int, int],
+    important: Iterable[int],
+    diverse: Iterable[int],
+    *,
+    cell: int = 20,
+) -> Image.Image:
+    """The image with dropped patches dimmed and kept patches framed.
+
+    Args:
+        image: what the encoder saw: the patch grid covers all of it.
+        grid: rows and columns of patches.
+        important: indices of tokens kept for their score, framed in `IMPORTANT`.
+        diverse: indices of tokens kept for their diversity, framed in `DIVERSE`.
+        cell: side of a patch in the picture, in pixels.
+
+    Returns:
+        An RGB image of (columns * cell) x (rows * cell) pixels.
+
+    Raises:
+        ValueError: an index is outside the grid.
+    """
+    photo = _fit(image, grid, cell)
+    gray = ImageOps.grayscale(photo).convert("RGB")
+    picture = Image.blend(gray, Image.new("RGB", photo.size, _DIMMED), _DIMMING)
+    pen = ImageDraw.Draw(picture)
+    width = max(1, cell // 8)
+    for name, indices, color in (
+        ("important", important, IMPORTANT),
+        ("diverse", diverse, DIVERSE),
+    ):
+        for row, column in _cells(grid, indices, name):
+            box = (column * cell, row * cell, (column + 1) * cell, (row + 1) * cell)
+            picture.paste(photo.crop(box), box)
+            pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=color, width=width)
+    return picture
+
+
+def _heat(share: float) -> Color:
+    """Colour of a value in [0, 1]."""
+    at = min(max(share, 0.0), 1.0) * (len(_HEAT) - 1)
+    low = min(int(at), len(_HEAT) - 2)
+    mix = at - low
+    r, g, b = (round(x + (y - x) * mix) for x, y in zip(_HEAT[low], _HEAT[low + 1], strict=True))
+    return r, g, b
+
+
+def draw_scores(
+    image: Image.Image,
+    grid: tuple[int, int],
+    scores: Sequence[float],
+    *,
+    cell: int = 20,
+) -> Image.Image:
+    """Heat map of the scores over the image, a patch a cell.
+
+    Colours go by rank, not by value: [CLS] attention has a few peaks that would leave all other
+    patches one colour. NaN ranks last, as it does in pruning.
+
+    Args:
+        image, grid, cell: as in :func:`draw_kept`.
+        scores: one for each patch.
+
+    Raises:
+        ValueError: the number of scores is not that of the patches.
+    """
+    rows, columns = grid
+    if len(scores) != rows * columns:
+        raise ValueError(f"scores has {len(scores)} values for a {rows} x {columns} grid")
+    keys = [-float("inf") if score != score else float(score) for score in scores]
+    order = sorted(range(len(keys)), key=lambda token: keys[token])
+    heat = Image.new("RGB", (columns, rows))
+    for rank, token in enumerate(order):
+        row, column = divmod(token, columns)
+        heat.putpixel((column, row), _heat(rank / max(1, len(order) - 1)))
+    photo = _fit(image, grid, cell)
+    gray = ImageOps.grayscale(photo).convert("RGB")
+    return Image.blend(gray, heat.resize(photo.size, Image.Resampling.NEAREST), 0.6)
+
+
+def _swatch(color: Color, side: int) -> Image.Image:
+    """A framed patch, as `draw_kept` frames them."""
+    swatch = Image.new("RGB", (side, side), _PAPER)
+    ImageDraw.Draw(swatch).rectangle((0, 0, side - 1, side - 1), outline=color, width=side // 4)
+    return swatch
+
+
+def montage(
+    rows: Sequence[Sequence[Image.Image]],
+    headings: Sequence[str],
+    legend: Sequence[tuple[Color | None, str]] = (),
+    *,
+    gap: int = 12,
+) -> Image.Image:
+    """Panels of equal size in rows, a heading over each column and a legend below.
+
+    Args:
+        rows: the panels; every row as long as `headings`.
+        headings: one for each column.
+        legend: (colour, text) entries; without a colour, a line of text of its own.
+        gap: space around panels, in pixels.
+    """
+    if any(len(row) != len(headings) for row in rows):
+        raise ValueError(f"every row of a montage with {len(headings)} headings must be as long")
+    font = ImageFont.load_default(size=18)
+    small = ImageFont.load_default(size=15)
+    width, height = rows[0][0].size
+    head = 34
+    marks = [(color, text) for color, text in legend if color is not None]
+    notes = [text for color, text in legend if color is None]
+    foot = 28 * (bool(marks) + len(notes))
+    size = (
+        gap + len(headings) * (width + gap),
+        head + len(rows) * (height + gap) + foot,
+    )
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        x = gap + column * (width + gap)
+        pen.text((x, head // 2), heading, fill=_INK, font=font, anchor="lm")
+        for row, panels in enumerate(rows):
+            sheet.paste(panels[column], (x, head + row * (height + gap)))
+    x, y = gap, size[1] - foot + 8
+    for color, text in marks:
+        sheet.paste(_swatch(color, 16), (x, y - 2))
+        pen.text((x + 22, y + 6), text, fill=_INK, font=small, anchor="lm")
+        x += 22 + int(pen.textlength(text, font=small)) + 28
+    y += 28 if marks else 0
+    for text in notes:
+        pen.text((gap, y + 6), text, fill=_INK, font=small, anchor="lm")
+        y += 28
+    return sheet

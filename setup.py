@@ -1,0 +1,87 @@
+"""Drives CMake (CMakeLists.txt is the build); all metadata is in pyproject.toml.
+
+Environment variables for CMake: VISPRUNER_CUDA=AUTO|ON|OFF, VISPRUNER_CUDA_ARCHS,
+VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compilations.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+OPTIONS = (
+    "VISPRUNER_CUDA",
+    "VISPRUNER_CUDA_ARCHS",
+    "VISPRUNER_TORCH_DIR",
+    "VISPRUNER_PTXAS_REPORT",
+)
+
+
+class BuildPy(build_py):
+    """Starts from an empty build/lib: a module deleted since an earlier build must not ship."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildLibrary(build_ext):
+    """Has CMake build libvispruner.so, for the package being built and into the source tree.
+
+    With a copy in the source tree `import vispruner_cuda` also works inside a clone, where
+    Python finds the source tree before the installed package.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python ABI in the name
+
+    def build_extension(self, ext: Extension) -> None:
+        # One directory for all kinds of build, so that the second one has little to compile.
+        build = ROOT / "build" / f"cmake-{self.plat_name}"
+        # pip builds in the source tree: an earlier build's options and compilers must not linger.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(found)
+        arguments = [
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+        ]
+        arguments += [f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)]
+        ninja = shutil.which("ninja")
+        if ninja:  # by its path: that of an earlier build may lie in an environment that is gone
+            arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+
+        packaged = Path(self.get_ext_fullpath(ext.name)).resolve()
+        in_source = ROOT / "vispruner_cuda" / "libvispruner.so"
+        for target in {packaged, in_source}:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A new file, never over the old one: a running process may have that one mapped.
+            target.unlink(missing_ok=True)
+            shutil.copy2(build / "libvispruner.so", target)
+        print(f"\n{(build / 'summary.txt').read_text()}", flush=True)
+
+
+class PythonFreeWheel(bdist_wheel):
+    """The library has no Python symbol: one wheel a platform serves every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("vispruner_cuda.libvispruner", sources=[])],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildLibrary, "bdist_wheel": PythonFreeWheel},
+)

@@ -1,0 +1,150 @@
+"""Bad input of every argument: TypeError or ValueError that names it; never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vispruner_cuda
+from vispruner_cuda import _checks, reference
+
+F, A = torch.randn(2, 10, 4), torch.rand(2, 3, 10)
+PF, PA = torch.randn(10, 4), torch.rand(3, 10)
+WRONG_INTS = [("3", TypeError), (2.0, TypeError), (True, TypeError), (None, TypeError)]
+
+BAD: list[tuple[str, str, tuple[Any, ...], dict[str, Any], type[Exception]]] = []
+
+
+def bad(
+    function: str, argument: str, error: type[Exception], *args: Any, **keywords: Any
+) -> None:
+    BAD.append((function, argument, args, keywords, error))
+
+
+for wrong in ([[1.0]], None, 3):
+    bad("prune", "feats", TypeError, wrong, A, 3)
+    bad("prune", "cls_attn", TypeError, F, wrong, 3)
+    bad("topk", "cls_attn", TypeError, wrong, 3)
+    bad("dedup", "feats", TypeError, wrong, 3)
+    bad("pairwise_cosine", "feats", TypeError, wrong)
+    bad("prune_varlen", "feats", TypeError, wrong, PA, [0, 10], 3)
+    bad("prune_varlen", "cls_attn", TypeError, PF, wrong, [0, 10], 3)
+for dtype in (torch.float64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):
+    bad("prune", "feats", TypeError, F.to(dtype), A, 3)
+    bad("prune", "cls_attn", TypeError, F, A.to(dtype), 3)
+    bad("topk", "cls_attn", TypeError, A.to(dtype), 3)
+    bad("dedup", "feats", TypeError, F.to(dtype), 3)
+    bad("pairwise_cosine", "feats", TypeError, F.to(dtype))
+bad("prune", "feats", TypeError, F.to_sparse(), A, 3)
+bad("prune", "feats", ValueError, F[0], A, 3)
+bad("prune", "feats", ValueError, F[:, :, :0], A, 3)
+bad("prune", "cls_attn", ValueError, F, A[0, 0], 3)
+bad("prune", "cls_attn", ValueError, F, A[:, :0], 3)
+bad("prune", "cls_attn", ValueError, F, A[:, :, :9], 3)
+bad("prune", "cls_attn", ValueError, F, A[:1], 3)
+bad("prune", "cls_attn", ValueError, F, A.to("meta"), 3)
+bad("topk", "cls_attn", ValueError, A[0, 0], 3)
+bad("topk", "cls_attn", ValueError, A[None], 3)
+bad("pairwise_cosine", "feats", ValueError, F[0])
+bad("dedup", "feats", ValueError, F[0], 3)
+bad("prune_varlen", "feats", ValueError, F, PA, [0, 10], 3)
+bad("prune_varlen", "cls_attn", ValueError, PF, PA[:, :9], [0, 10], 3)
+bad("prune_varlen", "cls_attn", ValueError, PF, A, [0, 10], 3)
+for value, error in [*WRONG_INTS, (0, ValueError), (-5, ValueError)]:
+    bad("prune", "k", error, F, A, value)
+    bad("topk", "k", error, A, value)
+    bad("dedup", "k", error, F, value)
+    bad("prune_varlen", "k", error, PF, PA, [0, 10], value)
+    bad("prune_varlen", "k", error, PF, PA, [0, 5, 10], [3, value])
+    bad("prune", "step", error, F, A, 3, step=value)
+    bad("dedup", "step", error, F, 3, step=value)
+    bad("prune_varlen", "step", error, PF, PA, [0, 10], 3, step=value)
+for ratio, error in [
+    (-0.1, ValueError),
+    (1.1, ValueError),
+    (float("nan"), ValueError),
+    (float("inf"), ValueError),
+    ("0.5", TypeError),
+    (None, TypeError),
+    (True, TypeError),
+]:
+    bad("prune", "important_ratio", error, F, A, 3, important_ratio=ratio)
+    bad("prune_varlen", "important_ratio", error, PF, PA, [0, 10], 3, important_ratio=ratio)
+for bounds in ([], [0], [1, 10], [0, 9], [0, 11], [0, 7, 5, 10], [-1, 10]):
+    bad("prune_varlen", "cu_seqlens", ValueError, PF, PA, bounds, 3)
+bad("prune_varlen", "cu_seqlens", ValueError, PF, PA, torch.tensor([0, 10], device="meta"), 3)
+bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, torch.tensor([0.0, 10.0]), 3)
+bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, "0", 3)
+bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, 10, 3)
+bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, [0, 10.0], 3)
+bad("prune_varlen", "k", ValueError, PF, PA, [0, 5, 10], [3])
+LONG = _checks.MAX_TOKENS + 1
+bad("prune", "feats", ValueError, torch.empty(1, LONG, 1), torch.empty(1, LONG), 3)
+bad("topk", "cls_attn", ValueError, torch.empty(1, LONG), 3)
+bad("prune_varlen", "feats", ValueError, torch.empty(LONG, 1), torch.empty(LONG), [0, LONG], 3)
+
+
+@pytest.mark.parametrize("module", [vispruner_cuda, reference], ids=["operators", "reference"])
+@pytest.mark.parametrize(("function", "argument", "args", "keywords", "error"), BAD)
+def test_bad_input(
+    module: Any,
+    function: str,
+    argument: str,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+    error: type[Exception],
+) -> None:
+    call: Callable[..., Any] = getattr(module, function)
+    with pytest.raises(error, match=rf"^{argument} ") as raised:
+        call(*args, **keywords)
+    assert "\n" not in str(raised.value)
+
+
+def test_message_names_value_and_expectation() -> None:
+    with pytest.raises(ValueError, match=r"k must be at least 1, got 0"):
+        vispruner_cuda.prune(F, A, 0)
+    with pytest.raises(TypeError, match=r"feats must have dtype .* got torch\.float64"):
+        vispruner_cuda.prune(F.double(), A, 3)
+    with pytest.raises(ValueError, match=r"cls_attn .*\(2, 10\).*got a tensor of shape \(2, 3, 9\)"):
+        vispruner_cuda.prune(F, A[..., :9], 3)
+
+
+def test_numpy_ints_are_ints() -> None:
+    import numpy as np
+
+    kept = vispruner_cuda.prune(F, A, np.int64(3), step=np.int32(8))
+    assert torch.equal(kept.indices, reference.prune(F, A, 3).indices)
+
+
+# The operators check for themselves what could make them touch foreign memory.
+DIRECT: list[tuple[str, tuple[Any, ...]]] = [
+    ("topk", (A, 0)),
+    ("topk", (A.double(), 3)),
+    ("topk", (A[0, 0], 3)),
+    ("topk", (torch.empty(1, LONG), 3)),
+    ("pairwise_cosine", (F[0],)),
+    ("pairwise_cosine", (F.int(),)),
+    ("dedup", (F, -1, 8)),
+    ("dedup", (F, 3, 0)),
+    ("prune", (F, A[:1], 3, 0.5, 8)),
+    ("prune", (F, A[..., :9], 3, 0.5, 8)),
+    ("prune", (F, A, 0, 0.5, 8)),
+    ("prune", (F, A, 3, float("nan"), 8)),
+    ("prune", (F, A, 3, 2.0, 8)),
+    ("prune", (F, A, 3, 0.5, 0)),
+    ("prune", (F[..., :0], A, 3, 0.5, 8)),
+    ("prune_varlen", (PF, PA, [0, 11], [3], 0.5, 8)),
+    ("prune_varlen", (PF, PA, [0, 20, 10], [3, 3], 0.5, 8)),
+    ("prune_varlen", (PF, PA, [], [], 0.5, 8)),
+    ("prune_varlen", (PF, PA, [0, 10], [3, 3], 0.5, 8)),
+    ("prune_varlen", (PF, PA, [0, 10], [0], 0.5, 8)),
+]
+
+
+@pytest.mark.parametrize(("function", "args"), DIRECT)
+def test_direct_calls_do_not_crash(function: str, args: tuple[Any, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        getattr(torch.ops.vispruner, function)(*args)

@@ -1,0 +1,69 @@
+"""Every instruction set that this processor has returns the same; each in a process of its own,
+because the choice is made once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vispruner_cuda  # noqa: F401  (registers the operators)
+from support import environment
+
+INFO = json.loads(torch.ops.vispruner.build_info())
+
+# Golden cases, random problems and the largest sums; prints the number of comparisons.
+SCRIPT = """
+import json, sys
+import hypothesis, torch
+from hypothesis import given, settings
+from support.problems import Problem, golden_cases, problems
+import vispruner_cuda
+from vispruner_cuda import reference
+
+wanted = sys.argv[1]
+used = json.loads(torch.ops.vispruner.build_info())["cpu_isa"]
+if used != wanted:
+    print("unsupported", used)
+    raise SystemExit
+count = 0
+for case in golden_cases("upstream_exact") + golden_cases("v1"):
+    kept = vispruner_cuda.prune(
+        case.feats, case.cls_attn, case.k, important_ratio=case.important_ratio, step=case.step
+    )
+    assert torch.equal(kept.indices[0], case.indices), case.name
+    count += 1
+
+def check(problem):
+    global count
+    feats, attn = problem.tensors()
+    want = reference.prune(feats, attn, problem.k, **problem.keywords())
+    got = vispruner_cuda.prune(feats, attn, problem.k, **problem.keywords())
+    assert torch.equal(want.indices, got.indices), problem
+    assert torch.equal(reference.pairwise_cosine(feats), vispruner_cuda.pairwise_cosine(feats))
+    count += 2
+
+settings(max_examples=200, deadline=None, derandomize=True, database=None,
+         suppress_health_check=list(hypothesis.HealthCheck))(given(problems())(check))()
+for features in ("constant", "normal", "clustered"):
+    check(Problem(1, 150, 8192, None, 16, features=features))
+    check(Problem(2, 577, 200, 2, 60, features=features, dtype=torch.float16))
+print("equal", count)
+"""
+
+
+@pytest.mark.parametrize("isa", INFO["cpu_isas"])
+def test_instruction_set(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, isa],
+        env=environment(VISPRUNER_CPU_ISA=isa),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("unsupported"):
+        pytest.skip(f"this processor has no {isa}: {done.stdout.strip()}")
+    assert done.stdout.startswith("equal")

@@ -1,0 +1,109 @@
+"""What the build backend asks pip for: only what cannot be found."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The backend, on an imagined machine that has everything in the target environment."""
+    path = ROOT / "build_backend" / "vispruner_backend.py"
+    spec = importlib.util.spec_from_file_location("vispruner_backend", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.delenv(module.TORCH_DIR, raising=False)
+    packages = {"torch": ("2.13.0+cpu", "/env/torch"), "setuptools": ("84.2.1", "/env/setuptools")}
+    monkeypatch.setattr(module, "_packages", lambda target: packages if target else {})
+    monkeypatch.setattr(module, "_tool_works", lambda *_: True)
+    module.packages = packages
+    return module
+
+
+def test_nothing_where_all_is_there(backend):
+    assert backend.get_requires_for_build_wheel() == []
+    assert backend.get_requires_for_build_editable() == []
+    assert backend.get_requires_for_build_sdist() == []
+    assert backend.torch_dir() == "/env/torch"
+
+
+def test_torch_only_where_there_is_none(backend):
+    del backend.packages["torch"]
+    assert backend.get_requires_for_build_wheel() == ["torch>=2.10"]
+    assert backend.get_requires_for_build_sdist() == []
+
+
+def test_old_torch_counts_as_none(backend):
+    backend.packages["torch"] = ("2.9.1+cu128", "/env/torch")
+    assert backend.get_requires_for_build_wheel() == ["torch>=2.10"]
+
+
+def test_old_setuptools_counts_as_none(backend):
+    backend.packages["setuptools"] = ("65.5.0", "/env/setuptools")
+    assert backend.get_requires_for_build_wheel() == ["setuptools>=77.0"]
+
+
+def test_tools_that_do_not_work(backend, monkeypatch):
+    monkeypatch.setattr(backend, "_tool_works", lambda *_: False)
+    assert backend.get_requires_for_build_wheel() == ["cmake>=3.22", "ninja"]
+
+
+def test_tool_must_run_and_be_new_enough(backend, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    for name, text in (("good", "echo tool 3.25.1"), ("broken", "echo no module >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    assert backend._tool_works(str(tmp_path / "good"), (3, 22))
+    assert not backend._tool_works(str(tmp_path / "good"), (3, 26))
+    assert not backend._tool_works(str(tmp_path / "broken"))
+    assert not backend._tool_works(str(tmp_path / "absent"))
+
+
+def test_named_torch(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv(backend.TORCH_DIR, str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"no torch >= 2\.10 there"):
+        backend.torch_dir()
+    header = tmp_path / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert backend.torch_dir() == str(tmp_path)
+
+
+def test_build_without_torch_is_refused(backend, tmp_path):
+    del backend.packages["torch"]
+    with pytest.raises(RuntimeError, match="no torch to build against"):
+        backend.build_wheel(str(tmp_path))
+
+
+def test_sees_through_the_isolation_of_pip(tmp_path):
+    # pip hides the target's packages from the build with a sitecustomize on PYTHONPATH.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+    )
+    program = (
+        "import importlib.util, vispruner_backend as b\n"
+        "print(importlib.util.find_spec('torch') is None, b.torch_dir(), sep='\\n')"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "build_backend")])
+    environment = {key: value for key, value in os.environ.items() if key != "VISPRUNER_TORCH_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    hidden, found = done.stdout.splitlines()
+    if hidden != "True":
+        pytest.skip("torch is not in site-packages")
+    assert Path(found) == Path(torch.__file__).parent

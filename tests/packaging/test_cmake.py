@@ -1,0 +1,99 @@
+"""How CMake chooses the CUDA architectures, with compilers that are only imagined."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+# What `nvcc --list-gpu-code` knows, by release.
+KNOWN = {
+    "12.4": "50 52 53 60 61 62 70 72 75 80 86 87 89 90",
+    "12.8": "50 52 53 60 61 62 70 72 75 80 86 87 89 90 100 101 120",
+    "13.0": "75 80 86 87 88 89 90 100 110 103 120 121",
+}
+
+
+@pytest.fixture
+def architectures(sources, tmp_path):
+    """Runs the part of CMakeLists.txt that chooses, with a compiler that knows so much."""
+    text = (sources / "CMakeLists.txt").read_text()
+    (function,) = re.findall(r"^function\(vp_setup_cuda\)\n.*?^endfunction\(\)", text, re.M | re.S)
+    (default,) = re.findall(r"^set\(VP_DEFAULT_ARCHS .*\)$", text, re.M)
+
+    def choose(release: str, asked: str = "", help_text: str = "") -> subprocess.CompletedProcess:
+        codes = "\\n".join(f"sm_{code}" for code in KNOWN[release].split())
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text(
+            f"#!/bin/sh\ncase $1 in --list-gpu-code) printf '{codes}\\n';;\n"
+            f"--help) echo '{help_text}';; esac\n"
+        )
+        nvcc.chmod(0o755)
+        script = tmp_path / "choose.cmake"
+        script.write_text(
+            "cmake_minimum_required(VERSION 3.22)\n"
+            f"{default}\nset(CMAKE_CUDA_COMPILER {nvcc})\nset(VISPRUNER_CUDA ON)\n"
+            f'set(VISPRUNER_CUDA_ARCHS "{asked}")\n{function}\nvp_setup_cuda()\n'
+            'message("${VP_BUILD_CUDA_ARCHS}|${CMAKE_CUDA_ARCHITECTURES}|${VP_CUDA_OPTIONS}")\n'
+        )
+        return subprocess.run(["cmake", "-P", script], capture_output=True, text=True)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        ("12.4", "80+PTX;86;89;90+PTX|80;86-real;89-real;90"),
+        ("12.8", "80+PTX;86;89;90;100;120+PTX|80;86-real;89-real;90-real;100-real;120"),
+        ("13.0", "80+PTX;86;89;90;100;120+PTX|80;86-real;89-real;90-real;100-real;120"),
+    ],
+)
+def test_default_adapts_to_the_compiler(architectures, release, expected):
+    assert architectures(release).stderr.startswith(expected + "|")
+
+
+@pytest.mark.parametrize("asked", ["8.0 9.0a+PTX", "80,90a+PTX", "80;90a+PTX", "8.0;9.0a+PTX"])
+def test_spellings(architectures, asked):
+    assert architectures("13.0", asked).stderr.startswith("80;90a+PTX|80-real;90a|")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("sm_80", "'sm_80' is no architecture"),
+        ("80 120", "this nvcc does not know '120'; it knows 50 52"),
+    ],
+)
+def test_bad_architecture(architectures, asked, message):
+    done = architectures("12.4", asked)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("help_text", "expected"),
+    [("--compress-mode [default,size,speed]", True), ("--compress-all", False)],
+)
+def test_compression_only_where_known(architectures, help_text, expected):
+    assert ("--compress-mode=size" in architectures("13.0", help_text=help_text).stderr) == expected
+
+
+def test_torch_too_old(sources, tmp_path):
+    header = tmp_path / "torch" / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n")
+    done = subprocess.run(
+        [
+            *("cmake", "-S", sources, "-B", tmp_path / "build", "-DVISPRUNER_CUDA=OFF"),
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DVISPRUNER_TORCH_DIR={tmp_path / 'torch'}",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "torch 2.9 in" in done.stderr
+    assert "is too old" in " ".join(done.stderr.split())

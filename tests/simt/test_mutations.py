@@ -1,0 +1,156 @@
+"""The comparison can fail: each change of a kernel below is noticed.
+
+A copy of csrc is changed in one place, built and compared with the reference like the real one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support import environment, host_kernels
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+BARRIER = "__syncthreads();"
+MUTATIONS = [
+    Mutation(
+        "ranking: no barrier before the tile is read",
+        "cuda/rank.cu",
+        "        tile[i] = score_key(attention, image.first_attention, base + i);\n      }\n"
+        f"      {BARRIER}",
+        "        tile[i] = score_key(attention, image.first_attention, base + i);\n      }\n",
+    ),
+    Mutation(
+        "ranking: ties go to the higher token",
+        "cuda/rank.cu",
+        "(base + i >= token ? 1u : 0u)",
+        "(base + i <= token ? 1u : 0u)",
+    ),
+    Mutation(
+        "score: heads in the opposite order",
+        "cuda/rank.cu",
+        "float sum = attention_at(view, at);\n"
+        "  for (int64_t h = 1; h < view.heads; ++h) sum += attention_at(view, at + h * view.head_stride);",
+        "float sum = attention_at(view, at + (view.heads - 1) * view.head_stride);\n"
+        "  for (int64_t h = view.heads - 2; h >= 0; --h) sum += attention_at(view, at + h * view.head_stride);",
+    ),
+    Mutation(
+        "quantization: one level less",
+        "include/vispruner/numerics.h",
+        "kQuantMax = 2047.0f",
+        "kQuantMax = 2046.0f",
+    ),
+    Mutation(
+        "Gram: low digits forgotten",
+        "include/vispruner/numerics.h",
+        "- int64_t{63} * ll",
+        "- int64_t{64} * ll",
+    ),
+    Mutation(
+        "Gram: the stage is read before it is complete",
+        "cuda/gram.cu",
+        f"    {BARRIER}  // the stage is here for all, and the one before it is free\n",
+        "",
+    ),
+    Mutation(
+        "neighbours: one too few counts as enough to leave a better one out",
+        "cuda/neighbours.cu",
+        "if (keys[v] >= threshold ||",
+        "if ((keys[v] >= threshold && keys[v] != high) ||",
+    ),
+    Mutation(
+        "neighbours: no barrier before the list is read",
+        "cuda/neighbours.cu",
+        f"  {BARRIER}\n  if (threadIdx.x >= kNeighbours) return;",
+        "  if (threadIdx.x >= kNeighbours) return;",
+    ),
+    Mutation(
+        "dedup: no barrier between look-up and sorting",
+        "cuda/dedup.cu",
+        f"      {BARRIER}\n      const int a_count",
+        "      const int a_count",
+    ),
+    Mutation(
+        "dedup: ties are not stable",
+        "cuda/dedup.cu",
+        "(j >= p ? 1u : 0u)",
+        "(j <= p ? 1u : 0u)",
+    ),
+    Mutation(
+        "dedup: merging forgets stability",
+        "cuda/dedup.cu",
+        "(uint64_t{~key} << 32) | static_cast<uint32_t>(p)",
+        "(uint64_t{~key} << 32) | (0xffffu - static_cast<uint32_t>(p))",
+    ),
+    Mutation(
+        "dedup: B is not scanned when the list runs out",
+        "cuda/dedup.cu",
+        "for (int b = 2 * lane + 1; b < n; b += 2 * kWarp)",
+        "for (int b = 2 * lane + 1; b < 2; b += 2 * kWarp)",
+    ),
+    Mutation(
+        "gather: 4-byte copies of rows of odd length",
+        "cuda/gather.cu",
+        "} else if (misaligned % 4 == 0) {",
+        "} else if (misaligned % 2 == 0) {",
+    ),
+]
+
+def verdict(module: Path) -> str:
+    """What support/agreement.py finds, in a process of its own: a changed kernel may crash."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.agreement", str(module)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class Workbench:
+    """A copy of csrc that is changed, built incrementally and restored."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.csrc = directory / "csrc"
+        shutil.copytree(host_kernels.ROOT / "csrc", self.csrc)
+
+    def verdict(self) -> str:
+        return verdict(host_kernels.build(self.csrc, self.directory / "build"))
+
+
+@pytest.fixture(scope="module")
+def workbench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    bench = Workbench(tmp_path_factory.mktemp("mutations"))
+    assert bench.verdict() == "agrees"  # unchanged
+    return bench
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_is_noticed(mutation: Mutation, workbench: Workbench) -> None:
+    file = workbench.csrc / mutation.file
+    original = file.read_text()
+    assert original.count(mutation.old) == 1, "the place to change has moved"
+    try:
+        file.write_text(original.replace(mutation.old, mutation.new))
+        assert workbench.verdict() != "agrees"
+    finally:
+        file.write_text(original)

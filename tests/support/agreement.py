@@ -1,0 +1,46 @@
+"""Whether a build of the host-run kernels agrees with the reference: `python -m support.agreement
+MODULE` prints "agrees" or how it does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from support.host_kernels import Kernels
+from support.problems import Problem
+from vispruner_cuda import reference
+
+PROBLEMS = [
+    Problem(2, 130, 33, 5, 20, features="clustered"),
+    Problem(1, 200, 20, None, 17, features="few_values", attention="ties", dtype=torch.float16),
+    Problem(1, 90, 31, 2, 9, features="constant", attention="constant", dtype=torch.bfloat16),
+    Problem(1, 1200, 12, None, 40, 0.0, 120, features="few_values", attention="ties"),
+    Problem(1, 300, 65, 3, 2, features="normal"),
+]
+
+
+def verdict(kernels: Kernels) -> str:
+    """Whether all results are those of the reference, on every problem and schedule."""
+    for problem in PROBLEMS:
+        feats, attn = problem.tensors()
+        expected = reference.prune(feats, attn, problem.k, **problem.keywords())
+        for schedule in (0, 1, 5):
+            kernels.schedule = schedule
+            try:
+                got = kernels.prune(feats, attn, problem.k, **problem.keywords())
+            except RuntimeError as error:  # a barrier that some threads never reach
+                return str(error)
+            scores = kernels.topk(attn, problem.tokens).scores
+            if not (
+                torch.equal(got.indices, expected.indices)
+                and torch.equal(got.feats, expected.feats)
+                and torch.equal(scores, reference.topk(attn, problem.tokens).scores)
+            ):
+                return f"differs: {problem}, schedule {schedule}"
+    return "agrees"
+
+
+if __name__ == "__main__":
+    print(verdict(Kernels(Path(sys.argv[1]))))
