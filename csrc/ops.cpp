@@ -82,8 +82,9 @@ void check_feats(const Tensor& feats, int64_t dim) {
 }
 
 void check_attention(const Tensor& attn, int64_t batch_dims) {
-  STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.dim() == batch_dims + 2, "cls_attn must have ",
-                  batch_dims + 1, " or ", batch_dims + 2, " dimensions, got ", attn.dim());
+  STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.dim() == batch_dims + 2,
+                  "cls_attn must have ", batch_dims + 1, " or ", batch_dims + 2,
+                  " dimensions, got ", attn.dim());
   STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.size(batch_dims) >= 1,
                   "cls_attn must have at least one head");
   if (batch_dims) check_tokens(tokens_of(attn));
@@ -109,7 +110,8 @@ void check_prune(const Tensor& feats, const Tensor& attn, int64_t k, double impo
   check_selection(feats, attn, important_ratio, step);
 }
 
-// One image of a ragged batch: rows [first_token, ...) of the input, [first_kept, ...) of the output.
+// One image of a ragged batch: rows [first_token, ...) of the input, [first_kept, ...) of the
+// output.
 struct PackedImage {
   int64_t first_token, first_kept;
   ImageShape shape;
@@ -178,8 +180,7 @@ void for_each_image(const Tensor& like, int64_t images, int largest_residual, co
                     const Body& body) {
   constexpr int kSmall = 2048;  // residual tokens; 16 MiB of Gram matrix
   const cpu::Threads all = torch_threads();
-  const bool side_by_side =
-      all.count > 1 && images >= all.count && largest_residual <= kSmall;
+  const bool side_by_side = all.count > 1 && images >= all.count && largest_residual <= kSmall;
   const int64_t lanes = side_by_side ? all.count : 1;
   const int64_t each = round_up(bytes(side_by_side ? 1 : all.count), 64);
   // The allocator's alignment (64 bytes) is the workspace's.
@@ -210,11 +211,10 @@ void prune_images_cpu(const Tensor& like, const FeatureView& feats, const Attent
     }
     return most;
   };
-  for_each_image(like, images, largest, bytes,
-                 [&](int64_t i, const cpu::Threads& threads, void* workspace) {
-                   cpu::prune_image(feats, attention, image_at(i), clamp_to_tokens(step), threads,
-                                    workspace);
-                 });
+  for_each_image(
+      like, images, largest, bytes, [&](int64_t i, const cpu::Threads& threads, void* workspace) {
+        cpu::prune_image(feats, attention, image_at(i), clamp_to_tokens(step), threads, workspace);
+      });
 }
 
 void prune_batch_cpu(const Tensor& like, const FeatureView& feats, const AttentionView& attention,
@@ -317,21 +317,19 @@ std::tuple<Tensor, Tensor> prune_varlen_cpu(const Tensor& feats_, const Tensor& 
   const AttentionView attention = attention_view(cls_attn, true);
   auto* indices_out = indices.mutable_data_ptr<int64_t>();
   auto* kept_out = static_cast<char*>(kept.mutable_data_ptr());
-  prune_images_cpu(feats, view, attention, static_cast<int64_t>(packed.size()), step,
-                   [&](int64_t i) {
-                     const PackedImage& p = packed[static_cast<size_t>(i)];
-                     cpu::PruneImage image{};
-                     image.feats =
-                         at_element(view.data, view.dtype, p.first_token * view.token_stride);
-                     image.attention = at_element(attention.data, attention.dtype,
-                                                  p.first_token * attention.token_stride);
-                     image.shape = p.shape;
-                     image.index_base = p.first_token;
-                     image.indices = indices_out + p.first_kept;
-                     image.kept_feats =
-                         kept_out + p.first_kept * view.channels * element_bytes(view.dtype);
-                     return image;
-                   });
+  prune_images_cpu(
+      feats, view, attention, static_cast<int64_t>(packed.size()), step, [&](int64_t i) {
+        const PackedImage& p = packed[static_cast<size_t>(i)];
+        cpu::PruneImage image{};
+        image.feats = at_element(view.data, view.dtype, p.first_token * view.token_stride);
+        image.attention =
+            at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
+        image.shape = p.shape;
+        image.index_base = p.first_token;
+        image.indices = indices_out + p.first_kept;
+        image.kept_feats = kept_out + p.first_kept * view.channels * element_bytes(view.dtype);
+        return image;
+      });
   return {kept, indices};
 }
 
@@ -413,9 +411,9 @@ Tensor dedup_cuda(const Tensor& feats_, int64_t k, int64_t step) {
   const ImageShape shape = image_shape(feats.size(1), k, 0.0);
   Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
   if (indices.numel() > 0) {
-    run_prune(feats, {feature_view(feats), AttentionView{}, images, shape, nullptr,
-                      clamp_to_tokens(step), indices.mutable_data_ptr<int64_t>(), nullptr,
-                      kWorkspaceLimit});
+    run_prune(feats,
+              {feature_view(feats), AttentionView{}, images, shape, nullptr, clamp_to_tokens(step),
+               indices.mutable_data_ptr<int64_t>(), nullptr, kWorkspaceLimit});
   }
   return indices;
 }

@@ -9,7 +9,6 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-
 from support import backends, host_kernels
 
 #: Random cases of the whole suite; each test takes its share.

@@ -8,6 +8,7 @@ defined behaviour, docs/numerics.md).
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def _integer(name: str, value: object, minimum: int) -> None:
 def _ratio(name: str, value: object) -> None:
     if not isinstance(value, (numbers.Real, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {_describe(value)}")
-    if isinstance(value, float) and math.isnan(value) or not 0 <= value <= 1:  # type: ignore[operator]
+    if (isinstance(value, float) and math.isnan(value)) or not 0 <= value <= 1:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
@@ -77,9 +78,7 @@ def _channels(feats: Tensor) -> None:
 def _cls_attn(cls_attn: object) -> None:
     _tensor("cls_attn", cls_attn)
     if cls_attn.dim() not in (2, 3):  # type: ignore[attr-defined]
-        raise ValueError(
-            f"cls_attn must have shape (B, N) or (B, H, N), got {_describe(cls_attn)}"
-        )
+        raise ValueError(f"cls_attn must have shape (B, N) or (B, H, N), got {_describe(cls_attn)}")
     if cls_attn.dim() == 3 and cls_attn.shape[1] < 1:  # type: ignore[attr-defined]
         raise ValueError(f"cls_attn must have at least one head, got {_describe(cls_attn)}")
     _tokens("cls_attn", cls_attn.shape[-1])  # type: ignore[attr-defined]
@@ -177,7 +176,7 @@ def prune_varlen(
             f"cu_seqlens must begin with 0 and end with {feats.shape[0]}, the number of rows of "
             f"feats, got {bounds}"
         )
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
         _tokens("feats", end - start)
@@ -186,9 +185,7 @@ def prune_varlen(
     if isinstance(k, (Sequence, Tensor)) and not isinstance(k, (str, bytes)):
         ks = _host_ints("k", k)
         if len(ks) != images:
-            raise ValueError(
-                f"k must be one int or one per image ({images}), got {len(ks)} values"
-            )
+            raise ValueError(f"k must be one int or one per image ({images}), got {len(ks)} values")
         for value in ks:
             _integer("k", value, 1)
     else:

@@ -65,7 +65,8 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
     in that order, followed by B.
 
     Args:
-        feats: (B, N, C) tokens *in ranking order* (most important first); dtypes as in :func:`prune`.
+        feats: (B, N, C) tokens *in ranking order*, most important first; dtypes as for
+            :func:`prune`.
         k: tokens to keep, at least 1; all N if k >= N.
         step: tokens to drop a round, at least 1.
 

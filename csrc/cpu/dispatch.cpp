@@ -27,8 +27,8 @@ const IsaKernels* choose() {
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
       {&avx512vnni::kKernels, has_avx512 && __builtin_cpu_supports("avx512vnni")},
       {&avx512::kKernels, has_avx512},

@@ -23,7 +23,7 @@ class Arena {
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <typename T>
   T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(base_ + used_);
+    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
     return p;
   }
@@ -35,7 +35,7 @@ class Arena {
 };
 
 struct GramWorkspace {
-  int rows;            // R, padded to whole tiles: `padded`
+  int rows;  // R, padded to whole tiles: `padded`
   int padded;
   int64_t pairs, panel_size;
   int16_t* panels;
@@ -58,9 +58,9 @@ struct GramWorkspace {
 
 struct DedupWorkspace {
   GramWorkspace gram;
-  float* matrix;        // (padded, padded)
+  float* matrix;         // (padded, padded)
   uint16_t* neighbours;  // (rows, kListStride)
-  float* redundancy;    // (rows, kListStride)
+  float* redundancy;     // (rows, kListStride)
   int32_t* key_scratch;  // (threads, padded)
   uint16_t* list[2];
   uint64_t* sort_keys;
@@ -78,7 +78,7 @@ struct DedupWorkspace {
 };
 
 struct PruneWorkspace {
-  uint64_t* ranked;   // sort keys, then (in the low half) tokens in ranking order
+  uint64_t* ranked;  // sort keys, then (in the low half) tokens in ranking order
   uint8_t* keep;
 
   PruneWorkspace(Arena& arena, const ImageShape& shape)
@@ -275,22 +275,23 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
   if (const int residual = shape.residual(); residual > 0) {
     const uint64_t* order = ws.ranked + shape.important;
     DedupWorkspace dedup(arena, residual, feats.channels, threads.count);
-    quantize_rows(feats, image.feats, [&](int row) { return key_token(order[row]); }, threads,
-                  dedup.gram);
+    quantize_rows(
+        feats, image.feats, [&](int row) { return key_token(order[row]); }, threads, dedup.gram);
     gram_matrix(threads, dedup.gram, dedup.matrix);
     constexpr int kRowsPerTask = 32;
-    for_each_task(threads, (residual + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t t, int worker) {
-      int32_t guess = 0;
-      const int begin = static_cast<int>(t) * kRowsPerTask;
-      for (int i = begin; i < std::min(begin + kRowsPerTask, residual); ++i) {
-        const int64_t at = int64_t{i} * kListStride;
-        const int count =
-            isa().neighbours(dedup.matrix + int64_t{i} * dedup.gram.padded, dedup.gram.inv,
-                             residual, i, dedup.neighbours + at, dedup.redundancy + at, &guess,
-                             dedup.key_scratch + int64_t{worker} * dedup.gram.padded);
-        dedup.neighbours[at + count] = static_cast<uint16_t>(residual);  // the sentinel
-      }
-    });
+    for_each_task(
+        threads, (residual + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t t, int worker) {
+          int32_t guess = 0;
+          const int begin = static_cast<int>(t) * kRowsPerTask;
+          for (int i = begin; i < std::min(begin + kRowsPerTask, residual); ++i) {
+            const int64_t at = int64_t{i} * kListStride;
+            const int count =
+                isa().neighbours(dedup.matrix + int64_t{i} * dedup.gram.padded, dedup.gram.inv,
+                                 residual, i, dedup.neighbours + at, dedup.redundancy + at, &guess,
+                                 dedup.key_scratch + int64_t{worker} * dedup.gram.padded);
+            dedup.neighbours[at + count] = static_cast<uint16_t>(residual);  // the sentinel
+          }
+        });
     dedup_loop(dedup, shape.diverse, step);
     for (int i = 0; i < shape.diverse; ++i) ws.keep[key_token(order[dedup.list[0][i]])] = 1;
   }

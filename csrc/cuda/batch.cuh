@@ -5,19 +5,19 @@
 
 namespace vispruner::cuda {
 
-constexpr int kNeighbours = 32;     // entries of a neighbour list: one a lane
-constexpr int kDigitPlanes = 3;     // high, low, high + low
-constexpr int kChannelAlign = 64;   // digit rows are padded with zeros to whole Gram k-steps
+constexpr int kNeighbours = 32;    // entries of a neighbour list: one a lane
+constexpr int kDigitPlanes = 3;    // high, low, high + low
+constexpr int kChannelAlign = 64;  // digit rows are padded with zeros to whole Gram k-steps
 
 // Byte offsets of one image's arrays in its workspace.
 struct WorkspaceLayout {
-  int64_t order;       // uint16 (N): token of each rank
-  int64_t inv;         // float (R): inverse norms
-  int64_t digits;      // int8 (3, R, padded C), in ranking order
-  int64_t gram;        // float (R, ld): similarities G_ij * inv_j
-  int64_t ids;         // uint16 (R, 32): neighbour lists
-  int64_t keys;        // uint32 (R, 32): ordered keys of their redundancies
-  int64_t state;       // the dedup loop's lists, where they do not fit into shared memory
+  int64_t order;   // uint16 (N): token of each rank
+  int64_t inv;     // float (R): inverse norms
+  int64_t digits;  // int8 (3, R, padded C), in ranking order
+  int64_t gram;    // float (R, ld): similarities G_ij * inv_j
+  int64_t ids;     // uint16 (R, 32): neighbour lists
+  int64_t keys;    // uint32 (R, 32): ordered keys of their redundancies
+  int64_t state;   // the dedup loop's lists, where they do not fit into shared memory
   int64_t bytes;
   int64_t padded_channels;
   int64_t ld;

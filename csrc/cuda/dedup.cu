@@ -27,11 +27,19 @@ __device__ __forceinline__ void copy_words(void* to, const void* from, int64_t b
   for (int64_t w = threadIdx.x; w < bytes / 4; w += blockDim.x) out[w] = in[w];
 }
 
+// What the rounds read of the stages before.
+struct Similarity {
+  const uint16_t* ids;   // (R, 32) neighbour lists, best first
+  const uint32_t* keys;  // (R, 32) ordered keys of the redundancies they give
+  const float* matrix;   // (R, ld) for tokens none of whose neighbours is in B
+  int ld;
+  const float* inv;  // (R)
+};
+
 // (1) keys[p] of the tokens at even list positions 2p; a warp has kLookups tokens in flight.
 template <int kLookups>
-__device__ __forceinline__ void look_up(const DedupState& state, const uint16_t* list, int n, const uint16_t* ids,
-                        const uint32_t* redundancies, const float* similarities, int64_t ld,
-                        const float* inv) {
+__device__ __forceinline__ void look_up(const DedupState& state, const Similarity& similarity,
+                                        const uint16_t* list, int n) {
   const int lane = threadIdx.x % kWarp;
   const int warps = blockDim.x / kWarp;
   const int a_count = half_up(n);
@@ -46,7 +54,7 @@ __device__ __forceinline__ void look_up(const DedupState& state, const uint16_t*
     }
 #pragma unroll
     for (int u = 0; u < kLookups; ++u) {
-      hit[u] = state.in_b[ids[token[u] * kNeighbours + lane]] != 0;
+      hit[u] = state.in_b[similarity.ids[token[u] * kNeighbours + lane]] != 0;
     }
 #pragma unroll
     for (int u = 0; u < kLookups; ++u) {
@@ -55,13 +63,15 @@ __device__ __forceinline__ void look_up(const DedupState& state, const uint16_t*
       const unsigned hits = __ballot_sync(kAllLanes, hit[u]);
       uint32_t key;
       if (hits) {
-        key = redundancies[token[u] * kNeighbours + __ffs(static_cast<int>(hits)) - 1];
+        key = similarity.keys[token[u] * kNeighbours + __ffs(static_cast<int>(hits)) - 1];
       } else {
         uint32_t best = 0;
-        const float* row = similarities + token[u] * ld;
-        for (int b = 2 * lane + 1; b < n; b += 2 * kWarp) best = max(best, ordered_key(row[list[b]]));
+        const float* row = similarity.matrix + int64_t{token[u]} * similarity.ld;
+#pragma unroll 1  // rare: not worth the registers
+        for (int b = 2 * lane + 1; b < n; b += 2 * kWarp)
+          best = max(best, ordered_key(row[list[b]]));
         best = __reduce_max_sync(kAllLanes, best);
-        key = ordered_key(key_float(best) * inv[token[u]]);
+        key = ordered_key(key_float(best) * similarity.inv[token[u]]);
       }
       if (lane == 0) state.keys[p] = key;
     }
@@ -69,8 +79,8 @@ __device__ __forceinline__ void look_up(const DedupState& state, const uint16_t*
 }
 
 // Where the token at A position p, which has rank `rank`, goes: out, or on the next list.
-__device__ __forceinline__ void place(const DedupState& state, const uint16_t* list, uint16_t* next, int p, int rank,
-                      int r) {
+__device__ __forceinline__ void place(const DedupState& state, const uint16_t* list, uint16_t* next,
+                                      int p, int rank, int r) {
   const int token = list[2 * p];
   if (rank < r) {
     state.in_b[token] = 0;
@@ -81,8 +91,8 @@ __device__ __forceinline__ void place(const DedupState& state, const uint16_t* l
 }
 
 // (2) for a short A: a group of lanes counts who beats a token.
-__device__ __forceinline__ void sort_by_counting(const DedupState& state, const uint16_t* list, uint16_t* next,
-                                 int a_count, int r) {
+__device__ __forceinline__ void sort_by_counting(const DedupState& state, const uint16_t* list,
+                                                 uint16_t* next, int a_count, int r) {
   int shift = 5;
   while (shift > 0 && static_cast<int>(blockDim.x >> shift) < a_count) --shift;
   const int lanes = 1 << shift, groups = blockDim.x >> shift;
@@ -112,8 +122,8 @@ __device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
 
 // (2) for a long A: warps sort 32 words each, then sorted runs are merged in pairs; a word's
 // place in the merged run is its own place plus the number of smaller words in the other run.
-__device__ __forceinline__ void sort_by_merging(const DedupState& state, const uint16_t* list, uint16_t* next,
-                                int a_count, int r) {
+__device__ __forceinline__ void sort_by_merging(const DedupState& state, const uint16_t* list,
+                                                uint16_t* next, int a_count, int r) {
   const int lane = threadIdx.x % kWarp;
   uint64_t* from = state.sorted[0];
   uint64_t* to = state.sorted[1];
@@ -158,8 +168,8 @@ __device__ __forceinline__ void sort_by_merging(const DedupState& state, const u
 }
 
 // Writes the set bits of `keep` as ascending token numbers; every thread has one word.
-__device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, int64_t base, int64_t* out,
-                              int* warp_sums) {
+__device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, int64_t base,
+                                              int64_t* out, int* warp_sums) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   uint32_t word = static_cast<int>(threadIdx.x) * 32 < tokens ? keep[threadIdx.x] : 0u;
@@ -181,6 +191,43 @@ __device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, 
   }
 }
 
+// All rounds; returns the list that is left.
+template <int kLookups>
+__device__ __forceinline__ const uint16_t* run_rounds(const DedupState& state,
+                                                      const Similarity& similarity, int residual,
+                                                      int diverse, int step) {
+  uint16_t* list = state.list[0];
+  uint16_t* next = state.list[1];
+  for (int i = threadIdx.x; i < residual; i += blockDim.x) {
+    list[i] = static_cast<uint16_t>(i);
+    state.in_b[i] = i & 1;
+  }
+  __syncthreads();
+  for (int n = residual; n > diverse;) {
+    look_up<kLookups>(state, similarity, list, n);
+    __syncthreads();
+    const int a_count = half_up(n);
+    const int r = min(min(step, n - diverse), a_count);
+    if (a_count <= kMostCounting) {
+      sort_by_counting(state, list, next, a_count, r);
+    } else {
+      sort_by_merging(state, list, next, a_count, r);
+    }
+    for (int b = threadIdx.x; b < n / 2; b += blockDim.x) {
+      const int token = list[2 * b + 1];
+      const int slot = a_count - r + b;
+      next[slot] = static_cast<uint16_t>(token);
+      state.in_b[token] = slot & 1;
+    }
+    __syncthreads();
+    uint16_t* swapped = list;
+    list = next;
+    next = swapped;
+    n -= r;
+  }
+  return list;
+}
+
 template <bool kListsShared, bool kStateShared>
 __global__ void __launch_bounds__(kMostThreads, 1)
     dedup_kernel(Batch batch, int64_t channels, int step, int64_t* indices,
@@ -196,65 +243,34 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const auto* order = reinterpret_cast<const uint16_t*>(own + at.order);
 
   for (int w = threadIdx.x; w < kWords; w += blockDim.x) keep[w] = 0;
-  const uint16_t* survivors = nullptr;
+  __syncthreads();
+  const auto mark = [&](int rank) {
+    const int token = order[rank];
+    atomicOr(&keep[token / 32], 1u << (token % 32));
+  };
+  for (int r = threadIdx.x; r < image.shape.important; r += blockDim.x) mark(r);
+
   if (residual > 0) {
     DedupState state{};
     const int64_t used = carve(&state, kStateShared ? shared : own + at.state, residual);
-    const auto* ids = reinterpret_cast<const uint16_t*>(own + at.ids);
-    const auto* redundancies = reinterpret_cast<const uint32_t*>(own + at.keys);
-    const auto* similarities = reinterpret_cast<const float*>(own + at.gram);
-    const auto* inv = reinterpret_cast<const float*>(own + at.inv);
+    Similarity similarity{reinterpret_cast<const uint16_t*>(own + at.ids),
+                          reinterpret_cast<const uint32_t*>(own + at.keys),
+                          reinterpret_cast<const float*>(own + at.gram), static_cast<int>(at.ld),
+                          reinterpret_cast<const float*>(own + at.inv)};
     if constexpr (kListsShared) {
-      auto* shared_ids = reinterpret_cast<uint16_t*>(shared + used);
-      auto* shared_redundancies = reinterpret_cast<uint32_t*>(
-          shared + used + round_up(int64_t{residual} * kNeighbours * 2, 16));
-      copy_words(shared_ids, ids, int64_t{residual} * kNeighbours * 2);
-      copy_words(shared_redundancies, redundancies, int64_t{residual} * kNeighbours * 4);
-      ids = shared_ids;
-      redundancies = shared_redundancies;
+      const int64_t ids_bytes = int64_t{residual} * kNeighbours * 2;
+      auto* ids = reinterpret_cast<uint16_t*>(shared + used);
+      auto* keys = reinterpret_cast<uint32_t*>(shared + used + round_up(ids_bytes, 16));
+      copy_words(ids, similarity.ids, ids_bytes);
+      copy_words(keys, similarity.keys, 2 * ids_bytes);
+      similarity.ids = ids;
+      similarity.keys = keys;
     }
-    for (int i = threadIdx.x; i < residual; i += blockDim.x) {
-      state.list[0][i] = static_cast<uint16_t>(i);
-      state.in_b[i] = i & 1;
+    const uint16_t* survivors =
+        run_rounds<kStateShared ? 4 : 2>(state, similarity, residual, image.shape.diverse, step);
+    for (int i = threadIdx.x; i < image.shape.diverse; i += blockDim.x) {
+      mark(image.shape.important + survivors[i]);
     }
-    uint16_t* current = state.list[0];
-    uint16_t* next = state.list[1];
-    __syncthreads();
-
-    for (int n = residual; n > image.shape.diverse;) {
-      look_up<kStateShared ? 4 : 2>(state, current, n, ids, redundancies, similarities, at.ld, inv);
-      __syncthreads();
-      const int a_count = half_up(n);
-      const int r = min(min(step, n - image.shape.diverse), a_count);
-      if (a_count <= kMostCounting) {
-        sort_by_counting(state, current, next, a_count, r);
-      } else {
-        sort_by_merging(state, current, next, a_count, r);
-      }
-      for (int b = threadIdx.x; b < n / 2; b += blockDim.x) {
-        const int token = current[2 * b + 1];
-        const int slot = a_count - r + b;
-        next[slot] = static_cast<uint16_t>(token);
-        state.in_b[token] = slot & 1;
-      }
-      __syncthreads();
-      uint16_t* swapped = current;
-      current = next;
-      next = swapped;
-      n -= r;
-    }
-    survivors = current;
-  } else {
-    __syncthreads();
-  }
-
-  // Kept: the important tokens and what the loop has left.
-  for (int i = threadIdx.x; i < image.shape.kept(); i += blockDim.x) {
-    const int position = i < image.shape.important
-                             ? i
-                             : image.shape.important + survivors[i - image.shape.important];
-    const int token = order[position];
-    atomicOr(&keep[token / 32], 1u << (token % 32));
   }
   __syncthreads();
   write_indices(keep, image.shape.tokens, image.index_base, indices + image.first_kept, warp_sums);

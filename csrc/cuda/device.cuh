@@ -39,8 +39,12 @@ int launch(dim3 grid, int threads, int shared_bytes, void* stream, const Args&..
       allowed.fetch_or(bit, std::memory_order_relaxed);
     }
   }
-  kKernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kKernel, args...);
 }
 
 // Bytes of shared memory one block may ask for on the current device.

@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kThreads, 8)
   const int64_t bytes = channels * element_bytes;
   const unsigned char* from = feats + (image.first_feature + token * token_stride) * element_bytes;
   unsigned char* to = kept_feats + at * bytes;
-  const auto misaligned =
-      (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) |
-       static_cast<uintptr_t>(bytes)) % sizeof(Vector);
+  const auto misaligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) |
+                           static_cast<uintptr_t>(bytes)) %
+                          sizeof(Vector);
   if (misaligned == 0) {
     copy_row<Vector>(from, to, bytes);
   } else if (misaligned % 4 == 0) {

@@ -14,10 +14,10 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 64;      // rows and columns of a block
-constexpr int kStep = 64;      // channels a stage
+constexpr int kTile = 64;  // rows and columns of a block
+constexpr int kStep = 64;  // channels a stage
 constexpr int kStages = 3;
-constexpr int kChunk = 16;     // bytes of one asynchronous copy
+constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kChunks = kStep / kChunk;
 constexpr int kPlaneBytes = kTile * kStep;
 constexpr int kSideBytes = kDigitPlanes * kPlaneBytes;  // rows or columns of a stage
@@ -33,8 +33,9 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * kStep + (chunk ^ ((row >> 1) & (kChunks - 1))) * kChunk;
 }
 
-__device__ __forceinline__ void load_side(unsigned char* shared, const int8_t* digits, int64_t plane,
-                          int64_t padded_channels, int first_row, int rows, int64_t channel) {
+__device__ __forceinline__ void load_side(unsigned char* shared, const int8_t* digits,
+                                          int64_t plane, int64_t padded_channels, int first_row,
+                                          int rows, int64_t channel) {
   constexpr int kCopies = kDigitPlanes * kTile * kChunks;
 #pragma unroll
   for (int i = threadIdx.x; i < kCopies; i += kThreads) {
@@ -46,8 +47,9 @@ __device__ __forceinline__ void load_side(unsigned char* shared, const int8_t* d
 }
 
 // Products of one plane: sums[m][n] += rows . columns, 2 x 4 tiles of 16 x 8 a warp.
-__device__ __forceinline__ void multiply_plane(const unsigned char* rows, const unsigned char* columns, int row0,
-                               int column0, int half, int (&sums)[2][4][4]) {
+__device__ __forceinline__ void multiply_plane(const unsigned char* rows,
+                                               const unsigned char* columns, int row0, int column0,
+                                               int half, int (&sums)[2][4][4]) {
   const int lane = threadIdx.x % kWarp;
   uint32_t a[2][4], b[2][4];
 #pragma unroll
@@ -139,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int e = 0; e < 4; ++e) {
         const int row = warp_row + 16 * m + lane / 4 + e / 2 * 8;
         const int column = warp_column + 8 * n + lane % 4 * 2 + e % 2;
-        out[row * kOutStride + column] = gram_to_float(
-            gram_from_digits(sums[0][m][n][e], sums[2][m][n][e], sums[1][m][n][e]));
+        out[row * kOutStride + column] =
+            gram_to_float(gram_from_digits(sums[0][m][n][e], sums[2][m][n][e], sums[1][m][n][e]));
       }
     }
   }

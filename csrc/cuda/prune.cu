@@ -45,7 +45,8 @@ Wave next_wave(const PruneArgs& args, int64_t begin) {
     fit = fit < 1 ? 1 : fit;
     fit = fit > kMostImages ? kMostImages : fit;
     fit = fit < left ? fit : left;
-    return {begin, begin + fit,
+    return {begin,
+            begin + fit,
             {static_cast<int>(fit), args.shape.tokens, args.shape.residual(), args.shape.kept()},
             fit * each};
   }
@@ -75,8 +76,8 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
     if (const int e = gram(batch, size, channels, nullptr, workspace, stream)) return e;
     if (const int e = neighbours(batch, size, channels, workspace, stream)) return e;
   }
-  if (const int e = dedup_and_select(batch, size, channels, args.step, args.indices, workspace,
-                                     stream)) {
+  if (const int e =
+          dedup_and_select(batch, size, channels, args.step, args.indices, workspace, stream)) {
     return e;
   }
   if (!args.kept_feats) return 0;
@@ -100,8 +101,8 @@ int write_table(const PruneArgs& args, const Wave& wave, int64_t offset, Image* 
                              offset};
       offset += image_bytes(args, image.shape);
     }
-    if (const int e = launch<table_kernel>(1, kTableThreads, 0, stream,
-                                           chunk, count, table + first)) {
+    if (const int e =
+            launch<table_kernel>(1, kTableThreads, 0, stream, chunk, count, table + first)) {
       return e;
     }
   }
@@ -188,9 +189,7 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
 }
 
 #if !defined(VP_SIMT)
-const char* error_string(int error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
+const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 int set_device(int device) { return cudaSetDevice(device); }
 #endif
 

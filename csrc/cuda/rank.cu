@@ -14,9 +14,9 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 32;                   // a block
-constexpr int kLanes = kThreads / kTokens;    // a token
-constexpr int kTile = 1024;                   // scores in shared memory at a time
+constexpr int kTokens = 32;                 // a block
+constexpr int kLanes = kThreads / kTokens;  // a token
+constexpr int kTile = 1024;                 // scores in shared memory at a time
 
 template <typename T>
 __device__ __forceinline__ float element(const void* data, int64_t at) {
@@ -40,7 +40,8 @@ __device__ __forceinline__ uint32_t score_key(const AttentionView& view, int64_t
 
 // Four channels from `c` on, zeros past the last one. `aligned`: the row allows vector loads.
 template <typename T>
-__device__ __forceinline__ void load4(const T* row, int64_t c, int64_t channels, bool aligned, float (&x)[4]) {
+__device__ __forceinline__ void load4(const T* row, int64_t c, int64_t channels, bool aligned,
+                                      float (&x)[4]) {
   struct alignas(4 * sizeof(T)) Four {
     T v[4];
   };
@@ -63,8 +64,9 @@ __device__ __forceinline__ uint32_t pack4(const int (&v)[4]) {
 
 // One warp, one token: digits to row `position` of the three planes, and the inverse norm.
 template <typename T>
-__device__ __forceinline__ void quantize_token(const T* row, int64_t channels, bool aligned, int position,
-                               int residual, int64_t padded_channels, int8_t* digits, float* inv) {
+__device__ __forceinline__ void quantize_token(const T* row, int64_t channels, bool aligned,
+                                               int position, int residual, int64_t padded_channels,
+                                               int8_t* digits, float* inv) {
   const int lane = threadIdx.x % kWarp;
   uint32_t peak = 0;
   float x[4];
@@ -164,13 +166,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const int residual = image.shape.residual();
-  if (residual == 0 || !feats.data) return;
+  if (residual == 0 || !workspace) return;
   __syncthreads();
   const WorkspaceLayout at = workspace_layout(tokens, residual, feats.channels);
   unsigned char* own = workspace + image.workspace;
   const T* rows = static_cast<const T*>(feats.data) + image.first_feature;
-  const bool aligned = reinterpret_cast<uintptr_t>(rows) % (4 * sizeof(T)) == 0 &&
-                       feats.token_stride % 4 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(rows) % (4 * sizeof(T)) == 0 && feats.token_stride % 4 == 0;
   for (int t = threadIdx.x / kWarp; t < kTokens && first + t < tokens; t += kThreads / kWarp) {
     const int position = ranks[t] - image.shape.important;
     if (position < 0) continue;
@@ -192,8 +194,8 @@ int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureVie
       return launch<rank_kernel<Half>>(grid, kThreads, 0, stream, batch, feats, attention, topk,
                                        ws);
     case DType::kBFloat16:
-      return launch<rank_kernel<BFloat16>>(grid, kThreads, 0, stream, batch, feats, attention,
-                                           topk, ws);
+      return launch<rank_kernel<BFloat16>>(grid, kThreads, 0, stream, batch, feats, attention, topk,
+                                           ws);
     default:
       return launch<rank_kernel<float>>(grid, kThreads, 0, stream, batch, feats, attention, topk,
                                         ws);
@@ -213,9 +215,8 @@ int topk(const AttentionView& attention, int64_t images, int tokens, int k, int6
     const auto now = static_cast<int>(images - done < kMostImages ? images - done : kMostImages);
     batch.first.first_attention = done * attention.image_stride;
     batch.first.first_kept = done * kept;
-    const int error =
-        rank_and_quantize(batch, {now, tokens, 0, kept}, FeatureView{}, attention,
-                          {indices, scores, kept}, nullptr, stream);
+    const int error = rank_and_quantize(batch, {now, tokens, 0, kept}, FeatureView{}, attention,
+                                        {indices, scores, kept}, nullptr, stream);
     if (error) return error;
   }
   return 0;

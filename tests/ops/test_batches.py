@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-
-import vispruner_cuda
 from support import host_kernels
 from support.problems import FEATURE_KINDS, Problem
+
+import vispruner_cuda
 from vispruner_cuda import reference
 
 

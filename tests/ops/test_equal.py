@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import RANDOM_CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from conftest import RANDOM_CASES
 from support import host_kernels
 from support.backends import bitwise_equal
 from support.problems import Problem, problems
+
 from vispruner_cuda import reference
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from support import problems
+
 from vispruner_cuda import reference
 
 CASES = [*problems.golden_cases("upstream_exact"), *problems.golden_cases("v1")]
@@ -31,7 +31,7 @@ def test_golden(
             step=case.step,
         )
         assert torch.equal(kept.indices[0], case.indices), name
-        assert torch.equal(
-            kept.feats[0].nan_to_num(), case.feats[0][case.indices].nan_to_num()
-        ), name
+        assert torch.equal(kept.feats[0].nan_to_num(), case.feats[0][case.indices].nan_to_num()), (
+            name
+        )
         count_equal[f"golden, {name}"] += 1

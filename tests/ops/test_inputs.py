@@ -18,9 +18,7 @@ WRONG_INTS = [("3", TypeError), (2.0, TypeError), (True, TypeError), (None, Type
 BAD: list[tuple[str, str, tuple[Any, ...], dict[str, Any], type[Exception]]] = []
 
 
-def bad(
-    function: str, argument: str, error: type[Exception], *args: Any, **keywords: Any
-) -> None:
+def bad(function: str, argument: str, error: type[Exception], *args: Any, **keywords: Any) -> None:
     BAD.append((function, argument, args, keywords, error))
 
 
@@ -108,7 +106,7 @@ def test_message_names_value_and_expectation() -> None:
         vispruner_cuda.prune(F, A, 0)
     with pytest.raises(TypeError, match=r"feats must have dtype .* got torch\.float64"):
         vispruner_cuda.prune(F.double(), A, 3)
-    with pytest.raises(ValueError, match=r"cls_attn .*\(2, 10\).*got a tensor of shape \(2, 3, 9\)"):
+    with pytest.raises(ValueError, match=r"cls_attn .*\(2, 10\).*got .* \(2, 3, 9\)"):
         vispruner_cuda.prune(F, A[..., :9], 3)
 
 

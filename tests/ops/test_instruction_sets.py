@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
+from support import environment
 
 import vispruner_cuda  # noqa: F401  (registers the operators)
-from support import environment
 
 INFO = json.loads(torch.ops.vispruner.build_info())
 

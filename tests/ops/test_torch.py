@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.problems import Problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vispruner_cuda
-from support.problems import Problem
 from vispruner_cuda import reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -37,8 +37,12 @@ FeatureView feature_view(const py::tuple& tuple, int64_t channels) {
 AttentionView attention_view(const py::object& object, int64_t heads) {
   if (object.is_none()) return {};
   const TensorArg t = tensor_arg(object.cast<py::tuple>());
-  return {reinterpret_cast<const void*>(t.address), static_cast<DType>(t.dtype), heads,
-          t.strides[0], t.strides[1], t.strides[2]};
+  return {reinterpret_cast<const void*>(t.address),
+          static_cast<DType>(t.dtype),
+          heads,
+          t.strides[0],
+          t.strides[1],
+          t.strides[2]};
 }
 
 void check(int error) {

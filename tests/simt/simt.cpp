@@ -94,8 +94,8 @@ struct Warp {
 
 std::vector<Fiber> fibers(kMostThreads);
 std::vector<Warp> warps(kMostThreads / kWarpSize);
-std::vector<int> turns(kMostThreads);  // collectives each thread has entered: they alternate between
-                                       // two sets of slots, so that one wait each is enough
+std::vector<int> turns(kMostThreads);  // collectives each thread has entered: they alternate
+                                       // between two sets of slots, so that one wait each is enough
 Context scheduler;
 const std::function<void()>* body = nullptr;
 int current = 0, count = 0, at_barrier = 0, done = 0;
@@ -151,7 +151,8 @@ std::vector<int> resume_order() {
     std::iota(first.begin(), first.end(), 0);
     std::shuffle(first.begin(), first.end(), random);
     for (int i = 0; i < count; ++i) {
-      order[static_cast<size_t>(i)] = first[static_cast<size_t>(i / kWarpSize)] * kWarpSize + i % kWarpSize;
+      order[static_cast<size_t>(i)] =
+          first[static_cast<size_t>(i / kWarpSize)] * kWarpSize + i % kWarpSize;
     }
     for (auto warp = order.begin(); warp != order.end(); warp += kWarpSize) {
       std::shuffle(warp, warp + kWarpSize, random);
@@ -179,9 +180,9 @@ void run_block(const std::vector<int>& order) {
       while (resume_lanes(warp)) progress = true;
     }
     if (!progress) {
-      throw std::runtime_error(
-          "kernel deadlock: " + std::to_string(at_barrier) + " threads at a block barrier, " +
-          std::to_string(done) + " done, of " + std::to_string(count));
+      throw std::runtime_error("kernel deadlock: " + std::to_string(at_barrier) +
+                               " threads at a block barrier, " + std::to_string(done) +
+                               " done, of " + std::to_string(count));
     }
   }
 }

@@ -160,7 +160,8 @@ inline void multiply_add_s8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, 
     const int row = lane / 4, column = lane % 4 * 2 + e % 2, lower = e / 2;  // rows 8 to 15
     for (int t = 0; t < 4; ++t) {
       const auto* x = reinterpret_cast<const Fragment*>(slots + (row * 4 + t) * simt::kSlotBytes);
-      const auto* y = reinterpret_cast<const Fragment*>(slots + (column * 4 + t) * simt::kSlotBytes);
+      const auto* y =
+          reinterpret_cast<const Fragment*>(slots + (column * 4 + t) * simt::kSlotBytes);
       for (int i = 0; i < 4; ++i) {
         sum[e] += x->a[lower][i] * y->b[0][i] + x->a[2 + lower][i] * y->b[1][i];
       }

@@ -52,7 +52,8 @@ def load(path: Path) -> ModuleType:
     # part is that of the init function).
     name = f"host_kernels_{abs(hash(path))}.vispruner_simt"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -160,9 +161,7 @@ class Kernels:
         bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
         feats = feats if feats.stride(1) == 1 else feats.contiguous()
         attn = _with_heads(cls_attn, 2).unsqueeze(0)
-        counts = [
-            min(k_, e - s) for s, e, k_ in zip(bounds[:-1], bounds[1:], ks, strict=True)
-        ]
+        counts = [min(k_, e - s) for s, e, k_ in zip(bounds[:-1], bounds[1:], ks, strict=True)]
         kept = torch.full((sum(counts), feats.shape[1]), float("nan"), dtype=feats.dtype)
         indices = torch.full((sum(counts),), -1, dtype=torch.int64)
         self._configured().prune_varlen(

@@ -24,12 +24,12 @@ void topk(const AttentionView& attention, int64_t image, int tokens, int k, int6
           float* scores);
 
 struct PruneImage {
-  const void* feats;          // the first token of the image
-  const void* attention;      // the first token and head of the image; null: already ranked
+  const void* feats;      // the first token of the image
+  const void* attention;  // the first token and head of the image; null: already ranked
   ImageShape shape;
-  int64_t index_base;         // added to the indices that are written
-  int64_t* indices;           // (kept), ascending
-  void* kept_feats;           // (kept, C) contiguous; null: indices only
+  int64_t index_base;  // added to the indices that are written
+  int64_t* indices;    // (kept), ascending
+  void* kept_feats;    // (kept, C) contiguous; null: indices only
 };
 
 // Bytes of scratch memory that `prune_image` needs: mostly the Gram matrix (4 R^2) and the

@@ -27,12 +27,12 @@ struct PruneArgs {
   FeatureView feats;
   AttentionView attention;  // data == null: tokens are in ranking order already
   int64_t images;
-  ImageShape shape;            // of every image, unless ragged
-  const RaggedImage* ragged;   // (images) on the host, or null
+  ImageShape shape;           // of every image, unless ragged
+  const RaggedImage* ragged;  // (images) on the host, or null
   int step;
-  int64_t* indices;            // (rows), ascending within an image
-  void* kept_feats;            // (rows, C) contiguous, or null
-  int64_t workspace_limit;     // bytes; images run in waves that fit, at least one at a time
+  int64_t* indices;         // (rows), ascending within an image
+  void* kept_feats;         // (rows, C) contiguous, or null
+  int64_t workspace_limit;  // bytes; images run in waves that fit, at least one at a time
 };
 
 // Bytes of device workspace for `prune`: an image of N tokens with R residual ones takes about

@@ -27,8 +27,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-constexpr float kQuantMax = 2047.0f;   // q is an integer in [-2047, 2047]
-constexpr float kTinyPeak = 1e-30f;    // a token below this counts as zero
+constexpr float kQuantMax = 2047.0f;  // q is an integer in [-2047, 2047]
+constexpr float kTinyPeak = 1e-30f;   // a token below this counts as zero
 constexpr uint32_t kInfBits = 0x7f800000u;
 
 VP_HD uint32_t float_bits(float x) {

@@ -9,9 +9,9 @@ namespace vispruner {
 constexpr int kMaxTokens = 32768;  // an image; token positions are 16-bit inside the kernels
 
 struct ImageShape {
-  int tokens;       // N
-  int important;    // kept by score
-  int diverse;      // kept by the dedup loop
+  int tokens;     // N
+  int important;  // kept by score
+  int diverse;    // kept by the dedup loop
   VP_HD int kept() const { return important + diverse; }
   // Tokens that enter the dedup loop; 0 when there is nothing for it to do.
   VP_HD int residual() const { return diverse > 0 ? tokens - important : 0; }

@@ -1,0 +1,71 @@
+"""The tables in README and docs are those that the result files give."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_up_to_date(tables: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    status = tables.main(["--check"])
+    assert status == 0, capsys.readouterr().out
+
+
+def test_check_notices_a_changed_number(tables: ModuleType, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- table:cpu-speed -->" in text
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    root = ["--root", str(tmp_path)]
+    assert tables.main([*root, "--check"]) == 0
+    readme.write_text(text.replace(" ms |", "9 ms |", 1))
+    assert tables.main([*root, "--check"]) == 1
+    assert tables.main(root) == 0
+    assert readme.read_text() == text
+
+
+def test_gpu_status_says_so_where_nothing_was_tested(tables: ModuleType) -> None:
+    assert "not yet" in tables.gpu_status(lambda name: None)
+    run: dict[str, Any] = {
+        "device": "GPU",
+        "date": "2000-01-01",
+        "torch": "2.10",
+        "driver": "1",
+        "tests": {"passed": 7, "failed": 0},
+        "csrc_tree": "0123456789abcdef",
+    }
+    assert "| GPU | 2000-01-01 | 2.10, 1 | 7 | 0 |" in tables.gpu_status(lambda name: run)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/numerics.md"]
+)
+def test_links_between_files(name: str) -> None:
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file) if file else path
+        assert linked.exists(), f"{name} links to {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, f"{name} links to {target}"
