@@ -140,7 +140,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="2 images, no photographs, no file")
     options = parser.parse_args()
     images = 2 if options.quick else options.images
-    sources = {kind: (images, synthetic(kind, images)) for kind in workloads.KINDS}
+    sources: dict[str, tuple[int, Iterator[tuple[Tensor, Tensor]]]] = {
+        kind: (images, synthetic(kind, images)) for kind in workloads.KINDS
+    }
     if not options.quick:
         sources["photographs"] = (4, photographs())
 
@@ -157,7 +159,8 @@ def main() -> int:
             results.append({"features": kind, "images": len(rows), "variants": mean(rows)})
     for result in results:
         console.print(f"{result['features']}, {result['images']} images")
-        for row in result["variants"]:
+        variants: Any = result["variants"]
+        for row in variants:
             numbers = "  ".join(f"{x:6.3f}" for x in row.values() if isinstance(x, float))
             console.print(f"  {row['variant']:<46}{numbers}")
     if not options.quick:

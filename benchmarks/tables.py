@@ -40,6 +40,13 @@ def _where(data: Any) -> str:
     )
 
 
+_LOOPS = ("float32", "float32, channels reversed", "bfloat16")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def _milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
@@ -90,28 +97,46 @@ def cpu_memory(results: Callable[[str], Any]) -> str:
 
 
 def chaos(results: Callable[[str], Any]) -> str:
-    """What survives a rounding error."""
+    """What survives a rounding error: agreement of the diverse half, and coverage."""
     data = results("numerics_chaos")
-    parts = []
+    reordered = "canonical v1, channels reversed, in a batch"
+    agreement, coverage = [], []
     for result in data["results"]:
-        rows = [
+        row = {variant["variant"]: variant for variant in result["variants"]}
+        chance = row["random diverse half"]
+        label = f"{result['features']} ({result['images']} images)"
+        agreement.append(
             [
-                row["variant"],
-                f"{100 * row['important_agreement']:.0f} %",
-                f"{100 * row['diverse_agreement']:.0f} %",
-                f"{100 * row['identical']:.0f} %",
-                f"{row['coverage']:.3f}",
+                label,
+                *(_percent(row[f"loop, {x}"]["diverse_agreement"]) for x in _LOOPS),
+                _percent(chance["diverse_agreement"]),
+                _percent(row[reordered]["diverse_agreement_with_canonical"]),
             ]
-            for row in result["variants"]
-        ]
-        head = ["kept by", "important half", "diverse half", "images unchanged", "coverage"]
-        count = f"{result['images']} images"
-        parts.append(
-            f"{result['features'].capitalize()} features, {count}:\n\n{_markdown(head, rows)}"
+        )
+        names = ("loop, float64", "loop, float32", "loop, bfloat16", "canonical v1")
+        coverage.append(
+            [
+                label,
+                *(f"{row[name]['coverage']:.3f}" for name in names),
+                f"{chance['coverage']:.3f}",
+            ]
         )
     setup = data["setup"]
-    shape = f"{setup['tokens']} tokens, {setup['channels']} channels, k = {setup['k']}"
-    return "\n".join(parts) + f"\n{shape}, ratio {setup['important_ratio']}. {_where(data)}\n"
+    head = [
+        "features",
+        *(f"{x} and float64 loop" for x in _LOOPS),
+        "random choice and float64 loop",
+        "canonical v1 and the same, channels reversed, in a batch",
+    ]
+    kinds = ["features", "float64", "float32", "bfloat16", "canonical v1", "random diverse half"]
+    return (
+        "Share of the diverse half that two runs have in common:\n\n"
+        f"{_markdown(head, agreement)}\n"
+        "Coverage of the dropped tokens:\n\n"
+        f"{_markdown(kinds, coverage)}\n"
+        f"{setup['tokens']} tokens, {setup['channels']} channels, k = {setup['k']}, "
+        f"ratio {setup['important_ratio']}. {_where(data)}\n"
+    )
 
 
 def gpu_status(results: Callable[[str], Any]) -> str:

@@ -10,8 +10,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -150,6 +155,66 @@ int64_t kept_rows(const std::vector<PackedImage>& images) {
 // Larger than any image: rounds are bounded by the tokens anyway.
 int clamp_to_tokens(int64_t x) { return static_cast<int>(std::min<int64_t>(x, kMaxTokens)); }
 
+// ---- attention scores -------------------------------------------------------------------------
+void check_heads(const Tensor& q, const Tensor& k) {
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.device() == k.device(),
+                  "q and k must have one dtype and be on one device");
+}
+
+ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double scale) {
+  check_heads(q_cls, k);
+  STD_TORCH_CHECK(q_cls.dim() == 3 && k.dim() == 4 && k.size(0) == q_cls.size(0) &&
+                      k.size(1) == q_cls.size(1) && k.size(3) == q_cls.size(2) && k.size(2) >= 1 &&
+                      q_cls.size(1) >= 1 && q_cls.size(2) >= 1,
+                  "q_cls must have shape (B, H, D) and k (B, H, 1 + N, D)");
+  check_tokens(k.size(2) - 1);
+  return {{q_cls.const_data_ptr(), q_cls.stride(0), q_cls.stride(1), 0},
+          {k.const_data_ptr(), k.stride(0), k.stride(1), k.stride(2)},
+          dtype_of(k, "k"),
+          q_cls.size(0),
+          static_cast<int>(k.size(1)),
+          static_cast<int>(k.size(2)),
+          static_cast<int>(k.size(3)),
+          static_cast<float>(scale)};
+}
+
+ReceivedAttentionArgs received_attention_args(const Tensor& q, const Tensor& k, double scale,
+                                              const std::vector<int64_t>& bounds,
+                                              const std::optional<Tensor>& lse) {
+  check_heads(q, k);
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(0) == k.size(0) &&
+                      q.size(1) == k.size(1) && q.size(2) == k.size(2) && q.size(1) >= 1 &&
+                      q.size(2) >= 1,
+                  "q and k must have one shape, (T, H, D)");
+  STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == q.size(0),
+                  "cu_seqlens must begin with 0 and end with the rows of q");
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    STD_TORCH_CHECK(bounds[i] >= bounds[i - 1], "cu_seqlens must not decrease");
+    check_tokens(bounds[i] - bounds[i - 1]);
+  }
+  ReceivedAttentionArgs args{{q.const_data_ptr(), 0, q.stride(1), q.stride(0)},
+                             {k.const_data_ptr(), 0, k.stride(1), k.stride(0)},
+                             dtype_of(q, "q"),
+                             static_cast<int>(q.size(1)),
+                             static_cast<int>(q.size(2)),
+                             static_cast<float>(scale),
+                             nullptr,
+                             0,
+                             0,
+                             static_cast<int64_t>(bounds.size()) - 1,
+                             bounds.data()};
+  if (lse) {
+    STD_TORCH_CHECK(lse->scalar_type() == ScalarType::Float && lse->dim() == 2 &&
+                        lse->size(0) == q.size(1) && lse->size(1) == q.size(0) &&
+                        lse->device() == q.device(),
+                    "lse must be float32 of shape (H, T) on the device of q");
+    args.lse = lse->const_data_ptr<float>();
+    args.lse_head_stride = lse->stride(0);
+    args.lse_token_stride = lse->stride(1);
+  }
+  return args;
+}
+
 // ---- CPU --------------------------------------------------------------------------------------
 int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -172,6 +237,20 @@ cpu::Threads one_thread() {
           }};
 }
 
+// A large allocation is mapped afresh each time, and its page faults take a fifth of the time of a
+// large image; with pages of 2 MiB there are few.
+void prefer_huge_pages(char* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = int64_t{2} << 20;
+  const auto skip = round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory)), kPage) -
+                    static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory));
+  const int64_t whole = (bytes - skip) / kPage * kPage;
+  if (whole > 0) (void)madvise(memory + skip, static_cast<size_t>(whole), MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 // Images run side by side where there are enough of them and they are small (a workspace each);
 // otherwise one after the other with all threads on each. Returns the bytes of one workspace and
 // calls body(image, threads, workspace).
@@ -186,6 +265,7 @@ void for_each_image(const Tensor& like, int64_t images, int largest_residual, co
   // The allocator's alignment (64 bytes) is the workspace's.
   const Tensor memory = torch::stable::new_empty(like, {lanes * each}, ScalarType::Byte);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
+  prefer_huge_pages(base, lanes * each);
   if (!side_by_side) {
     for (int64_t image = 0; image < images; ++image) body(image, all, base);
     return;
@@ -333,6 +413,28 @@ std::tuple<Tensor, Tensor> prune_varlen_cpu(const Tensor& feats_, const Tensor& 
   return {kept, indices};
 }
 
+Tensor cls_attention_cpu(const Tensor& q_, const Tensor& k_, double scale) {
+  const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
+  const ClsAttentionArgs args = cls_attention_args(q, k, scale);
+  Tensor out = torch::stable::new_empty(k, {args.images, args.tokens - 1}, ScalarType::Float);
+  if (out.numel() > 0) {
+    cpu::cls_attention(args, out.mutable_data_ptr<float>(), torch_threads());
+  }
+  return out;
+}
+
+Tensor received_attention_cpu(const Tensor& q_, const Tensor& k_, double scale,
+                              const std::vector<int64_t>& cu_seqlens,
+                              const std::optional<Tensor>& lse) {
+  const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
+  const ReceivedAttentionArgs args = received_attention_args(q, k, scale, cu_seqlens, lse);
+  Tensor out = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
+  if (out.numel() > 0) {
+    cpu::received_attention(args, out.mutable_data_ptr<float>(), torch_threads());
+  }
+  return out;
+}
+
 // ---- CUDA -------------------------------------------------------------------------------------
 #if defined(VP_WITH_CUDA)
 
@@ -454,6 +556,32 @@ std::tuple<Tensor, Tensor> prune_varlen_cuda(const Tensor& feats_, const Tensor&
   return {kept, indices};
 }
 
+Tensor cls_attention_cuda(const Tensor& q_, const Tensor& k_, double scale) {
+  const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
+  const ClsAttentionArgs args = cls_attention_args(q, k, scale);
+  Tensor out = torch::stable::new_empty(k, {args.images, args.tokens - 1}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  const Launch launch(k);
+  const Tensor ws = workspace(k, cuda::cls_attention_workspace_bytes(args));
+  check_cuda(cuda::cls_attention(args, out.mutable_data_ptr<float>(), ws.mutable_data_ptr(),
+                                 launch.stream()));
+  return out;
+}
+
+Tensor received_attention_cuda(const Tensor& q_, const Tensor& k_, double scale,
+                               const std::vector<int64_t>& cu_seqlens,
+                               const std::optional<Tensor>& lse) {
+  const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
+  const ReceivedAttentionArgs args = received_attention_args(q, k, scale, cu_seqlens, lse);
+  Tensor out = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  const Launch launch(q);
+  const Tensor ws = workspace(q, cuda::received_attention_workspace_bytes(args));
+  check_cuda(cuda::received_attention(args, out.mutable_data_ptr<float>(), ws.mutable_data_ptr(),
+                                      launch.stream()));
+  return out;
+}
+
 #endif
 
 // ---- what was built ---------------------------------------------------------------------------
@@ -501,6 +629,10 @@ STABLE_TORCH_LIBRARY(vispruner, m) {
   m.def(
       "prune_varlen(Tensor feats, Tensor cls_attn, int[] cu_seqlens, int[] k, "
       "float important_ratio, int step) -> (Tensor feats, Tensor indices)");
+  m.def("cls_attention(Tensor q_cls, Tensor k, float scale) -> Tensor");
+  m.def(
+      "received_attention(Tensor q, Tensor k, float scale, int[] cu_seqlens, Tensor? lse) -> "
+      "Tensor");
   m.def("build_info() -> str");
 }
 
@@ -514,6 +646,8 @@ STABLE_TORCH_LIBRARY_IMPL(vispruner, CPU, m) {
   m.impl("dedup", TORCH_BOX(&vispruner::dedup_cpu));
   m.impl("prune", TORCH_BOX(&vispruner::prune_cpu));
   m.impl("prune_varlen", TORCH_BOX(&vispruner::prune_varlen_cpu));
+  m.impl("cls_attention", TORCH_BOX(&vispruner::cls_attention_cpu));
+  m.impl("received_attention", TORCH_BOX(&vispruner::received_attention_cpu));
 }
 
 #if defined(VP_WITH_CUDA)
@@ -523,5 +657,7 @@ STABLE_TORCH_LIBRARY_IMPL(vispruner, CUDA, m) {
   m.impl("dedup", TORCH_BOX(&vispruner::dedup_cuda));
   m.impl("prune", TORCH_BOX(&vispruner::prune_cuda));
   m.impl("prune_varlen", TORCH_BOX(&vispruner::prune_varlen_cuda));
+  m.impl("cls_attention", TORCH_BOX(&vispruner::cls_attention_cuda));
+  m.impl("received_attention", TORCH_BOX(&vispruner::received_attention_cuda));
 }
 #endif

@@ -13,17 +13,27 @@ from ._version import __version__
 
 _library.load()
 from . import _fakes  # noqa: E402, F401  (after the operators exist)
-from .functional import dedup, pairwise_cosine, prune, prune_varlen, topk  # noqa: E402
+from .functional import (  # noqa: E402
+    cls_attention,
+    dedup,
+    pairwise_cosine,
+    prune,
+    prune_varlen,
+    received_attention,
+    topk,
+)
 
 __all__ = [
     "PruneResult",
     "PruneVarlenResult",
     "TopkResult",
     "__version__",
+    "cls_attention",
     "dedup",
     "pairwise_cosine",
     "prune",
     "prune_varlen",
+    "received_attention",
     "reference",
     "topk",
 ]

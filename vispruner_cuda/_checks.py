@@ -19,6 +19,9 @@ from torch import Tensor
 #: Tokens of one image: token positions are 16-bit integers inside the kernels.
 MAX_TOKENS = 32768
 
+#: Channels of an attention head: a tile of them must fit shared memory.
+MAX_HEAD_DIM = 256
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 or torch.float32"
 
@@ -147,6 +150,21 @@ def _host_ints(name: str, value: object) -> list[int]:
     return list(value)
 
 
+def _bounds(cu_seqlens: object, packed: str, rows: int) -> list[int]:
+    """cu_seqlens as a list, for `rows` packed rows of the argument `packed`."""
+    bounds = _host_ints("cu_seqlens", cu_seqlens)
+    if not bounds or bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(
+            f"cu_seqlens must begin with 0 and end with {rows}, the number of rows of {packed}, "
+            f"got {bounds}"
+        )
+    for start, end in itertools.pairwise(bounds):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
+        _tokens(packed, end - start)
+    return bounds
+
+
 def prune_varlen(
     feats: Tensor,
     cls_attn: Tensor,
@@ -170,16 +188,7 @@ def prune_varlen(
         raise ValueError(f"cls_attn must have at least one head, got {_describe(cls_attn)}")
     _same_device(feats, cls_attn)
 
-    bounds = _host_ints("cu_seqlens", cu_seqlens)
-    if not bounds or bounds[0] != 0 or bounds[-1] != feats.shape[0]:
-        raise ValueError(
-            f"cu_seqlens must begin with 0 and end with {feats.shape[0]}, the number of rows of "
-            f"feats, got {bounds}"
-        )
-    for start, end in itertools.pairwise(bounds):
-        if end < start:
-            raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
-        _tokens("feats", end - start)
+    bounds = _bounds(cu_seqlens, "feats", feats.shape[0])
 
     images = len(bounds) - 1
     if isinstance(k, (Sequence, Tensor)) and not isinstance(k, (str, bytes)):
@@ -194,3 +203,64 @@ def prune_varlen(
     _ratio("important_ratio", important_ratio)
     _integer("step", step, 1)
     return bounds, ks
+
+
+def _scale(scale: object) -> None:
+    if not isinstance(scale, (numbers.Real, torch.SymFloat)) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a float, got {_describe(scale)}")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _same_kind(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {other}, {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {other}, {like.device}, got {tensor.device}"
+        )
+
+
+def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> None:
+    _tensor("q_cls", q_cls)
+    if q_cls.dim() != 3 or 0 in q_cls.shape[1:]:
+        raise ValueError(f"q_cls must have shape (B, H, D), got {_describe(q_cls)}")
+    _tensor("k", k)
+    expected = (q_cls.shape[0], q_cls.shape[1], q_cls.shape[2])
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected or k.shape[2] < 1:
+        raise ValueError(
+            f"k must have shape ({expected[0]}, {expected[1]}, 1 + N, {expected[2]}) to match "
+            f"q_cls of shape {tuple(q_cls.shape)}, got {_describe(k)}"
+        )
+    _tokens("k", k.shape[2] - 1)
+    _same_kind("k", k, "q_cls", q_cls)
+    _scale(scale)
+
+
+def received_attention(
+    q: Tensor, k: Tensor, scale: object, cu_seqlens: object, lse: object
+) -> list[int]:
+    """Checks, and returns the bounds of the images."""
+    _tensor("q", q)
+    if q.dim() != 3 or 0 in q.shape[1:]:
+        raise ValueError(f"q must have shape (T, H, D), got {_describe(q)}")
+    if q.shape[2] > MAX_HEAD_DIM:
+        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels a head, got {_describe(q)}")
+    _tensor("k", k)
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {_describe(k)}")
+    _same_kind("k", k, "q", q)
+    _scale(scale)
+    bounds = [0, q.shape[0]] if cu_seqlens is None else _bounds(cu_seqlens, "q", q.shape[0])
+    if lse is not None:
+        if not isinstance(lse, Tensor):
+            raise TypeError(f"lse must be a torch.Tensor or None, got {_describe(lse)}")
+        if lse.dtype != torch.float32:
+            raise TypeError(f"lse must have dtype torch.float32, got {lse.dtype}")
+        if tuple(lse.shape) != (q.shape[1], q.shape[0]):
+            raise ValueError(
+                f"lse must have shape (H, T) = ({q.shape[1]}, {q.shape[0]}), got {_describe(lse)}"
+            )
+        if lse.device != q.device:
+            raise ValueError(f"lse must be on the device of q, {q.device}, got {lse.device}")
+    return bounds

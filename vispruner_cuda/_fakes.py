@@ -50,3 +50,15 @@ def _prune_varlen(
     lengths = zip(cu_seqlens[:-1], cu_seqlens[1:], k, strict=True)
     kept = sum(min(k_image, end - start) for start, end, k_image in lengths)
     return feats.new_empty((kept, feats.shape[1])), feats.new_empty((kept,), dtype=torch.int64)
+
+
+@torch.library.register_fake("vispruner::cls_attention")
+def _cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
+    return k.new_empty((k.shape[0], k.shape[2] - 1), dtype=torch.float32)
+
+
+@torch.library.register_fake("vispruner::received_attention")
+def _received_attention(
+    q: Tensor, k: Tensor, scale: float, cu_seqlens: list[int], lse: Tensor | None
+) -> Tensor:
+    return q.new_empty((q.shape[0],), dtype=torch.float32)

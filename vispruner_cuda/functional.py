@@ -161,3 +161,64 @@ def prune_varlen(
     for start, end, k_image in zip(bounds[:-1], bounds[1:], ks, strict=True):
         kept_bounds.append(kept_bounds[-1] + min(k_image, end - start))
     return PruneVarlenResult(kept, indices, tuple(kept_bounds))
+
+
+def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The attention that [CLS] pays to each patch, without an attention matrix.
+
+    The softmax runs over all keys, [CLS] included; its own column is dropped and the heads are
+    averaged. With it the encoder can stay on FlashAttention or SDPA.
+
+    Args:
+        q_cls: (B, H, D) the query of [CLS], float16, bfloat16 or float32.
+        k: (B, H, 1 + N, D) keys of the same layer, [CLS] first, in the same dtype; any strides
+            (`k.view(B, T, H, D).transpose(1, 2)` needs no copy).
+        scale: factor of the logits, usually D ** -0.5.
+
+    Returns:
+        (B, N) float32, from float32 arithmetic; the same for an image alone and in any batch.
+        Ready for :func:`prune` as `cls_attn`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device.
+
+    Source: VisPruner (arXiv 2412.01818), section 3.2.
+    """
+    _checks.cls_attention(q_cls, k, scale)
+    return torch.ops.vispruner.cls_attention(q_cls.detach(), k.detach(), float(scale))
+
+
+def received_attention(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """The attention that each token receives, averaged over queries and heads: the score for
+    encoders without [CLS] (SigLIP, Qwen2-VL and later).
+
+    Column means of softmax(q k^T * scale) in memory linear in the tokens.
+
+    Args:
+        q, k: (T, H, D) packed queries and keys after any rotary embedding, float16, bfloat16 or
+            float32; at most 32768 tokens an image and D <= 256.
+        scale: factor of the logits, usually D ** -0.5.
+        cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1], on the host; None: all
+            rows are one image.
+        lse: (H, T) float32 log-sum-exp of each query's logits, as a flash forward returns it;
+            saves one of two passes over q k^T.
+
+    Returns:
+        (T,) float32, from float32 arithmetic; the scores of each image sum to 1.
+
+    Raises:
+        TypeError, ValueError: as for :func:`cls_attention`.
+
+    Source: VisPruner (arXiv 2412.01818), the authors' recipe for encoders without [CLS].
+    """
+    bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
+    return torch.ops.vispruner.received_attention(
+        q.detach(), k.detach(), float(scale), bounds, None if lse is None else lse.detach()
+    )

@@ -12,6 +12,7 @@ very small k are this project's own, because the authors' code is undefined ther
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -185,3 +186,31 @@ def prune_varlen(
         kept_bounds.append(kept_bounds[-1] + len(local))
     indices = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64, device=feats.device)
     return PruneVarlenResult(feats[indices], indices, tuple(kept_bounds))
+
+
+def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
+    """See :func:`vispruner_cuda.cls_attention`."""
+    _checks.cls_attention(q_cls, k, scale)
+    logits = torch.einsum("bhd,bhtd->bht", q_cls.float(), k.float()) * scale
+    return logits.softmax(dim=-1)[..., 1:].mean(dim=1)
+
+
+def received_attention(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """See :func:`vispruner_cuda.received_attention`. Holds H x N x N logits of one image."""
+    bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        q_image, k_image = q[start:end].float(), k[start:end].float()
+        logits = torch.einsum("qhd,khd->hqk", q_image, k_image) * scale
+        if lse is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            weights = (logits - lse[:, start:end].unsqueeze(-1)).exp()
+        parts.append(weights.mean(dim=(0, 1)))
+    return torch.cat(parts) if parts else q.new_empty(0, dtype=torch.float32)

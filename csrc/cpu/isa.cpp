@@ -265,7 +265,13 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
 
   int32_t sorted[kListStride];
   int count = 0;
+  const int32_t least = ties > 0 ? tied : threshold;
   for (int j = 0; j < n; ++j) {
+    constexpr int kSkip = 16;  // most tokens are in no list: pass over them by the vector
+    if (j % kSkip == 0 && j + kSkip <= n && count_at_least(keys + j, kSkip, least) == 0) {
+      j += kSkip - 1;
+      continue;
+    }
     const int32_t key = keys[j];
     if (key < threshold) {
       if (ties == 0 || key != tied) continue;
@@ -286,9 +292,26 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
   return count;
 }
 
+// ---- attention ----------------------------------------------------------------------------------
+void logits(const float* q, const float* keys, int tokens, int dim, float scale, float* out) {
+  constexpr int kLanes = 16;  // partial sums: what a compiler may keep in one vector
+  for (int t = 0; t < tokens; ++t) {
+    const float* k = keys + int64_t{t} * dim;
+    float sums[kLanes] = {};
+    for (int d = 0; d < dim; d += kLanes) {
+      for (int l = 0; l < kLanes; ++l) sums[l] += q[d + l] * k[d + l];
+    }
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) sums[l] += sums[l + width];
+    }
+    out[t] = sums[0] * scale;
+  }
+}
+
 }  // namespace
 
 extern const IsaKernels kKernels;
-const IsaKernels kKernels = {VP_STRING(VP_ISA), quantize_token, gram_tile, neighbours};
+const IsaKernels kKernels = {VP_STRING(VP_ISA), quantize_token, gram_tile,
+                             neighbours,        load_row,       logits};
 
 }  // namespace vispruner::cpu::VP_ISA

@@ -36,6 +36,12 @@ struct IsaKernels {
   // from one call to the next. `scratch` holds n int32.
   int (*neighbours)(const float* gram, const float* inv, int n, int self, uint16_t* ids,
                     float* redundancy, int32_t* guess, int32_t* scratch);
+
+  // Upcasts `count` elements.
+  void (*load)(const void* from, DType dtype, int64_t count, float* to);
+
+  // out[t] = scale * (q . keys[t]) for rows of `dim` floats, dim % 16 == 0.
+  void (*logits)(const float* q, const float* keys, int tokens, int dim, float scale, float* out);
 };
 
 // The kernels for this processor.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -25,56 +26,64 @@ class Arena {
   T* take(int64_t count) {
     T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
+    bytes_ = std::max(bytes_, used_);
     return p;
   }
-  int64_t used() const { return used_; }
+  // What was taken since a mark may be given out again.
+  int64_t mark() const { return used_; }
+  void rewind(int64_t mark) { used_ = mark; }
+  int64_t bytes() const { return bytes_; }  // at the most
 
  private:
   char* base_;
-  int64_t used_ = 0;
+  int64_t used_ = 0, bytes_ = 0;
 };
 
 struct GramWorkspace {
   int rows;  // R, padded to whole tiles: `padded`
   int padded;
-  int64_t pairs, panel_size;
-  int16_t* panels;
+  int64_t pairs, panel_size, row_stride;
   float* inv;
+  int64_t only_for_gram;  // a mark: what follows is of no use after the Gram matrix
+  int16_t* panels;
   float* row_scratch;  // one row of channels for each thread
-  int64_t row_stride;
 
   GramWorkspace(Arena& arena, int tokens, int64_t channels, int threads)
       : rows(tokens),
         padded(static_cast<int>(round_up(tokens, kTileCols))),
         pairs((channels + 1) / 2),
         panel_size(pairs * 2 * kPanelTokens),
-        panels(arena.take<int16_t>(padded / kPanelTokens * panel_size)),
+        row_stride(round_up(channels, 16)),
         inv(arena.take<float>(padded)),
-        row_scratch(nullptr),
-        row_stride(round_up(channels, 16)) {
-    row_scratch = arena.take<float>(row_stride * threads);
-  }
+        only_for_gram(arena.mark()),
+        panels(arena.take<int16_t>(padded / kPanelTokens * panel_size)),
+        row_scratch(arena.take<float>(row_stride * threads)) {}
 };
 
 struct DedupWorkspace {
+  float* matrix;  // (padded, padded)
   GramWorkspace gram;
-  float* matrix;         // (padded, padded)
+  // Used after the Gram matrix, in the memory of the quantized tokens.
   uint16_t* neighbours;  // (rows, kListStride)
   float* redundancy;     // (rows, kListStride)
   int32_t* key_scratch;  // (threads, padded)
   uint16_t* list[2];
-  uint64_t* sort_keys;
+  uint64_t* sort_keys[2];
   uint8_t* in_b;
 
   DedupWorkspace(Arena& arena, int residual, int64_t channels, int threads)
-      : gram(arena, residual, channels, threads),
-        matrix(arena.take<float>(int64_t{gram.padded} * gram.padded)),
-        neighbours(arena.take<uint16_t>(int64_t{residual} * kListStride)),
-        redundancy(arena.take<float>(int64_t{residual} * kListStride)),
-        key_scratch(arena.take<int32_t>(int64_t{threads} * gram.padded)),
-        list{arena.take<uint16_t>(residual), arena.take<uint16_t>(residual)},
-        sort_keys(arena.take<uint64_t>(residual)),
-        in_b(arena.take<uint8_t>(residual + 1)) {}
+      : matrix(arena.take<float>(round_up(residual, kTileCols) * round_up(residual, kTileCols))),
+        gram(arena, residual, channels, threads) {
+    arena.rewind(gram.only_for_gram);
+    neighbours = arena.take<uint16_t>(int64_t{residual} * kListStride);
+    redundancy = arena.take<float>(int64_t{residual} * kListStride);
+    key_scratch = arena.take<int32_t>(int64_t{threads} * gram.padded);
+    list[0] = arena.take<uint16_t>(residual);
+    list[1] = arena.take<uint16_t>(residual);
+    sort_keys[0] = arena.take<uint64_t>(residual);
+    sort_keys[1] = arena.take<uint64_t>(residual);
+    in_b = arena.take<uint8_t>(residual + 1);
+  }
 };
 
 struct PruneWorkspace {
@@ -105,7 +114,8 @@ uint64_t rank_key(float score, int token) {
   return (uint64_t{~ordered_key(score)} << 32) | static_cast<uint32_t>(token);
 }
 
-void rank_keys(const AttentionView& view, const void* data, int tokens, uint64_t* keys) {
+// The keys of all tokens, the first k of them in ranking order.
+void rank_keys(const AttentionView& view, const void* data, int tokens, int k, uint64_t* keys) {
   for (int t = 0; t < tokens; ++t) {
     if (!data) {
       keys[t] = static_cast<uint64_t>(t);
@@ -117,7 +127,9 @@ void rank_keys(const AttentionView& view, const void* data, int tokens, uint64_t
     }
     keys[t] = rank_key(ranking_score(sum), t);
   }
-  if (data) std::sort(keys, keys + tokens);
+  if (!data) return;
+  if (k < tokens) std::nth_element(keys, keys + k, keys + tokens);
+  std::sort(keys, keys + std::min(k, tokens));
 }
 
 int key_token(uint64_t key) { return static_cast<int>(static_cast<uint32_t>(key)); }
@@ -195,6 +207,32 @@ uint64_t redundancy_key(float redundancy, int position) {
   return (uint64_t{~ordered_key(redundancy)} << 32) | static_cast<uint32_t>(position);
 }
 
+// Ascending order of `count` keys by their high 32 bits, stable. Returns the array it ends up in.
+uint64_t* sort_by_high_half(uint64_t* keys, uint64_t* other, int count) {
+  constexpr int kFewKeys = 128;
+  if (count < kFewKeys) {
+    std::sort(keys, keys + count);  // positions in the low half make it stable
+    return keys;
+  }
+  constexpr int kDigits = 3, kBits = 11, kValues = 1 << kBits;
+  const auto digit = [](uint64_t key, int d) {
+    return static_cast<int>(key >> (32 + d * kBits)) & (kValues - 1);
+  };
+  uint32_t starts[kDigits][kValues] = {};
+  for (int i = 0; i < count; ++i) {
+    for (int d = 0; d < kDigits; ++d) ++starts[d][digit(keys[i], d)];
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    uint32_t* start = starts[d];
+    if (start[digit(keys[0], d)] == static_cast<uint32_t>(count)) continue;  // all the same
+    uint32_t sum = 0;
+    for (int v = 0; v < kValues; ++v) sum += std::exchange(start[v], sum);
+    for (int i = 0; i < count; ++i) other[start[digit(keys[i], d)]++] = keys[i];
+    std::swap(keys, other);
+  }
+  return keys;
+}
+
 // The loop of the method on residual rows 0 ... R - 1, which are in ranking order. Leaves the
 // survivors in ws.list[0].
 void dedup_loop(DedupWorkspace& ws, int k, int step) {
@@ -226,14 +264,14 @@ void dedup_loop(DedupWorkspace& ws, int k, int step) {
         }
         redundancy = best * ws.gram.inv[token];
       }
-      ws.sort_keys[p] = redundancy_key(redundancy, p);
+      ws.sort_keys[0][p] = redundancy_key(redundancy, p);
     }
-    std::sort(ws.sort_keys, ws.sort_keys + a_count);
+    const uint64_t* sorted = sort_by_high_half(ws.sort_keys[0], ws.sort_keys[1], a_count);
 
     const int r = std::min({step, n - k, a_count});
     int length = 0;
-    for (int s = 0; s < r; ++s) ws.in_b[list[2 * key_token(ws.sort_keys[s])]] = 0;
-    for (int s = r; s < a_count; ++s) next[length++] = list[2 * key_token(ws.sort_keys[s])];
+    for (int s = 0; s < r; ++s) ws.in_b[list[2 * key_token(sorted[s])]] = 0;
+    for (int s = r; s < a_count; ++s) next[length++] = list[2 * key_token(sorted[s])];
     for (int b = 1; b < n; b += 2) next[length++] = list[b];
     for (int i = 0; i < length; ++i) ws.in_b[next[i]] = i & 1;
     std::swap(list, next);
@@ -249,7 +287,7 @@ void topk(const AttentionView& attention, int64_t image, int tokens, int k, int6
   const void* first = static_cast<const char*>(attention.data) +
                       image * attention.image_stride * dtype_bytes(attention.dtype);
   std::vector<uint64_t> keys(static_cast<size_t>(tokens));
-  rank_keys(attention, first, tokens, keys.data());
+  rank_keys(attention, first, tokens, k, keys.data());
   for (int r = 0; r < std::min(k, tokens); ++r) {
     order[r] = key_token(keys[static_cast<size_t>(r)]);
     if (scores) scores[r] = key_float(~static_cast<uint32_t>(keys[static_cast<size_t>(r)] >> 32));
@@ -260,7 +298,7 @@ int64_t prune_workspace_bytes(const ImageShape& shape, int64_t channels, int thr
   Arena arena(nullptr);
   PruneWorkspace prune(arena, shape);
   if (shape.residual() > 0) DedupWorkspace dedup(arena, shape.residual(), channels, threads);
-  return arena.used();
+  return arena.bytes();
 }
 
 void prune_image(const FeatureView& feats, const AttentionView& attention, const PruneImage& image,
@@ -268,7 +306,8 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
   Arena arena(workspace);
   const ImageShape& shape = image.shape;
   PruneWorkspace ws(arena, shape);
-  rank_keys(attention, image.attention, shape.tokens, ws.ranked);
+  rank_keys(attention, image.attention, shape.tokens,
+            shape.residual() > 0 ? shape.tokens : shape.kept(), ws.ranked);
   std::fill(ws.keep, ws.keep + shape.tokens, uint8_t{0});
   for (int r = 0; r < shape.important; ++r) ws.keep[key_token(ws.ranked[r])] = 1;
 
@@ -312,7 +351,7 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
 int64_t cosine_workspace_bytes(int tokens, int64_t channels, int threads) {
   Arena arena(nullptr);
   GramWorkspace ws(arena, tokens, channels, threads);
-  return arena.used();
+  return arena.bytes();
 }
 
 void pairwise_cosine(const FeatureView& feats, const void* first_token, int tokens, float* out,

@@ -107,6 +107,9 @@ struct WaveSize {
   int images, tokens, residual, kept;
 };
 
+// Brings `count` images from the host to `table` on the device.
+int write_table(const Image* images, int count, Image* table, void* stream);
+
 // ---- the stages, one file each ----------------------------------------------------------------
 struct RankOutput {  // of the topk op
   int64_t* indices;

@@ -1,4 +1,6 @@
 // The pipeline: waves of images that fit the workspace, five launches a wave.
+#include <vector>
+
 #include "batch.cuh"
 #include "vispruner/cuda.h"
 
@@ -6,19 +8,6 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kMostImages = 32768;  // grid.y
-constexpr int kTableChunk = 48;     // images a launch parameter holds (below 4 KiB)
-constexpr int kTableThreads = 64;
-
-struct TableChunk {
-  Image images[kTableChunk];
-};
-static_assert(sizeof(TableChunk) + 64 <= 4096 && kTableChunk <= kTableThreads, "");
-
-// Launch parameters are the one way to bring host data to the device that neither waits nor needs
-// pinned memory, and that a captured graph keeps.
-__global__ void table_kernel(TableChunk chunk, int count, Image* table) {
-  if (static_cast<int>(threadIdx.x) < count) table[threadIdx.x] = chunk.images[threadIdx.x];
-}
 
 int64_t image_bytes(const PruneArgs& args, const ImageShape& shape) {
   return workspace_layout(shape.tokens, shape.residual(), args.feats.channels).bytes;
@@ -84,29 +73,18 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
   return gather(batch, size, args.feats, args.indices, args.kept_feats, stream);
 }
 
-// Fills the table of wave images, whose workspaces lie one after the other from `offset` on.
-int write_table(const PruneArgs& args, const Wave& wave, int64_t offset, Image* table,
-                void* stream) {
-  for (int64_t i = wave.begin; i < wave.end;) {
-    TableChunk chunk{};
-    const int64_t first = i;
-    int count = 0;
-    for (; i < wave.end && count < kTableChunk; ++i, ++count) {
-      const RaggedImage& image = args.ragged[i];
-      chunk.images[count] = {image.shape,
-                             image.first_token * args.feats.token_stride,
-                             image.first_token * args.attention.token_stride,
-                             image.first_kept,
-                             image.first_token,
-                             offset};
-      offset += image_bytes(args, image.shape);
-    }
-    if (const int e =
-            launch<table_kernel>(1, kTableThreads, 0, stream, chunk, count, table + first)) {
-      return e;
-    }
+// The images of a wave, whose workspaces lie one after the other from `offset` on.
+std::vector<Image> wave_images(const PruneArgs& args, const Wave& wave, int64_t offset) {
+  std::vector<Image> images;
+  images.reserve(static_cast<size_t>(wave.size.images));
+  for (int64_t i = wave.begin; i < wave.end; ++i) {
+    const RaggedImage& image = args.ragged[i];
+    images.push_back({image.shape, image.first_token * args.feats.token_stride,
+                      image.first_token * args.attention.token_stride, image.first_kept,
+                      image.first_token, offset});
+    offset += image_bytes(args, image.shape);
   }
-  return 0;
+  return images;
 }
 
 }  // namespace
@@ -129,8 +107,11 @@ int prune(const PruneArgs& args, void* workspace, void* stream) {
     const Wave wave = next_wave(args, begin);
     Batch batch{};
     if (args.ragged) {
-      if (const int e = write_table(args, wave, images_at, table, stream)) return e;
+      const std::vector<Image> images = wave_images(args, wave, images_at);
       batch.table = table + begin;
+      if (const int e = write_table(images.data(), wave.size.images, table + begin, stream)) {
+        return e;
+      }
     } else {
       batch.first = {args.shape,
                      begin * args.feats.image_stride,

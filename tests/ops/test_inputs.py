@@ -79,6 +79,30 @@ bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, "0", 3)
 bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, 10, 3)
 bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, [0, 10.0], 3)
 bad("prune_varlen", "k", ValueError, PF, PA, [0, 5, 10], [3])
+Q, K = torch.randn(2, 3, 4), torch.randn(2, 3, 7, 4)
+for wrong in ([[1.0]], None, Q.double(), Q.int()):
+    bad("cls_attention", "q_cls", TypeError, wrong, K, 0.5)
+    bad("cls_attention", "k", TypeError, Q, wrong, 0.5)
+    bad("received_attention", "q", TypeError, wrong, Q, 0.5)
+bad("cls_attention", "q_cls", ValueError, Q[0], K, 0.5)
+bad("cls_attention", "q_cls", ValueError, Q[..., :0], K, 0.5)
+bad("cls_attention", "k", ValueError, Q, K[:1], 0.5)
+bad("cls_attention", "k", ValueError, Q, K[:, :, :0], 0.5)
+bad("cls_attention", "k", ValueError, Q, K[..., :3], 0.5)
+bad("cls_attention", "k", TypeError, Q, K.half(), 0.5)
+bad("cls_attention", "k", ValueError, Q, K.to("meta"), 0.5)
+bad("received_attention", "q", ValueError, K, K, 0.5)
+bad("received_attention", "q", ValueError, torch.ones(2, 1, 257), torch.ones(2, 1, 257), 0.5)
+bad("received_attention", "k", ValueError, Q, Q[:, :2], 0.5)
+bad("received_attention", "k", TypeError, Q, Q.half(), 0.5)
+bad("received_attention", "cu_seqlens", ValueError, Q, Q, 0.5, [0, 1])
+bad("received_attention", "cu_seqlens", TypeError, Q, Q, 0.5, 2)
+bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=3.0)
+bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=torch.ones(3, 2).half())
+bad("received_attention", "lse", ValueError, Q, Q, 0.5, lse=torch.ones(2, 3))
+for scale, error in [("1", TypeError), (None, TypeError), (float("nan"), ValueError)]:
+    bad("cls_attention", "scale", error, Q, K, scale)
+    bad("received_attention", "scale", error, Q, Q, scale)
 LONG = _checks.MAX_TOKENS + 1
 bad("prune", "feats", ValueError, torch.empty(1, LONG, 1), torch.empty(1, LONG), 3)
 bad("topk", "cls_attn", ValueError, torch.empty(1, LONG), 3)
@@ -139,6 +163,11 @@ DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("prune_varlen", (PF, PA, [], [], 0.5, 8)),
     ("prune_varlen", (PF, PA, [0, 10], [3, 3], 0.5, 8)),
     ("prune_varlen", (PF, PA, [0, 10], [0], 0.5, 8)),
+    ("cls_attention", (Q, K[:1], 0.5)),
+    ("cls_attention", (Q, K.half(), 0.5)),
+    ("received_attention", (Q, Q[:1], 0.5, [0, 2], None)),
+    ("received_attention", (Q, Q, 0.5, [0, 3], None)),
+    ("received_attention", (Q, Q, 0.5, [0, 2], torch.ones(2, 3))),
 ]
 
 

@@ -40,6 +40,14 @@ def calls(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.prune_varlen.default,
             (feats.flatten(0, 1), attn[0].repeat(1, 2), [0, 30, 30, 80], [5, 4, 60], 0.5, 8),
         ),
+        "cls_attention": (
+            ops.cls_attention.default,
+            (feats[:, :3], feats[:, None].repeat(1, 3, 1, 1), 0.2),
+        ),
+        "received_attention": (
+            ops.received_attention.default,
+            (feats.transpose(0, 1), feats.transpose(0, 1), 0.2, [0, 10, 40], None),
+        ),
     }
 
 

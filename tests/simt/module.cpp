@@ -111,6 +111,48 @@ void prune_varlen(const py::tuple& feats, const py::object& attention, int64_t h
   run_prune(args);
 }
 
+void cls_attention(const py::tuple& q, const py::tuple& k, int64_t images, int heads, int tokens,
+                   int head_dim, float scale, uintptr_t out) {
+  const TensorArg tq = tensor_arg(q), tk = tensor_arg(k);
+  const ClsAttentionArgs args{
+      {reinterpret_cast<const void*>(tq.address), tq.strides[0], tq.strides[1], 0},
+      {reinterpret_cast<const void*>(tk.address), tk.strides[0], tk.strides[1], tk.strides[2]},
+      static_cast<DType>(tk.dtype),
+      images,
+      heads,
+      tokens,
+      head_dim,
+      scale};
+  auto ws = poisoned(cuda::cls_attention_workspace_bytes(args));
+  check(cuda::cls_attention(args, reinterpret_cast<float*>(out), ws.data(), nullptr));
+}
+
+void received_attention(const py::tuple& q, const py::tuple& k, int heads, int head_dim,
+                        float scale, const std::vector<int64_t>& bounds, const py::object& lse,
+                        uintptr_t out) {
+  const TensorArg tq = tensor_arg(q), tk = tensor_arg(k);
+  ReceivedAttentionArgs args{
+      {reinterpret_cast<const void*>(tq.address), 0, tq.strides[1], tq.strides[0]},
+      {reinterpret_cast<const void*>(tk.address), 0, tk.strides[1], tk.strides[0]},
+      static_cast<DType>(tq.dtype),
+      heads,
+      head_dim,
+      scale,
+      nullptr,
+      0,
+      0,
+      static_cast<int64_t>(bounds.size()) - 1,
+      bounds.data()};
+  if (!lse.is_none()) {
+    const TensorArg t = tensor_arg(lse.cast<py::tuple>());
+    args.lse = reinterpret_cast<const float*>(t.address);
+    args.lse_head_stride = t.strides[0];
+    args.lse_token_stride = t.strides[1];
+  }
+  auto ws = poisoned(cuda::received_attention_workspace_bytes(args));
+  check(cuda::received_attention(args, reinterpret_cast<float*>(out), ws.data(), nullptr));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(vispruner_simt, m) {
@@ -123,4 +165,6 @@ PYBIND11_MODULE(vispruner_simt, m) {
   m.def("pairwise_cosine", &pairwise_cosine);
   m.def("prune", &prune);
   m.def("prune_varlen", &prune_varlen);
+  m.def("cls_attention", &cls_attention);
+  m.def("received_attention", &received_attention);
 }

@@ -228,12 +228,11 @@ int run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void(
   count = threads;
   block_size = dim3(static_cast<unsigned>(threads));
   const std::vector<int> order = resume_order();
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      std::fill(memory.begin(), memory.end(), kPoison);
-      block_index = dim3(x, y);
-      run_block(order);
-    }
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  for (unsigned b = 0; b < blocks; ++b) {
+    std::fill(memory.begin(), memory.end(), kPoison);
+    block_index = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+    run_block(order);
   }
   return 0;
 }

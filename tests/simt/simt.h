@@ -11,6 +11,8 @@
 #include <cstring>
 #include <functional>
 
+#include "vispruner/numerics.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -147,26 +149,49 @@ inline void load_matrices(uint32_t (&out)[4], const void* shared_row) {
   }
 }
 
-inline void multiply_add_s8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// The matrix instructions: a is 16 rows of 32 bytes, b 8 columns of 32 bytes, and a lane holds the
+// 4 bytes at 4 (lane % 4) of both halves of row lane / 4, of row lane / 4 + 8, and of column lane
+// / 4.
+template <typename Element, typename Sum>
+void multiply_fragments(Sum (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  constexpr int kElements = 4 / sizeof(Element);
   struct Fragment {
-    int8_t a[4][4], b[2][4];
+    Element a[4][kElements], b[2][kElements];
   } own;
   std::memcpy(own.a, a, 16);
   std::memcpy(own.b[0], &b0, 4);
   std::memcpy(own.b[1], &b1, 4);
   const unsigned char* slots = simt::exchange(~0u, &own, sizeof own);
+  const auto fragment = [&](int lane) {
+    return reinterpret_cast<const Fragment*>(slots + lane * simt::kSlotBytes);
+  };
+  const auto value = [](Element x) {
+    if constexpr (sizeof(Element) == 1) {
+      return static_cast<Sum>(x);
+    } else {
+      return vispruner::to_float(x);
+    }
+  };
   const int lane = simt::lane();
   for (int e = 0; e < 4; ++e) {
     const int row = lane / 4, column = lane % 4 * 2 + e % 2, lower = e / 2;  // rows 8 to 15
     for (int t = 0; t < 4; ++t) {
-      const auto* x = reinterpret_cast<const Fragment*>(slots + (row * 4 + t) * simt::kSlotBytes);
-      const auto* y =
-          reinterpret_cast<const Fragment*>(slots + (column * 4 + t) * simt::kSlotBytes);
-      for (int i = 0; i < 4; ++i) {
-        sum[e] += x->a[lower][i] * y->b[0][i] + x->a[2 + lower][i] * y->b[1][i];
+      const Fragment* x = fragment(row * 4 + t);
+      const Fragment* y = fragment(column * 4 + t);
+      for (int i = 0; i < kElements; ++i) {
+        sum[e] += value(x->a[lower][i]) * value(y->b[0][i]);
+        sum[e] += value(x->a[2 + lower][i]) * value(y->b[1][i]);
       }
     }
   }
+}
+
+inline void multiply_add_s8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_fragments<int8_t>(sum, a, b0, b1);
+}
+template <typename Element>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Element) {
+  multiply_fragments<Element>(sum, a, b0, b1);
 }
 
 }  // namespace vispruner::cuda

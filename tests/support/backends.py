@@ -11,7 +11,15 @@ from torch import Tensor
 
 import vispruner_cuda
 
-FUNCTIONS = ("topk", "pairwise_cosine", "dedup", "prune", "prune_varlen")
+FUNCTIONS = (
+    "topk",
+    "pairwise_cosine",
+    "dedup",
+    "prune",
+    "prune_varlen",
+    "cls_attention",
+    "received_attention",
+)
 
 
 def _to(value: Any, device: str) -> Any:
@@ -34,7 +42,8 @@ def _to(value: Any, device: str) -> Any:
 
 def _on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **keywords: Any) -> Any:
-        return _to(function(*(_to(a, device) for a in args), **keywords), "cpu")
+        moved = {name: _to(value, device) for name, value in keywords.items()}
+        return _to(function(*(_to(a, device) for a in args), **moved), "cpu")
 
     return call
 

@@ -182,6 +182,41 @@ class Kernels:
             kept_bounds.append(kept_bounds[-1] + count)
         return PruneVarlenResult(kept, indices, tuple(kept_bounds))
 
+    def cls_attention(self, q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
+        _checks.cls_attention(q_cls, k, scale)
+        q_cls, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_cls, k))
+        batch, heads, tokens, dim = k.shape
+        out = torch.full((batch, tokens - 1), float("nan"))
+        if out.numel():
+            self._configured().cls_attention(
+                _argument(q_cls), _argument(k), batch, heads, tokens, dim, scale, out.data_ptr()
+            )
+        return out
+
+    def received_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
+        q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+        out = torch.full((q.shape[0],), float("nan"))
+        if out.numel():
+            self._configured().received_attention(
+                _argument(q),
+                _argument(k),
+                q.shape[1],
+                q.shape[2],
+                scale,
+                bounds,
+                None if lse is None else _argument(lse),
+                out.data_ptr(),
+            )
+        return out
+
 
 def default_build_directory() -> Path:
     """Shared by test runs, so that only changed sources are compiled again."""

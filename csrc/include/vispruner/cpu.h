@@ -46,4 +46,8 @@ int64_t cosine_workspace_bytes(int tokens, int64_t channels, int threads);
 void pairwise_cosine(const FeatureView& feats, const void* first_token, int tokens, float* out,
                      const Threads& threads, void* workspace);
 
+// Scores for encoders: see vispruner_cuda.cls_attention and received_attention.
+void cls_attention(const ClsAttentionArgs& args, float* out, const Threads& threads);
+void received_attention(const ReceivedAttentionArgs& args, float* out, const Threads& threads);
+
 }  // namespace vispruner::cpu

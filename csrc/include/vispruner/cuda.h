@@ -46,4 +46,13 @@ int64_t cosine_workspace_bytes(const FeatureView& feats, int64_t images, int tok
 int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float* out,
                     int64_t workspace_limit, void* workspace, void* stream);
 
+// [CLS] attention: (images, tokens - 1) float32 into `out`.
+int64_t cls_attention_workspace_bytes(const ClsAttentionArgs& args);
+int cls_attention(const ClsAttentionArgs& args, float* out, void* workspace, void* stream);
+
+// Received attention: (rows) float32 into `out`; `bounds` are images + 1 host integers.
+int64_t received_attention_workspace_bytes(const ReceivedAttentionArgs& args);
+int received_attention(const ReceivedAttentionArgs& args, float* out, void* workspace,
+                       void* stream);
+
 }  // namespace vispruner::cuda

@@ -39,6 +39,33 @@ struct FeatureView {
   int64_t image_stride, token_stride;
 };
 
+// Queries or keys of attention heads: channels are contiguous, everything else is strided.
+struct HeadsView {
+  const void* data;
+  int64_t image_stride, head_stride, token_stride;
+};
+
+struct ClsAttentionArgs {
+  HeadsView q;  // one query an image and head
+  HeadsView k;  // `tokens` keys, the first of them [CLS]
+  DType dtype;
+  int64_t images;
+  int heads, tokens, head_dim;
+  float scale;
+};
+
+struct ReceivedAttentionArgs {
+  HeadsView q, k;  // packed images: image_stride is not used
+  DType dtype;
+  int heads, head_dim;
+  float scale;
+  const float* lse;  // (heads, rows) log-sum-exp of each query's logits, or null
+  int64_t lse_head_stride, lse_token_stride;
+  int64_t images;
+  const int64_t* bounds;  // (images + 1) first rows, on the host
+  int64_t rows() const { return bounds[images]; }
+};
+
 VP_HD int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 }  // namespace vispruner

@@ -1,0 +1,116 @@
+// Attention scores on the CPU: float32 arithmetic on upcast inputs, memory linear in tokens.
+//
+// Every image and head is computed alone and sums run in a fixed order, so that neither the batch
+// nor the number of threads changes a bit.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "isa.h"
+#include "vispruner/cpu.h"
+
+namespace vispruner::cpu {
+namespace {
+
+constexpr int kDimAlign = 16;
+
+const void* element_at(const void* data, DType dtype, int64_t element) {
+  return static_cast<const char*>(data) + element * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// `tokens` rows of one head as float32, channels padded with zeros to a multiple of 16.
+std::vector<float> load_rows(const HeadsView& view, DType dtype, int64_t image, int64_t first_token,
+                             int head, int tokens, int dim) {
+  const int padded = static_cast<int>(round_up(dim, kDimAlign));
+  std::vector<float> rows(static_cast<size_t>(tokens) * static_cast<size_t>(padded));
+  for (int t = 0; t < tokens; ++t) {
+    const int64_t at =
+        image * view.image_stride + head * view.head_stride + (first_token + t) * view.token_stride;
+    isa().load(element_at(view.data, dtype, at), dtype, dim, rows.data() + int64_t{t} * padded);
+  }
+  return rows;
+}
+
+// exp(x - max) in place; returns their sum.
+float exponentials(float* x, int count) {
+  const float highest = *std::max_element(x, x + count);
+  double sum = 0.0;  // thousands of terms
+  for (int t = 0; t < count; ++t) {
+    x[t] = std::exp(x[t] - highest);
+    sum += static_cast<double>(x[t]);
+  }
+  return static_cast<float>(sum);
+}
+
+// Runs body(task) for every task, on the threads there are.
+void for_each(const Threads& threads, int64_t tasks, const std::function<void(int64_t)>& body) {
+  if (tasks > 0) threads.run(tasks, body);
+}
+
+}  // namespace
+
+void cls_attention(const ClsAttentionArgs& args, float* out, const Threads& threads) {
+  const int patches = args.tokens - 1;
+  for_each(threads, args.images, [&](int64_t image) {
+    std::vector<float> weights(static_cast<size_t>(args.tokens));
+    float* mean = out + image * patches;
+    std::fill(mean, mean + patches, 0.0f);
+    for (int head = 0; head < args.heads; ++head) {
+      const auto q = load_rows(args.q, args.dtype, image, 0, head, 1, args.head_dim);
+      const auto k = load_rows(args.k, args.dtype, image, 0, head, args.tokens, args.head_dim);
+      isa().logits(q.data(), k.data(), args.tokens, static_cast<int>(q.size()), args.scale,
+                   weights.data());
+      const float sum = exponentials(weights.data(), args.tokens);
+      for (int t = 0; t < patches; ++t) mean[t] += weights[static_cast<size_t>(t) + 1] / sum;
+    }
+    for (int t = 0; t < patches; ++t) mean[t] /= static_cast<float>(args.heads);
+  });
+}
+
+void received_attention(const ReceivedAttentionArgs& args, float* out, const Threads& threads) {
+  constexpr int kBlock =
+      32;  // queries whose weights are added in float32 before float64 takes over
+  const int64_t rows = args.rows();
+  std::vector<double> sums(static_cast<size_t>(args.heads * rows));  // (heads, rows)
+  for_each(threads, args.images * args.heads, [&](int64_t task) {
+    const int64_t image = task / args.heads;
+    const int head = static_cast<int>(task % args.heads);
+    const int64_t first = args.bounds[image];
+    const auto tokens = static_cast<int>(args.bounds[image + 1] - first);
+    if (tokens == 0) return;
+    const auto q = load_rows(args.q, args.dtype, 0, first, head, tokens, args.head_dim);
+    const auto k = load_rows(args.k, args.dtype, 0, first, head, tokens, args.head_dim);
+    const auto dim = static_cast<int>(round_up(args.head_dim, kDimAlign));
+    double* total = sums.data() + head * rows + first;
+    std::vector<float> weights(static_cast<size_t>(tokens)), block(static_cast<size_t>(tokens));
+    for (int begin = 0; begin < tokens; begin += kBlock) {
+      std::fill(block.begin(), block.end(), 0.0f);
+      for (int i = begin; i < std::min(begin + kBlock, tokens); ++i) {
+        isa().logits(q.data() + int64_t{i} * dim, k.data(), tokens, dim, args.scale,
+                     weights.data());
+        if (args.lse) {
+          const float lse =
+              args.lse[head * args.lse_head_stride + (first + i) * args.lse_token_stride];
+          for (size_t t = 0; t < weights.size(); ++t) block[t] += std::exp(weights[t] - lse);
+        } else {
+          const float sum = exponentials(weights.data(), tokens);
+          for (size_t t = 0; t < weights.size(); ++t) block[t] += weights[t] / sum;
+        }
+      }
+      for (int t = 0; t < tokens; ++t)
+        total[t] += static_cast<double>(block[static_cast<size_t>(t)]);
+    }
+  });
+  for (int64_t image = 0; image < args.images; ++image) {
+    const int64_t first = args.bounds[image], last = args.bounds[image + 1];
+    const double count = static_cast<double>(args.heads) * static_cast<double>(last - first);
+    for (int64_t t = first; t < last; ++t) {
+      double sum = 0.0;
+      for (int head = 0; head < args.heads; ++head)
+        sum += sums[static_cast<size_t>(head * rows + t)];
+      out[t] = static_cast<float>(sum / count);
+    }
+  }
+}
+
+}  // namespace vispruner::cpu

@@ -1,0 +1,36 @@
+// The table of a ragged batch.
+#include "batch.cuh"
+
+namespace vispruner::cuda {
+namespace {
+
+constexpr int kTableChunk = 48;  // images a launch parameter holds (below 4 KiB)
+constexpr int kTableThreads = 64;
+
+struct TableChunk {
+  Image images[kTableChunk];
+};
+static_assert(sizeof(TableChunk) + 64 <= 4096 && kTableChunk <= kTableThreads, "");
+
+__global__ void table_kernel(TableChunk chunk, int count, Image* table) {
+  if (static_cast<int>(threadIdx.x) < count) table[threadIdx.x] = chunk.images[threadIdx.x];
+}
+
+}  // namespace
+
+// Launch parameters are the one way to bring host data to the device that neither waits nor needs
+// pinned memory, and that a captured graph keeps.
+int write_table(const Image* images, int count, Image* table, void* stream) {
+  for (int first = 0; first < count; first += kTableChunk) {
+    TableChunk chunk{};
+    const int now = count - first < kTableChunk ? count - first : kTableChunk;
+    for (int i = 0; i < now; ++i) chunk.images[i] = images[first + i];
+    if (const int e =
+            launch<table_kernel>(1, kTableThreads, 0, stream, chunk, now, table + first)) {
+      return e;
+    }
+  }
+  return 0;
+}
+
+}  // namespace vispruner::cuda

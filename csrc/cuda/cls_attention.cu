@@ -1,0 +1,175 @@
+// [CLS] attention: one query against all keys of each head, softmax, mean over heads.
+//
+// A block takes one head of one image: eight lanes a key compute its logit (keys are read once, 16
+// bytes a lane), the logits stay in shared memory, and their softmax goes to the workspace. A
+// second launch adds the heads in index order, so that the result does not depend on timing.
+//
+// Bytes: keys once, B H T D elements; the softmax, B H T floats, written and read (3 % of the keys
+// at D = 64, bf16).
+#include "batch.cuh"
+#include "vispruner/cuda.h"
+
+namespace vispruner::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kLanes = 8;  // a key
+constexpr int kVectorBytes = 16;
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
+  }
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, offset);
+  }
+  return x;
+}
+
+// q . k over this lane's share of the channels.
+template <typename T>
+__device__ __forceinline__ float partial_dot(const float* q, const T* k, int dim, bool aligned,
+                                             int lane) {
+  constexpr int kElements = kVectorBytes / sizeof(T);
+  struct alignas(kVectorBytes) Vector {
+    T v[kElements];
+  };
+  float sum = 0.0f;
+  for (int d = lane * kElements; d < dim; d += kLanes * kElements) {
+    if (aligned) {
+      const Vector x = *reinterpret_cast<const Vector*>(k + d);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) sum = fmaf(q[d + i], to_float(x.v[i]), sum);
+    } else {
+      for (int i = 0; i < kElements && d + i < dim; ++i) {
+        sum = fmaf(q[d + i], to_float(k[d + i]), sum);
+      }
+    }
+  }
+  return sum;
+}
+
+// Shared memory: the query (head_dim floats), then the dots (tokens floats).
+template <typename T>
+__global__ void __launch_bounds__(kThreads) softmax_kernel(ClsAttentionArgs args, float* weights) {
+  VP_SHARED_MEMORY(shared);
+  __shared__ float warp_values[kWarps];
+  auto* q = reinterpret_cast<float*>(shared);
+  float* dots = q + args.head_dim;  // later the weights
+  const int head = blockIdx.x;
+  const int64_t image = blockIdx.y;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+
+  const T* query =
+      static_cast<const T*>(args.q.data) + image * args.q.image_stride + head * args.q.head_stride;
+  const T* keys =
+      static_cast<const T*>(args.k.data) + image * args.k.image_stride + head * args.k.head_stride;
+  for (int d = threadIdx.x; d < args.head_dim; d += kThreads) q[d] = to_float(query[d]);
+  __syncthreads();
+
+  constexpr int kElements = kVectorBytes / sizeof(T);
+  const bool aligned = reinterpret_cast<uintptr_t>(keys) % kVectorBytes == 0 &&
+                       args.k.token_stride % kElements == 0 && args.head_dim % kElements == 0;
+  float highest = -INFINITY;
+  // Whole warps make every turn, so that all lanes meet in the shuffles.
+  for (int base = 0; base < args.tokens; base += kThreads / kLanes) {
+    const int token = base + static_cast<int>(threadIdx.x) / kLanes;
+    float dot = 0.0f;
+    if (token < args.tokens) {
+      dot = partial_dot(q, keys + token * args.k.token_stride, args.head_dim, aligned,
+                        threadIdx.x % kLanes);
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      dot += __shfl_xor_sync(kAllLanes, dot, offset);
+    }
+    if (token < args.tokens) {
+      highest = fmaxf(highest, dot * args.scale);
+      if (threadIdx.x % kLanes == 0) dots[token] = dot;
+    }
+  }
+
+  highest = warp_max(highest);
+  if (lane == 0) warp_values[warp] = highest;
+  __syncthreads();  // the dots are there, too
+  for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_values[w]);
+  float sum = 0.0f;
+  for (int t = threadIdx.x; t < args.tokens; t += kThreads) {
+    // Fused, so that the logit is not rounded: an error of `highest` cancels, one of it would not.
+    const float weight = expf(fmaf(dots[t], args.scale, -highest));
+    dots[t] = weight;  // each thread reads its own ones again below
+    sum += weight;
+  }
+  sum = warp_sum(sum);
+  __syncthreads();  // the maxima have been read
+  if (lane == 0) warp_values[warp] = sum;
+  __syncthreads();
+  sum = 0.0f;
+  for (int w = 0; w < kWarps; ++w) sum += warp_values[w];
+
+  const int patches = args.tokens - 1;
+  float* out = weights + (image * args.heads + head) * patches;
+  for (int t = threadIdx.x; t < args.tokens; t += kThreads) {
+    if (t > 0) out[t - 1] = dots[t] / sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    head_mean_kernel(const float* weights, int heads, int patches, float* out) {
+  const int t = blockIdx.x * kThreads + threadIdx.x;
+  if (t >= patches) return;
+  const int64_t image = blockIdx.y;
+  const float* in = weights + image * heads * patches + t;
+  float sum = 0.0f;
+  for (int h = 0; h < heads; ++h) sum += in[static_cast<int64_t>(h) * patches];
+  out[image * patches + t] = sum / static_cast<float>(heads);
+}
+
+template <typename T>
+int run(ClsAttentionArgs args, float* out, float* weights, void* stream) {
+  constexpr int64_t kMostImages = 32768;  // grid.y
+  const int patches = args.tokens - 1;
+  const int shared = (args.head_dim + args.tokens) * static_cast<int>(sizeof(float));
+  const int64_t images = args.images;
+  for (int64_t done = 0; done < images; done += kMostImages) {
+    const auto now =
+        static_cast<unsigned>(images - done < kMostImages ? images - done : kMostImages);
+    const dim3 heads_grid(args.heads, now), mean_grid((patches + kThreads - 1) / kThreads, now);
+    float* wave_weights = weights + done * args.heads * patches;
+    if (const int e =
+            launch<softmax_kernel<T>>(heads_grid, kThreads, shared, stream, args, wave_weights)) {
+      return e;
+    }
+    if (const int e = launch<head_mean_kernel>(mean_grid, kThreads, 0, stream, wave_weights,
+                                               args.heads, patches, out + done * patches)) {
+      return e;
+    }
+    args.q.data = static_cast<const T*>(args.q.data) + now * args.q.image_stride;
+    args.k.data = static_cast<const T*>(args.k.data) + now * args.k.image_stride;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t cls_attention_workspace_bytes(const ClsAttentionArgs& args) {
+  return args.images * args.heads * (args.tokens - 1) * static_cast<int64_t>(sizeof(float));
+}
+
+int cls_attention(const ClsAttentionArgs& args, float* out, void* workspace, void* stream) {
+  auto* weights = static_cast<float*>(workspace);
+  switch (args.dtype) {
+    case DType::kFloat16: return run<Half>(args, out, weights, stream);
+    case DType::kBFloat16: return run<BFloat16>(args, out, weights, stream);
+    default: return run<float>(args, out, weights, stream);
+  }
+}
+
+}  // namespace vispruner::cuda

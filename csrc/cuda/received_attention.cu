@@ -1,0 +1,332 @@
+// Received attention: column means of softmax(Q K^T) over all queries and heads, without the
+// N x N matrix ever being in memory.
+//
+// Two passes of one kernel over tiles of Q K^T. A block has 64 fixed rows of one head and walks
+// over all tiles of 64 columns. First pass: rows are queries, columns keys, and the running
+// log-sum-exp of each row is kept (left out when the caller has it from a flash forward). Second
+// pass: rows are keys, columns queries, and exp(logit - lse of the query) is summed along the row.
+// A last launch adds the heads in index order. Nothing depends on timing or on other images.
+//
+// Operations: 2 N^2 D H multiply-adds on tensor cores (fp16, bf16) and 2 N^2 H exponentials, half
+// of both with an lse. Bytes: N D elements of each operand N / 64 times from L2.
+#include <vector>
+
+#include "batch.cuh"
+#include "vispruner/cuda.h"
+
+namespace vispruner::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kTile = 64;                              // rows and columns
+constexpr int kWarpRows = kTile / (kThreads / kWarp);  // 16: the rows of one matrix instruction
+constexpr int kColumnTiles = kTile / 8;
+constexpr int kVectorBytes = 16;
+static_assert(kWarpRows == 16, "");
+
+// Channels of a row in shared memory: whole matrix instructions, and 16 bytes more, so that the
+// eight rows of a matrix load fall into different banks.
+template <typename T>
+VP_HD int row_elements(int head_dim) {
+  constexpr int kStep = 32 / sizeof(T);
+  return static_cast<int>(round_up(head_dim, kStep)) + kVectorBytes / static_cast<int>(sizeof(T));
+}
+
+// Column tiles in shared memory: the next one arrives while this one is used, unless elements of
+// 4 bytes make that too much for most GPUs.
+template <typename T>
+constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+
+// Rows first ... first + 63 of an operand; zeros beyond `rows` rows and head_dim channels.
+template <typename T>
+__device__ __forceinline__ void load_tile(T* shared, const T* data, int64_t token_stride, int first,
+                                          int rows, int head_dim, bool aligned) {
+  constexpr int kElements = kVectorBytes / sizeof(T);
+  const int stride = row_elements<T>(head_dim);
+  const int vectors = stride / kElements - 1;
+  for (int i = threadIdx.x; i < kTile * vectors; i += kThreads) {
+    const int row = i / vectors, d = i % vectors * kElements;
+    T* to = shared + row * stride + d;
+    const T* from = data + (first + row) * token_stride + d;
+    const bool inside = first + row < rows;
+    if (aligned && inside && d + kElements <= head_dim) {
+      copy_async_16(to, from);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) to[e] = inside && d + e < head_dim ? from[e] : T{};
+    }
+  }
+}
+
+// One warp: logits[n][e] = rows (16 from `row0`) . columns, in the layout of a matrix instruction:
+// element e of tile n is row lane / 4 + 8 (e / 2), column 8 n + 2 (lane % 4) + e % 2.
+template <typename T>
+__device__ __forceinline__ void tile_product(const T* rows, const T* columns, int head_dim,
+                                             int row0, float (&logits)[kColumnTiles][4]) {
+  const int stride = row_elements<T>(head_dim);
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) logits[n][e] = 0.0f;
+  }
+  if constexpr (sizeof(T) == 2) {
+    for (int d = 0; d < head_dim; d += 16) {
+      uint32_t a[4];
+      load_matrices(a, rows + (row0 + lane % 16) * stride + d + lane / 16 * 8);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        uint32_t b[4];
+        load_matrices(b,
+                      columns + (8 * n + lane % 8 + lane / 16 * 8) * stride + d + lane / 8 % 2 * 8);
+        multiply_add(logits[n], a, b[0], b[1], T{});
+        multiply_add(logits[n + 1], a, b[2], b[3], T{});
+      }
+    }
+  } else {  // float32 stays float32: no tensor core computes it exactly enough
+    const int row = row0 + lane / 4, column = 2 * (lane % 4);
+    for (int d = 0; d < head_dim; ++d) {
+      const float upper = rows[row * stride + d], lower = rows[(row + 8) * stride + d];
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float x = columns[(8 * n + column + c) * stride + d];
+          logits[n][c] = fmaf(upper, x, logits[n][c]);
+          logits[n][2 + c] = fmaf(lower, x, logits[n][2 + c]);
+        }
+      }
+    }
+  }
+}
+
+// One operand of one image and head.
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t token_stride;
+  bool aligned;
+};
+
+template <typename T>
+__device__ __forceinline__ Operand<T> operand(const HeadsView& view, int64_t first_token,
+                                              int head) {
+  constexpr int kElements = kVectorBytes / sizeof(T);
+  const T* data =
+      static_cast<const T*>(view.data) + first_token * view.token_stride + head * view.head_stride;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && view.token_stride % kElements == 0;
+  return {data, view.token_stride, aligned};
+}
+
+// kColumnSums = false: out = log-sum-exp of each query's logits, lse not used.
+// kColumnSums = true: out = sum over queries of exp(logit - lse) for each key.
+// out and lse are (heads, rows of all images).
+template <typename T, bool kColumnSums>
+__global__ void __launch_bounds__(kThreads)
+    pass_kernel(Batch batch, HeadsView row_view, HeadsView column_view, int head_dim, float scale,
+                const float* lse, int64_t lse_head_stride, int64_t lse_token_stride, float* out,
+                int64_t out_head_stride) {
+  VP_SHARED_MEMORY(shared);
+  __shared__ float column_lse[2][kTile];
+  const Image image = batch[blockIdx.z];
+  const int tokens = image.shape.tokens, head = blockIdx.y;
+  const int first_row = blockIdx.x * kTile;
+  if (first_row >= tokens) return;
+
+  const int tile_elements = kTile * row_elements<T>(head_dim);
+  T* row_tile = reinterpret_cast<T*>(shared);
+  T* column_tiles = row_tile + tile_elements;
+  const auto row_operand = operand<T>(row_view, image.first_kept, head);
+  const auto column_operand = operand<T>(column_view, image.first_kept, head);
+
+  const auto load_columns = [&](int tile) {
+    load_tile(column_tiles + tile % kBuffers<T> * tile_elements, column_operand.data,
+              column_operand.token_stride, tile * kTile, tokens, head_dim, column_operand.aligned);
+    if (kColumnSums && threadIdx.x < kTile) {
+      const int token = tile * kTile + static_cast<int>(threadIdx.x);
+      column_lse[tile % 2][threadIdx.x] =
+          token < tokens
+              ? lse[head * lse_head_stride + (image.first_kept + token) * lse_token_stride]
+              : 0.0f;
+    }
+  };
+  load_tile(row_tile, row_operand.data, row_operand.token_stride, first_row, tokens, head_dim,
+            row_operand.aligned);
+  load_columns(0);
+  copy_async_commit();
+
+  const int lane = threadIdx.x % kWarp;
+  const int row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpRows;
+  float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};  // of two rows a lane
+  const int tiles = (tokens + kTile - 1) / kTile;
+  for (int tile = 0; tile < tiles; ++tile) {
+    copy_async_wait<0>();
+    __syncthreads();  // this tile is here for all, and the one before it is free
+    if (kBuffers<T> == 2 && tile + 1 < tiles) load_columns(tile + 1);
+    copy_async_commit();
+
+    float logits[kColumnTiles][4];
+    tile_product(row_tile, column_tiles + tile % kBuffers<T> * tile_elements, head_dim, row0,
+                 logits);
+    if (kBuffers<T> == 1) {
+      __syncthreads();  // the tile has been read
+      if (tile + 1 < tiles) load_columns(tile + 1);
+    }
+    const int first_column = tile * kTile + 2 * (lane % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float tile_highest = highest[half], tile_sum = 0.0f;
+      if constexpr (!kColumnSums) {
+#pragma unroll
+        for (int i = 0; i < 2 * kColumnTiles; ++i) {
+          const int n = i / 2, c = i % 2;
+          float& logit = logits[n][2 * half + c];
+          logit = first_column + 8 * n + c < tokens ? logit * scale : -INFINITY;
+          tile_highest = fmaxf(tile_highest, logit);
+        }
+        if (tile_highest > -INFINITY) {  // a lane's columns may all lie beyond the last token
+#pragma unroll
+          for (int i = 0; i < 2 * kColumnTiles; ++i) {
+            tile_sum += expf(logits[i / 2][2 * half + i % 2] - tile_highest);
+          }
+          sum[half] = sum[half] * expf(highest[half] - tile_highest) + tile_sum;
+          highest[half] = tile_highest;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2 * kColumnTiles; ++i) {
+          const int n = i / 2, c = i % 2;
+          const float lse_of_query = column_lse[tile % 2][8 * n + 2 * (lane % 4) + c];
+          const float weight = expf(fmaf(logits[n][2 * half + c], scale, -lse_of_query));
+          tile_sum += first_column + 8 * n + c < tokens ? weight : 0.0f;
+        }
+        sum[half] += tile_sum;
+      }
+    }
+  }
+
+  // Four lanes share a row.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+      const float other_sum = __shfl_xor_sync(kAllLanes, sum[half], offset);
+      if constexpr (kColumnSums) {
+        sum[half] += other_sum;
+      } else {
+        const float other = __shfl_xor_sync(kAllLanes, highest[half], offset);
+        const float both = fmaxf(highest[half], other);
+        if (both > -INFINITY) {
+          sum[half] = sum[half] * expf(highest[half] - both) + other_sum * expf(other - both);
+        }
+        highest[half] = both;
+      }
+    }
+    const int row = first_row + row0 + lane / 4 + 8 * half;
+    if (lane % 4 == 0 && row < tokens) {
+      out[head * out_head_stride + image.first_kept + row] =
+          kColumnSums ? sum[half] : highest[half] + logf(sum[half]);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    mean_kernel(Batch batch, const float* sums, int heads, int64_t head_stride, float* out) {
+  const Image image = batch[blockIdx.y];
+  const int token = blockIdx.x * kThreads + threadIdx.x;
+  if (token >= image.shape.tokens) return;
+  const float* in = sums + image.first_kept + token;
+  float sum = 0.0f;
+  for (int h = 0; h < heads; ++h) sum += in[h * head_stride];
+  out[image.first_kept + token] =
+      sum / (static_cast<float>(heads) * static_cast<float>(image.shape.tokens));
+}
+
+// Byte offsets in the workspace, which begins with the table of images.
+struct Offsets {
+  int64_t lse;   // float (heads, rows), unless the caller has it
+  int64_t sums;  // float (heads, rows)
+  int64_t bytes;
+};
+
+Offsets offsets(const ReceivedAttentionArgs& args) {
+  const int64_t table = round_up(args.images * static_cast<int64_t>(sizeof(Image)), 256);
+  const int64_t floats = round_up(args.heads * args.rows() * 4, 256);
+  const int64_t sums = table + (args.lse ? 0 : floats);
+  return {table, sums, sums + floats};
+}
+
+template <typename T>
+int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float* own_lse,
+        float* sums, void* stream) {
+  constexpr int64_t kMostImages = 32768;  // grid.y and grid.z
+  const int shared =
+      (1 + kBuffers<T>)*kTile * row_elements<T>(args.head_dim) * static_cast<int>(sizeof(T));
+  const int64_t rows = args.rows();
+  for (int64_t begin = 0; begin < args.images; begin += kMostImages) {
+    const int64_t end = begin + kMostImages < args.images ? begin + kMostImages : args.images;
+    const auto images = static_cast<unsigned>(end - begin);
+    int64_t longest = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tokens = args.bounds[i + 1] - args.bounds[i];
+      longest = tokens > longest ? tokens : longest;
+    }
+    if (longest == 0) continue;
+    Batch batch{};
+    batch.table = table + begin;
+    const dim3 grid(static_cast<unsigned>((longest + kTile - 1) / kTile), args.heads, images);
+    if (!args.lse) {
+      if (const int e = launch<pass_kernel<T, false>>(
+              grid, kThreads, shared, stream, batch, args.q, args.k, args.head_dim, args.scale,
+              static_cast<const float*>(nullptr), int64_t{0}, int64_t{0}, own_lse, rows)) {
+        return e;
+      }
+    }
+    const float* lse = args.lse ? args.lse : own_lse;
+    const int64_t head_stride = args.lse ? args.lse_head_stride : rows;
+    const int64_t token_stride = args.lse ? args.lse_token_stride : 1;
+    if (const int e = launch<pass_kernel<T, true>>(grid, kThreads, shared, stream, batch, args.k,
+                                                   args.q, args.head_dim, args.scale, lse,
+                                                   head_stride, token_stride, sums, rows)) {
+      return e;
+    }
+    const dim3 mean_grid(static_cast<unsigned>((longest + kThreads - 1) / kThreads), images);
+    if (const int e = launch<mean_kernel>(mean_grid, kThreads, 0, stream, batch,
+                                          static_cast<const float*>(sums), args.heads, rows, out)) {
+      return e;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t received_attention_workspace_bytes(const ReceivedAttentionArgs& args) {
+  return offsets(args).bytes;
+}
+
+int received_attention(const ReceivedAttentionArgs& args, float* out, void* workspace,
+                       void* stream) {
+  auto* base = static_cast<unsigned char*>(workspace);
+  const Offsets at = offsets(args);
+  auto* table = reinterpret_cast<Image*>(base);
+  auto* lse = reinterpret_cast<float*>(base + at.lse);
+  auto* sums = reinterpret_cast<float*>(base + at.sums);
+  std::vector<Image> images(static_cast<size_t>(args.images));
+  for (int64_t i = 0; i < args.images; ++i) {
+    Image& image = images[static_cast<size_t>(i)];
+    image.shape.tokens = static_cast<int>(args.bounds[i + 1] - args.bounds[i]);
+    image.first_kept = args.bounds[i];
+  }
+  if (const int e = write_table(images.data(), static_cast<int>(args.images), table, stream)) {
+    return e;
+  }
+  switch (args.dtype) {
+    case DType::kFloat16: return run<Half>(args, out, table, lse, sums, stream);
+    case DType::kBFloat16: return run<BFloat16>(args, out, table, lse, sums, stream);
+    default: return run<float>(args, out, table, lse, sums, stream);
+  }
+}
+
+}  // namespace vispruner::cuda

@@ -1,0 +1,115 @@
+"""How many tokens stay, and the call of the operators that chooses them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import vispruner_cuda
+
+
+def _selectable(feats: Tensor) -> Tensor:
+    """The operators take half and single precision; float64 features are judged in float32."""
+    feats = feats.detach()
+    return feats.float() if feats.dtype == torch.float64 else feats
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What to keep of every picture (an image, a tile of one, or a frame of a video).
+
+    Attributes:
+        k: tokens to keep, at least 1; a picture with fewer keeps all. Exactly one of k and ratio.
+        ratio: share of the tokens to keep, in (0, 1]: the nearest whole number, at least 1.
+        important_ratio: share of the kept tokens chosen by attention, in [0, 1].
+        step: tokens that the deduplication drops a round, at least 1.
+
+    Raises:
+        TypeError, ValueError: on a value out of these bounds.
+    """
+
+    k: int | None = None
+    ratio: float | None = None
+    important_ratio: float = 0.5
+    step: int = 8
+
+    def __post_init__(self) -> None:
+        if (self.k is None) == (self.ratio is None):
+            raise ValueError(
+                f"give exactly one of k and ratio, got k={self.k!r} and ratio={self.ratio!r}"
+            )
+        for name, whole in (("k", self.k), ("step", self.step)):
+            if whole is None:
+                continue
+            if not isinstance(whole, numbers.Integral) or isinstance(whole, bool):
+                raise TypeError(f"{name} must be an int, got {whole!r} ({type(whole).__name__})")
+            if whole < 1:
+                raise ValueError(f"{name} must be at least 1, got {whole}")
+        for name, share in (("ratio", self.ratio), ("important_ratio", self.important_ratio)):
+            if share is None:
+                continue
+            if not isinstance(share, numbers.Real) or isinstance(share, bool):
+                raise TypeError(f"{name} must be a float, got {share!r} ({type(share).__name__})")
+            if math.isnan(share) or not 0 <= share <= 1 or (name == "ratio" and share == 0):
+                bounds = "(0, 1]" if name == "ratio" else "[0, 1]"
+                raise ValueError(f"{name} must be in {bounds}, got {share}")
+
+    def count(self, tokens: int) -> int:
+        """Tokens that stay of a picture with `tokens` of them."""
+        if self.k is not None:
+            return min(int(self.k), tokens)
+        assert self.ratio is not None
+        return min(tokens, max(1, round(self.ratio * tokens)))
+
+    def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses tokens of pictures of one size.
+
+        Args:
+            feats: (B, N, C) any float dtype; scores: (B, N).
+
+        Returns:
+            (B, k, C) kept features, differentiable in feats, and (B, k) int64 ascending indices.
+        """
+        if feats.shape[0] == 0 or feats.shape[1] == 0:
+            return feats, torch.arange(feats.shape[1], device=feats.device).expand(feats.shape[:2])
+        kept = vispruner_cuda.prune(
+            _selectable(feats),
+            scores.to(feats.device),
+            self.count(feats.shape[1]),
+            important_ratio=float(self.important_ratio),
+            step=int(self.step),
+        )
+        if feats.dtype != torch.float64 and not feats.requires_grad:
+            return kept.feats, kept.indices
+        rows = kept.indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])
+        return feats.gather(1, rows), kept.indices
+
+    def select_packed(
+        self, feats: Tensor, scores: Tensor, lengths: Sequence[int], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Chooses tokens of packed pictures of different size.
+
+        Args:
+            feats: (T, C); scores: (T,).
+            lengths: tokens of each picture; counts: tokens to keep of each.
+
+        Returns:
+            (T', C) kept features, differentiable in feats, and (T',) int64 ascending rows of feats.
+        """
+        kept = vispruner_cuda.prune_varlen(
+            _selectable(feats),
+            scores.to(feats.device),
+            [0, *itertools.accumulate(lengths)],
+            list(counts),
+            important_ratio=float(self.important_ratio),
+            step=int(self.step),
+        )
+        if feats.dtype != torch.float64 and not feats.requires_grad:
+            return kept.feats, kept.indices
+        return feats[kept.indices], kept.indices

@@ -1,0 +1,112 @@
+"""Which columns of a prompt are left when the placeholders of dropped tokens are taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a shortened prompt.
+
+    Attributes:
+        index: (B, W) int64, the original column of each column.
+        mask: (B, W) bool, False where a column is padding.
+        width: columns of the original prompt.
+        next_position: (B,) int64, the position after the prompt, for models whose positions are not
+            counted from the columns; else None.
+    """
+
+    index: Tensor
+    mask: Tensor
+    width: int
+    next_position: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """W."""
+        return self.index.shape[1]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The columns of x, (..., B, width) to (..., B, W)."""
+        index = self.index.to(x.device).expand(*x.shape[:-1], -1)
+        return x.gather(-1, index)
+
+    def repeat(self, times: int) -> Layout:
+        """The layout of a batch whose rows were repeated in place, as generate does for beams."""
+        if times == 1:
+            return self
+        index, mask = (x.repeat_interleave(times, 0) for x in (self.index, self.mask))
+        after = self.next_position
+        after = None if after is None else after.repeat_interleave(times, 0)
+        return replace(self, index=index, mask=mask, next_position=after)
+
+    def append(self, other: Layout, gap: int) -> Layout:
+        """This layout, then `gap` columns kept as they are, then another layout."""
+        start = self.width + gap
+        between = torch.arange(self.width, start, device=self.index.device)
+        between = between.expand(self.index.shape[0], -1)
+        return Layout(
+            index=torch.cat([self.index, between, other.index + start], 1),
+            mask=torch.cat([self.mask, torch.ones_like(between, dtype=torch.bool), other.mask], 1),
+            width=start + other.width,
+            next_position=other.next_position,
+        )
+
+
+def identity(mask: Tensor) -> Layout:
+    """Every column stays: mask (B, W) bool."""
+    index = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return Layout(index, mask, mask.shape[1])
+
+
+def shorten(keep: Tensor, columns: int, *, left: bool) -> Layout:
+    """Takes columns out of a padded batch.
+
+    Args:
+        keep: (B, L) bool, False for padding and for placeholders to drop; at most `columns` a row.
+        columns: width of the result.
+        left: where the padding of the result goes; columns that stay keep their order. A prompt
+            that loses nothing comes out as it was.
+    """
+    if left:
+        index = torch.argsort(keep.int(), dim=1, stable=True)[:, keep.shape[1] - columns :]
+    else:
+        index = torch.argsort((~keep).int(), dim=1, stable=True)[:, :columns]
+    return Layout(index, keep.gather(1, index), keep.shape[1])
+
+
+def rows_of_items(
+    counts: Sequence[int], placeholders: Sequence[int], modality: str
+) -> list[int]:
+    """The row of the batch that each image or video belongs to.
+
+    Args:
+        counts: tokens of each item, in order; placeholders: placeholders in each row.
+
+    Raises:
+        ValueError: they do not add up, row by row.
+    """
+    rows: list[int] = []
+    row, room = -1, 0
+    for item, count in enumerate(counts):
+        while room == 0 and row + 1 < len(placeholders):
+            row, room = row + 1, placeholders[row + 1]
+        if count > room:
+            raise ValueError(
+                f"{modality} {item} has {count} tokens but the prompt has {room} "
+                f"{modality} placeholders left for it in row {row}: {sum(placeholders)} placeholders "
+                f"({list(placeholders)} a row) for {sum(counts)} tokens of {len(counts)} {modality}s"
+            )
+        room -= count
+        rows.append(row)
+    if sum(counts) != sum(placeholders):
+        raise ValueError(
+            f"the prompt has {sum(placeholders)} {modality} placeholders ({list(placeholders)} a "
+            f"row), its {len(counts)} {modality}s have {sum(counts)} tokens"
+        )
+    return rows

@@ -1,0 +1,172 @@
+"""What a model family has to say for its images to be pruned."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..report import Clock, Kept
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or a setting of one, that cannot be pruned; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images or videos of one call, encoded and pruned.
+
+    Attributes:
+        output: what the model's `get_image_features` or `get_video_features` returned, with only
+            the kept tokens in `pooler_output` (and in `deepstack_features`).
+        keep: (T,) bool over the placeholders of all items, in the order of the prompt.
+        items: what was kept of each item.
+    """
+
+    output: Any
+    keep: Tensor
+    items: tuple[Kept, ...]
+
+
+class Family(ABC):
+    """How one family of models encodes pictures and lays their tokens out in the prompt.
+
+    The pruner calls, in this order: `inputs_of` to split the arguments of a call, `placeholders` to
+    check the prompt before anything is computed, `encode`, and `positions`. Everything else is the
+    same for all families. A subclass is added with `vispruner.register`.
+
+    Args:
+        model: the `...ForConditionalGeneration` model.
+        budget: how much to keep.
+
+    Raises:
+        UnsupportedModelError: the model has a setting that pruning cannot serve.
+    """
+
+    #: modality to the name of the base model's method that encodes it
+    encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
+    #: options of `apply` beyond the budget, with their allowed values, the default first
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
+        self.base: Any = model.base_model
+        self.config: Any = model.config
+        self.budget = budget
+        for name, value in options.items():
+            allowed = self.options.get(name)
+            if allowed is None:
+                raise UnsupportedModelError(
+                    f"{name}={value!r} is not an option of {self.config.model_type}"
+                )
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.chosen = {name: values[0] for name, values in self.options.items()} | options
+        self.parameters = {
+            modality: tuple(
+                name
+                for name in inspect.signature(getattr(self.base, method)).parameters
+                if name not in ("kwargs", "input_ids")
+            )
+            for modality, method in self.encoders.items()
+        }
+
+    # ----------------------------------------------------------------------- the call's arguments
+    def pixels_name(self, modality: str, call: Mapping[str, Any]) -> str | None:
+        """The argument that holds the pixels of a modality, None if the call has none."""
+        for name in self.parameters[modality]:
+            if name.startswith("pixel_values") and call.get(name) is not None:
+                return name if len(call[name]) else None
+        return None
+
+    def inputs_of(self, modality: str, call: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a call that belong to the encoder of a modality, None without pixels."""
+        if self.pixels_name(modality, call) is None:
+            return None
+        names = self.parameters[modality]
+        return {name: call[name] for name in names if call.get(name) is not None}
+
+    def token_id(self, modality: str) -> int:
+        """The placeholder of a modality in the prompt."""
+        return int(getattr(self.config, f"{modality}_token_id"))
+
+    def take(self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]) -> dict[str, Any]:
+        """The encoder's arguments for some of the items only."""
+        name = self.pixels_name(modality, inputs)
+        assert name is not None
+        count = len(inputs[name])
+        return {
+            name: value[list(items)] if isinstance(value, Tensor) and len(value) == count else value
+            for name, value in inputs.items()
+        }
+
+    # ------------------------------------------------------------------------------- the encoding
+    @abstractmethod
+    def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        """Placeholders of each image or video in an unpruned prompt, from shapes alone.
+
+        Raises:
+            ValueError: the inputs do not fit the model or the budget.
+        """
+
+    @abstractmethod
+    def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
+        """Runs the encoder and keeps the tokens that the budget allows.
+
+        The clock is told about the phases "vision", "score" and "select".
+        """
+
+    # ------------------------------------------------------------------------------ the positions
+    def positions(
+        self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Positions in the unpruned prompt, for models where they are more than a count of columns.
+
+        Args:
+            ids: (B, L) prompt with all its placeholders; mask: (B, L) its attention mask.
+            call: the arguments that belong to it.
+
+        Returns:
+            (3, B, L) positions and (B,) the next position of each row, or None: the positions of
+            the shortened prompt are then counted anew, which is what the method does for LLaVA.
+        """
+        return None
+
+    def follow(self, offset: Tensor) -> None:
+        """Told the difference, (B, 1), between the next position and the tokens so far."""
+
+    def offset(self) -> Tensor | None:
+        """What `follow` was told last, or the model itself found out."""
+        return None
+
+    def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the language model: the shortened prompt with its visual tokens filled in.
+
+        Args:
+            ids: (B, W) shortened prompt; outputs: modality to the pruned output of its encoder.
+        """
+        embeds: Tensor = self.base.get_input_embeddings()(ids)
+        for modality, output in outputs.items():
+            features = flat_features(output.pooler_output).to(embeds.device, embeds.dtype)
+            slots = (ids == self.token_id(modality)).unsqueeze(-1).to(embeds.device)
+            embeds = embeds.masked_scatter(slots, features)
+        return {"inputs_embeds": embeds}
+
+
+def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """(T, C) of the features of all items, as one tensor or one an item."""
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat(list(features), dim=0)
+
+
+def keep_rows(rows: Tensor, total: int) -> Tensor:
+    """(total,) bool, True at rows."""
+    keep = torch.zeros(total, dtype=torch.bool, device=rows.device)
+    return keep.index_fill_(0, rows, True)
