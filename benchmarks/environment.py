@@ -28,9 +28,10 @@ def _git(*arguments: str) -> str | None:
 def tree_hash(directory: Path) -> str | None:
     """The git tree hash of a directory as it is now: `git rev-parse HEAD:csrc` once committed."""
     listed = _git("ls-files", "-co", "--exclude-standard", "--", str(directory))
-    if not listed:
-        return None
-    return _tree(directory, {ROOT / line for line in listed.splitlines()})
+    if listed:
+        return _tree(directory, {ROOT / line for line in listed.splitlines()})
+    files = {f for f in directory.rglob("*") if f.is_file()}  # a copy without git
+    return _tree(directory, files) if files else None
 
 
 def _tree(directory: Path, files: set[Path]) -> str:
@@ -60,6 +61,25 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def _gpu() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = "unknown"
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }
+
+
 def describe() -> dict[str, Any]:
     """Device, versions and sources, as plain data."""
     info = _library.load()
@@ -70,6 +90,7 @@ def describe() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "instruction_set": info.cpu_isa,
+            "gpu": _gpu(),
         },
         "versions": {
             "vispruner_cuda": vispruner_cuda.__version__,
@@ -81,9 +102,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-def write(name: str, data: dict[str, Any]) -> Path:
-    """Writes results/NAME.json, environment first."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def write(name: str, data: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """Writes NAME.json, environment first."""
+    path = directory / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**describe(), **data}, indent=1) + "\n")
     return path

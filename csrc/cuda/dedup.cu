@@ -8,6 +8,9 @@
 //
 // Steps at N = 576, k = 64: 64 dependent rounds of 136 tokens in A on average, each about 150
 // cycles of latency for the look-up and 25k compares for the ranks.
+#include <cstdlib>
+#include <cstring>
+
 #include "batch.cuh"
 #include "vispruner/cuda.h"
 
@@ -276,6 +279,29 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   write_indices(keep, image.shape.tokens, image.index_base, indices + image.first_kept, warp_sums);
 }
 
+// Where the loop's arrays live: as near to the threads as they fit.
+struct DedupPlan {
+  enum Kind { kListsShared, kStateShared, kWorkspace } kind;
+  int shared_bytes;
+};
+
+// VISPRUNER_DEDUP_PLAN=lists_shared|state_shared|workspace asks for a plan; one that does not fit
+// gives way to the next.
+DedupPlan choose_plan(int residual, int shared_limit) {
+  constexpr int64_t kReserved = 8 * 1024;  // static shared memory, and what the driver takes
+  const int64_t room = shared_limit - kReserved;
+  const int64_t state = dedup_state_bytes(residual);
+  const int64_t all = state + list_bytes(residual);
+  const char* wanted = std::getenv("VISPRUNER_DEDUP_PLAN");
+  const auto allowed = [&](const char* name, int64_t bytes) {
+    return bytes <= room && (!wanted || std::strcmp(wanted, name) == 0);
+  };
+  if (allowed("lists_shared", all)) return {DedupPlan::kListsShared, static_cast<int>(all)};
+  if (wanted && std::strcmp(wanted, "lists_shared") == 0) wanted = "state_shared";
+  if (allowed("state_shared", state)) return {DedupPlan::kStateShared, static_cast<int>(state)};
+  return {DedupPlan::kWorkspace, 0};
+}
+
 int threads_for(const WaveSize& size) {
   // Enough lanes for the ranks of A, and one thread a word of the selection.
   const int wanted = size.residual * 2 > size.tokens / 32 ? size.residual * 2 : size.tokens / 32;
@@ -291,21 +317,20 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
                      int64_t* indices, void* workspace, void* stream) {
   int limit = 0;
   if (const int error = shared_memory_limit(&limit)) return error;
-  limit -= 8 * 1024;  // static shared memory and what the driver reserves
-  const int64_t state = dedup_state_bytes(size.residual);
-  const int64_t all = state + list_bytes(size.residual);
+  const DedupPlan plan = choose_plan(size.residual, limit);
   const int threads = threads_for(size);
   auto* ws = static_cast<unsigned char*>(workspace);
-  if (all <= limit) {
-    return launch<dedup_kernel<true, true>>(size.images, threads, static_cast<int>(all), stream,
-                                            batch, channels, step, indices, ws);
+  switch (plan.kind) {
+    case DedupPlan::kListsShared:
+      return launch<dedup_kernel<true, true>>(size.images, threads, plan.shared_bytes, stream,
+                                              batch, channels, step, indices, ws);
+    case DedupPlan::kStateShared:
+      return launch<dedup_kernel<false, true>>(size.images, threads, plan.shared_bytes, stream,
+                                               batch, channels, step, indices, ws);
+    default:
+      return launch<dedup_kernel<false, false>>(size.images, threads, 0, stream, batch, channels,
+                                                step, indices, ws);
   }
-  if (state <= limit) {
-    return launch<dedup_kernel<false, true>>(size.images, threads, static_cast<int>(state), stream,
-                                             batch, channels, step, indices, ws);
-  }
-  return launch<dedup_kernel<false, false>>(size.images, threads, 0, stream, batch, channels, step,
-                                            indices, ws);
 }
 
 }  // namespace vispruner::cuda

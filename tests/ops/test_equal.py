@@ -125,7 +125,10 @@ def test_large(problem: Problem, implementations: dict[str, Any]) -> None:
         assert_equal(expected, actual, name)
 
 
-@pytest.mark.parametrize("shared_limit", [host_kernels.ADA_SHARED, 32 * 1024, 8 * 1024])
+PLANS = ("lists_shared", "state_shared", "workspace")
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("schedule", [0, 1, 11])
 @pytest.mark.parametrize(
     "problem",
@@ -135,18 +138,32 @@ def test_large(problem: Problem, implementations: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_every_launch_plan(
+def test_every_plan(
     problem: Problem,
     schedule: int,
-    shared_limit: int,
+    plan: str,
     host_kernels_default: host_kernels.Kernels,
+    implementations: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neighbour lists in shared memory or not, the loop's state in shared memory or not."""
-    host = host_kernels_default
-    host.schedule, host.shared_limit = schedule, shared_limit
+    monkeypatch.setenv("VISPRUNER_DEDUP_PLAN", plan)
+    host_kernels_default.schedule = schedule
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())
-    assert_equal(expected, host.prune(feats, attn, problem.k, **problem.keywords()), "host")
+    for name, implementation in implementations.items():
+        got = implementation.prune(feats, attn, problem.k, **problem.keywords())
+        assert_equal(expected, got, name)
+
+
+@pytest.mark.parametrize("shared_limit", [host_kernels.ADA_SHARED, 32 * 1024, 8 * 1024])
+def test_smaller_gpus(shared_limit: int, host_kernels_default: host_kernels.Kernels) -> None:
+    """The plan follows from the shared memory there is."""
+    host_kernels_default.shared_limit = shared_limit
+    problem = Problem(1, 600, 32, 2, 33, features="clustered")
+    feats, attn = problem.tensors()
+    expected = reference.prune(feats, attn, problem.k)
+    assert_equal(expected, host_kernels_default.prune(feats, attn, problem.k), "host")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
