@@ -120,6 +120,8 @@ CURVES: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+PEERED_CURVES = ("tokens", "images")
+
 
 # ------------------------------------------------------------------------------------- the floor
 def floor(row: Row) -> dict[str, float]:
@@ -368,7 +370,9 @@ def shrunk(row: Row) -> Row:
     return Row(**{**asdict(row), **small, "channels": min(row.channels, 32)})
 
 
-def measure(row: Row, arguments: argparse.Namespace, with_peers: bool) -> dict[str, Any]:
+def measure(
+    row: Row, arguments: argparse.Namespace, with_peers: bool, with_stages: bool = False
+) -> dict[str, Any]:
     device, seconds = arguments.device, arguments.seconds
     sets = input_sets(row, device)
     own = gpu_or_cpu_time([call_of(row, x) for x in sets], device, seconds)
@@ -384,8 +388,8 @@ def measure(row: Row, arguments: argparse.Namespace, with_peers: bool) -> dict[s
             # Eager programs run as users run them; they are too long to capture in most cases.
             eager = name.startswith("eager loop")
             result["peers_us"][name] = gpu_or_cpu_time([peer], device, seconds, graph=not eager)
-        if device != "cpu":
-            result["stages_us"] = stage_times(row)
+    if with_stages and device != "cpu":
+        result["stages_us"] = stage_times(row)
     return result
 
 
@@ -415,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     data: dict[str, Any] = {"dry_run": dry, "rows": [], "curves": {}}
     for row in track(rows, "rows", console=console):
-        data["rows"].append(measure(row, arguments, with_peers=True))
+        data["rows"].append(measure(row, arguments, with_peers=True, with_stages=True))
         console.print(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
     data["host_us"] = host_time(rows[0], arguments.device)
     if not arguments.no_compile:
@@ -424,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, curve in CURVES.items():
             points = tuple(map(shrunk, curve)) if dry else curve
             data["curves"][name] = [
-                measure(row, arguments, with_peers=False)
+                measure(row, arguments, with_peers=name in PEERED_CURVES)
                 for row in track(points, f"curve over {name}", console=console)
             ]
     path = environment.write("kernels_dry_run" if dry else "kernels", data, arguments.output)

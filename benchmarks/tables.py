@@ -160,11 +160,52 @@ def gpu_status(results: Callable[[str], Any]) -> str:
     return _markdown(head, rows)
 
 
+def gpu_goals(results: Callable[[str], Any]) -> str:
+    """Each speed goal: goal, measured, best peer, floor."""
+    data = results("kernels")
+    if data is None:
+        return "Not measured yet: no GPU has run these kernels.\n"
+    rows = []
+    for row in data["rows"]:
+        own = row["us_per_image"] if row["per"] == "image" else row["us"]
+        floor = max(row["floor_us"].values()) / (row["images"] if row["per"] == "image" else 1)
+        peers = {name: time for name, time in row.get("peers_us", {}).items() if time}
+        if row["relative_to"] == "floor":
+            own, unit, base = own / floor, "x floor", floor
+        elif row["relative_to"]:
+            base = peers[row["relative_to"]]
+            own, unit = own / base, f"x {row['relative_to']}"
+        else:
+            unit, base = "us an image" if row["per"] == "image" else "us", 0.0
+        best = min(
+            (name for name in peers if "copy" not in name), key=lambda n: peers[n], default=None
+        )
+        rows.append(
+            [
+                row["name"],
+                f"{row['goal']:g} ({row['aim']:g}) {unit}" if row["goal"] else "",
+                f"{own:.3g} {unit}",
+                f"{row['us']:.3g} us",
+                f"{peers[best]:.3g} us ({best})" if best else "",
+                f"{max(row['floor_us'].values()):.3g} us "
+                f"({max(row['floor_us'], key=lambda n: row['floor_us'][n])})",
+            ]
+        )
+    head = ["work", "goal (aim)", "measured", "whole call", "best peer", "floor"]
+    gpu = data["device"]["gpu"]
+    return (
+        f"{_markdown(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
+        f"{gpu['name']}, driver {gpu['driver']}; torch {data['versions']['torch']}; "
+        f"{data['date']}; csrc tree `{data['csrc_tree'][:12]}`.\n"
+    )
+
+
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-memory": cpu_memory,
     "chaos": chaos,
     "gpu-status": gpu_status,
+    "gpu-goals": gpu_goals,
 }
 
 

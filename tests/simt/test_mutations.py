@@ -104,6 +104,36 @@ MUTATIONS = [
         "} else if (misaligned % 4 == 0) {",
         "} else if (misaligned % 2 == 0) {",
     ),
+    Mutation(
+        "[CLS] attention: no barrier before the weights are made",
+        "cuda/cls_attention.cu",
+        f"  {BARRIER}  // the dots are there, too\n",
+        "",
+    ),
+    Mutation(
+        "[CLS] attention: its own column is not dropped",
+        "cuda/cls_attention.cu",
+        "if (t > 0) out[t - 1] = dots[t] / sum;",
+        "if (t < patches) out[t] = dots[t] / sum;",
+    ),
+    Mutation(
+        "received attention: a tile is read before it is complete",
+        "cuda/received_attention.cu",
+        f"    {BARRIER}  // this tile is here for all, and the one before it is free\n",
+        "",
+    ),
+    Mutation(
+        "received attention: two of the four lanes of a row are forgotten",
+        "cuda/received_attention.cu",
+        "for (int offset = 1; offset < 4; offset *= 2)",
+        "for (int offset = 1; offset < 2; offset *= 2)",
+    ),
+    Mutation(
+        "received attention: columns beyond the last token count",
+        "cuda/received_attention.cu",
+        "tile_sum += first_column + 8 * n + c < tokens ? weight : 0.0f;",
+        "tile_sum += weight;",
+    ),
 ]
 
 
