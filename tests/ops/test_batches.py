@@ -127,6 +127,18 @@ def test_k_about_n(k: int, ratio: float, implementations: dict[str, Any]) -> Non
         assert torch.equal(got.feats, expected.feats), name
 
 
+@pytest.mark.slow
+def test_sixteen_thousand_tokens(implementations: dict[str, Any]) -> None:
+    problem = Problem(1, 16384, 8, None, 64, step=4096, features="clustered", dtype=torch.float16)
+    feats, attn = problem.tensors()
+    expected = reference.prune(feats, attn, 64, step=4096)
+    for name, implementation in implementations.items():
+        if name != "kernels on host":  # a quarter of an hour of fibers
+            assert torch.equal(
+                implementation.prune(feats, attn, 64, step=4096).indices, expected.indices
+            )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_more_than_two_to_the_31_elements() -> None:
     batch, tokens, channels = 640, 1024, 4096  # 2.7e9 elements, 5.4 GB
