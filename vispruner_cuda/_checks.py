@@ -42,7 +42,8 @@ def _tensor(name: str, value: object) -> None:
 
 
 def _integer(name: str, value: object, minimum: int) -> None:
-    integral = isinstance(value, (numbers.Integral, torch.SymInt))
+    # The usual type first: abstract base classes are slow.
+    integral = type(value) is int or isinstance(value, (numbers.Integral, torch.SymInt))
     if not integral or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {_describe(value)}")
     if value < minimum:  # type: ignore[operator]
@@ -50,9 +51,10 @@ def _integer(name: str, value: object, minimum: int) -> None:
 
 
 def _ratio(name: str, value: object) -> None:
-    if not isinstance(value, (numbers.Real, torch.SymFloat)) or isinstance(value, bool):
+    real = type(value) is float or isinstance(value, (numbers.Real, torch.SymFloat))
+    if not real or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {_describe(value)}")
-    if (isinstance(value, float) and math.isnan(value)) or not 0 <= value <= 1:  # type: ignore[operator]
+    if not 0 <= value <= 1:  # type: ignore[operator]  # false for NaN, too
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 

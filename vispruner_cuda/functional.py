@@ -11,6 +11,9 @@ from . import _checks
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 from .reference import gather_tokens
 
+# Calls name the overload: looking it up takes microseconds of every call.
+_ops = torch.ops.vispruner
+
 
 def topk(cls_attn: Tensor, k: int) -> TopkResult:
     """The k tokens with the highest [CLS] attention, in ranking order.
@@ -32,7 +35,7 @@ def topk(cls_attn: Tensor, k: int) -> TopkResult:
     Source: VisPruner (arXiv 2412.01818), section 3.2; docs/numerics.md, "Score".
     """
     _checks.topk(cls_attn, k)
-    return TopkResult(*torch.ops.vispruner.topk(cls_attn.detach(), int(k)))
+    return TopkResult(*_ops.topk.default(cls_attn.detach(), int(k)))
 
 
 def pairwise_cosine(feats: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
     Source: docs/numerics.md, "Gram" and "Redundancy".
     """
     _checks.pairwise_cosine(feats)
-    return torch.ops.vispruner.pairwise_cosine(feats.detach())
+    return _ops.pairwise_cosine.default(feats.detach())
 
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
@@ -79,7 +82,7 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
     Source: VisPruner (arXiv 2412.01818), section 3.3; docs/numerics.md, "The loop".
     """
     _checks.dedup(feats, k, step)
-    return torch.ops.vispruner.dedup(feats.detach(), int(k), int(step))
+    return _ops.dedup.default(feats.detach(), int(k), int(step))
 
 
 def prune(
@@ -117,7 +120,7 @@ def prune(
     Source: VisPruner (arXiv 2412.01818), section 3; docs/numerics.md.
     """
     _checks.prune(feats, cls_attn, k, important_ratio, step)
-    kept, indices = torch.ops.vispruner.prune(
+    kept, indices = _ops.prune.default(
         feats.detach(), cls_attn.detach(), int(k), float(important_ratio), int(step)
     )
     if feats.requires_grad and torch.is_grad_enabled():
@@ -152,7 +155,7 @@ def prune_varlen(
         TypeError, ValueError: as for :func:`prune`.
     """
     bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
-    kept, indices = torch.ops.vispruner.prune_varlen(
+    kept, indices = _ops.prune_varlen.default(
         feats.detach(), cls_attn.detach(), bounds, ks, float(important_ratio), int(step)
     )
     if feats.requires_grad and torch.is_grad_enabled():
@@ -186,7 +189,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
     Source: VisPruner (arXiv 2412.01818), section 3.2.
     """
     _checks.cls_attention(q_cls, k, scale)
-    return torch.ops.vispruner.cls_attention(q_cls.detach(), k.detach(), float(scale))
+    return _ops.cls_attention.default(q_cls.detach(), k.detach(), float(scale))
 
 
 def received_attention(
@@ -219,6 +222,6 @@ def received_attention(
     Source: VisPruner (arXiv 2412.01818), the authors' recipe for encoders without [CLS].
     """
     bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
-    return torch.ops.vispruner.received_attention(
+    return _ops.received_attention.default(
         q.detach(), k.detach(), float(scale), bounds, None if lse is None else lse.detach()
     )
