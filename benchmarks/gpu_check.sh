@@ -60,7 +60,7 @@ step build 240 build || { cat "$logs/build.log"; exit 1; }
 export VISPRUNER_RANDOM_CASES=${VISPRUNER_RANDOM_CASES:-2000}
 step tests 240 "$python" -m pytest tests/ops -q -p no:cacheprovider
 if [ -z "$dry" ]; then step stress 90 "$python" benchmarks/stress.py; fi
-step benchmarks 200 "$python" benchmarks/kernels.py --rows --quick --compile-limit 60 \
+step benchmarks 220 "$python" benchmarks/kernels.py --rows --quick --compile-limit 40 \
   ${dry:+--device cpu --no-compile} -o "$out"
 for tool in memcheck racecheck initcheck synccheck; do
   left=$((590 - (SECONDS - began)))

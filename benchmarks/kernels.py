@@ -418,12 +418,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     data: dict[str, Any] = {"dry_run": dry, "rows": [], "curves": {}}
+
+    def save() -> Path:
+        """After each part: a time limit from outside then costs the rest alone."""
+        name = "kernels_dry_run" if dry else "kernels"
+        return environment.write(name, data, arguments.output)
+
     for row in track(rows, "rows", console=console):
         data["rows"].append(measure(row, arguments, with_peers=True, with_stages=True))
         console.print(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
     data["host_us"] = host_time(rows[0], arguments.device)
-    if not arguments.no_compile:
-        data["rows"][0]["peers_us"].update(compiled_peers(rows[0], arguments))
+    path = save()
     if not arguments.rows:
         for name, curve in CURVES.items():
             points = tuple(map(shrunk, curve)) if dry else curve
@@ -431,7 +436,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 measure(row, arguments, with_peers=name in PEERED_CURVES)
                 for row in track(points, f"curve over {name}", console=console)
             ]
-    path = environment.write("kernels_dry_run" if dry else "kernels", data, arguments.output)
+        path = save()
+    if not arguments.no_compile:
+        data["rows"][0]["peers_us"].update(compiled_peers(rows[0], arguments))
+        path = save()
     print(path)
     print(json.dumps({row["name"]: round(row["us"], 2) for row in data["rows"]}))
     return 0
