@@ -156,18 +156,18 @@ def floor(row: Row) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------ the inputs
 def tensors(row: Row, device: str, seed: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, row.dtype)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(device, dtype)
+        return torch.randn(shape, generator=g, device=device, dtype=dtype)
 
     b, h, n, c = row.images, row.heads, row.tokens, row.channels
     if row.op == "cls_attention":
         return {"q": normal(b, h, c), "k": normal(b, n, h, c).transpose(1, 2)}
     if row.op.startswith("received"):
         return {"q": normal(n, h, c), "k": normal(n, h, c), "lse": normal(h, n).float()}
-    attn = (2 * torch.randn((b, h, n), generator=g)).softmax(-1).to(device, dtype)
+    attn = (2 * normal(b, h, n)).softmax(-1)
     if row.op == "topk":
         return {"attn": attn}
     return {"feats": normal(b, n, c), "attn": attn}
