@@ -60,10 +60,10 @@ class Budget:
                 bounds = "(0, 1]" if name == "ratio" else "[0, 1]"
                 raise ValueError(f"{name} must be in {bounds}, got {share}")
 
-    def count(self, tokens: int) -> int:
-        """Tokens that stay of a picture with `tokens` of them."""
+    def count(self, tokens: int, pictures: int = 1) -> int:
+        """Tokens that stay of `pictures` pictures with `tokens` of them in all."""
         if self.k is not None:
-            return min(int(self.k), tokens)
+            return min(int(self.k) * pictures, tokens)
         assert self.ratio is not None
         return min(tokens, max(1, round(self.ratio * tokens)))
 

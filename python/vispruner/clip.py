@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from . import scores
+
 #: The tower of LLaVA-1.5, CLIP ViT-L/14 at 336 pixels: 24 x 24 patches.
 LLAVA_1_5 = {
     "image_size": 336,
@@ -49,7 +51,7 @@ class LayerCues:
 
     Attributes:
         feats: (B, N, C) hidden states after the layer, without [CLS].
-        q_cls: (B, H, 1, D) query of [CLS], before scaling.
+        q_cls: (B, H, D) query of [CLS], before scaling.
         keys: (B, H, 1 + N, D) keys, [CLS] first.
         scale: factor of the attention logits.
     """
@@ -61,13 +63,8 @@ class LayerCues:
 
 
 def cls_attention(cues: LayerCues) -> Tensor:
-    """Attention of [CLS] to every patch: (B, H, N) float32.
-
-    The softmax runs over [CLS] and the patches, as in the encoder; the weight of [CLS] itself is
-    left out of the result. Costs one row of the attention matrix a head, in float32.
-    """
-    logits = cues.q_cls.float() @ cues.keys.float().transpose(-1, -2) * cues.scale
-    return logits.softmax(dim=-1)[:, :, 0, 1:]
+    """Attention of [CLS] to every patch, mean over heads: (B, N) float32."""
+    return scores.cls_attention(cues.q_cls, cues.keys, cues.scale)
 
 
 class LayerTap:
@@ -101,7 +98,7 @@ class LayerTap:
         heads: int = self._attention.num_heads
         return LayerCues(
             feats=hidden[:, 1:],
-            q_cls=q.unflatten(-1, (heads, -1)).transpose(1, 2),
+            q_cls=q.unflatten(-1, (heads, -1))[:, 0],
             keys=k.unflatten(-1, (heads, -1)).transpose(1, 2),
             scale=float(self._attention.scale),
         )

@@ -150,7 +150,7 @@ def split_kept(
     """Kept tokens of one image as (important, diverse).
 
     Args:
-        indices: (min(k, N),) of `prune`; cls_attn: (H, N); k, important_ratio: as given to it.
+        indices: (min(k, N),) of `prune`; cls_attn: (N,); k, important_ratio: as given to it.
     """
     count = int(k * important_ratio)
     if count == 0:
@@ -234,7 +234,7 @@ def _run(options: argparse.Namespace) -> int:
         split = split_kept(
             kept.indices[image], attention[image], options.k, options.important_ratio
         )
-        scores = attention[image].mean(dim=0).tolist()
+        scores = attention[image].tolist()
         rows.append(
             [
                 _panel(photo, tower.grid),

@@ -19,12 +19,14 @@ class Layout:
         width: columns of the original prompt.
         next_position: (B,) int64, the position after the prompt, for models whose positions are not
             counted from the columns; else None.
+        padded: whether a column may be padding (known without looking at the mask).
     """
 
     index: Tensor
     mask: Tensor
     width: int
     next_position: Tensor | None = None
+    padded: bool = True
 
     @property
     def columns(self) -> int:
@@ -55,6 +57,7 @@ class Layout:
             mask=torch.cat([self.mask, torch.ones_like(between, dtype=torch.bool), other.mask], 1),
             width=start + other.width,
             next_position=other.next_position,
+            padded=self.padded or other.padded,
         )
 
 
@@ -80,9 +83,7 @@ def shorten(keep: Tensor, columns: int, *, left: bool) -> Layout:
     return Layout(index, keep.gather(1, index), keep.shape[1])
 
 
-def rows_of_items(
-    counts: Sequence[int], placeholders: Sequence[int], modality: str
-) -> list[int]:
+def rows_of_items(counts: Sequence[int], placeholders: Sequence[int], modality: str) -> list[int]:
     """The row of the batch that each image or video belongs to.
 
     Args:
@@ -98,9 +99,10 @@ def rows_of_items(
             row, room = row + 1, placeholders[row + 1]
         if count > room:
             raise ValueError(
-                f"{modality} {item} has {count} tokens but the prompt has {room} "
-                f"{modality} placeholders left for it in row {row}: {sum(placeholders)} placeholders "
-                f"({list(placeholders)} a row) for {sum(counts)} tokens of {len(counts)} {modality}s"
+                f"{modality} {item} has {count} tokens but row {row} of the prompt has {room} "
+                f"{modality} placeholders left for it: {sum(placeholders)} placeholders "
+                f"({list(placeholders)} a row) for {sum(counts)} tokens of {len(counts)} "
+                f"{modality}s"
             )
         room -= count
         rows.append(row)

@@ -104,7 +104,9 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time of each phase: `vision` (encoder and projector), `score`, `select`, `rewrite` (of the
-        prompt) and, after generate, `generate` (the language model). Waits for the GPU.
+        """Time of each phase; waits for the GPU.
+
+        `vision` is the encoder with its projector, `rewrite` the shortening of the prompt,
+        `generate` the language model, there only after a call of generate.
         """
         return self._clock.milliseconds()

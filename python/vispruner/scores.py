@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from vispruner_cuda import reference as _ops
+
+import vispruner_cuda as _ops
 
 
 def _computable(x: Tensor) -> Tensor:

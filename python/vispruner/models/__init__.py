@@ -9,6 +9,12 @@ from .base import Encoded, Family, UnsupportedModelError
 
 _FAMILIES: dict[str, str | type[Family]] = {
     "llava": f"{__name__}.llava:Llava",
+    "llava_next": f"{__name__}.llava_next:LlavaNext",
+    "llava_onevision": f"{__name__}.llava_onevision:LlavaOnevision",
+    "qwen2_5_vl": f"{__name__}.qwen_vl:QwenVL",
+    "qwen2_vl": f"{__name__}.qwen_vl:QwenVL",
+    "qwen3_vl": f"{__name__}.qwen_vl:QwenVL",
+    "video_llava": f"{__name__}.llava:VideoLlava",
 }
 
 
@@ -40,8 +46,8 @@ def family_of(model: Any) -> type[Family]:
     if family is None:
         raise UnsupportedModelError(
             f"cannot prune a {type(model).__name__} (model type {model_type!r}). Supported: "
-            f"{', '.join(supported())}. To add one, subclass vispruner.models.Family and pass it to "
-            "vispruner.register (docs/integration.md)"
+            f"{', '.join(supported())}. To add one, subclass vispruner.models.Family and pass it "
+            "to vispruner.register (docs/integration.md)"
         )
     if isinstance(family, str):
         module, _, name = family.partition(":")

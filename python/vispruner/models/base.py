@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,21 @@ class Encoded:
     output: Any
     keep: Tensor
     items: tuple[Kept, ...]
+
+
+class Places(NamedTuple):
+    """Positions in an unpruned prompt.
+
+    Attributes:
+        positions: (3, B, L) of each column.
+        following: (B,) of the token that comes after the prompt.
+        resumed: (B,) where the model itself resumes in a decoding loop without position ids, which
+            for videos may be another place.
+    """
+
+    positions: Tensor
+    following: Tensor
+    resumed: Tensor
 
 
 class Family(ABC):
@@ -96,7 +111,9 @@ class Family(ABC):
         """The placeholder of a modality in the prompt."""
         return int(getattr(self.config, f"{modality}_token_id"))
 
-    def take(self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]) -> dict[str, Any]:
+    def take(
+        self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]
+    ) -> dict[str, Any]:
         """The encoder's arguments for some of the items only."""
         name = self.pixels_name(modality, inputs)
         assert name is not None
@@ -123,9 +140,7 @@ class Family(ABC):
         """
 
     # ------------------------------------------------------------------------------ the positions
-    def positions(
-        self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor] | None:
+    def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> Places | None:
         """Positions in the unpruned prompt, for models where they are more than a count of columns.
 
         Args:
@@ -133,16 +148,16 @@ class Family(ABC):
             call: the arguments that belong to it.
 
         Returns:
-            (3, B, L) positions and (B,) the next position of each row, or None: the positions of
-            the shortened prompt are then counted anew, which is what the method does for LLaVA.
+            The positions, or None: the tokens of the shortened prompt are then counted anew, which
+            is what the method does for LLaVA.
         """
         return None
 
-    def follow(self, offset: Tensor) -> None:
-        """Told the difference, (B, 1), between the next position and the tokens so far."""
+    def follow(self, offset: Tensor) -> None:  # noqa: B027 (most families have nothing to do)
+        """Told how far, (B, 1), positions are ahead of the number of tokens that were kept."""
 
     def offset(self) -> Tensor | None:
-        """What `follow` was told last, or the model itself found out."""
+        """How far positions are ahead of the number of tokens, as the model has it now."""
         return None
 
     def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:

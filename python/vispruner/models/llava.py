@@ -1,0 +1,79 @@
+"""LLaVA-1.5 and Video-LLaVA: pictures of patches, of which only the kept ones are projected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..report import Clock, Kept
+from .base import Encoded
+from .towers import TowerFamily
+
+
+class Llava(TowerFamily):
+    """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower."""
+
+    def _pixels(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
+        """The pixels of a call, and the pictures of each item: 1, or the frames of a video."""
+        name = self.pixels_name(modality, inputs)
+        pixels: Tensor = inputs[str(name)]
+        return pixels, pixels.shape[1] if pixels.dim() == 5 else 1
+
+    def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        pixels, pictures = self._pixels(modality, inputs)
+        rows, columns = self.grid(modality, pixels)
+        return [pictures * (self.extra(modality, inputs) + rows * columns)] * len(pixels)
+
+    def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
+        chosen: list[Tensor] = []
+
+        def prune(features: Tensor, scores: Tensor) -> Tensor:
+            kept, indices = self.select(features, scores)
+            chosen.append(indices)
+            return kept
+
+        with self.projecting(modality, inputs, clock, prune), clock("vision"):
+            output = getattr(self.base, self.encoders[modality])(**inputs, return_dict=True)
+        indices = chosen[0]  # (pictures of all items, k)
+        pixels, pictures = self._pixels(modality, inputs)
+        grid = self.grid(modality, pixels)
+        extra, patches = self.extra(modality, inputs), grid[0] * grid[1]
+
+        keep = torch.zeros((len(indices), extra + patches), dtype=torch.bool, device=indices.device)
+        keep[:, :extra] = True
+        keep.scatter_(1, indices + extra, True)
+        first = patches * torch.arange(pictures, device=indices.device).unsqueeze(1)
+        shape = grid if modality == "image" else (pictures, *grid)
+        items = tuple(
+            Kept(
+                modality,
+                (item + first).flatten(),
+                shape,
+                before=pictures * (extra + patches),
+                after=pictures * (extra + item.shape[1]),
+            )
+            for item in indices.unflatten(0, (-1, pictures))
+        )
+        return Encoded(output, keep.flatten(), items)
+
+
+class VideoLlava(Llava):
+    """`VideoLlavaForConditionalGeneration`: a tower each for images and videos.
+
+    Every frame is a picture of its own; the model hands its [CLS] to the language model, too, so it
+    stays beside the k patches.
+    """
+
+    encoders: ClassVar[Mapping[str, str]] = {
+        "image": "get_image_features",
+        "video": "get_video_features",
+    }
+    towers: ClassVar[Mapping[str, str]] = {"image": "image_tower", "video": "video_tower"}
+
+    def extra(self, modality: str, inputs: Mapping[str, Any]) -> int:
+        if modality == "video":
+            return int(self.has_cls(modality))
+        return super().extra(modality, inputs)

@@ -1,0 +1,181 @@
+"""LLaVA-NeXT: an image is an overview and tiles, without their padding and with line ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import Budget
+from ..report import Clock, Kept
+from .base import Encoded, UnsupportedModelError
+from .towers import TowerFamily
+
+
+class TiledFamily(TowerFamily):
+    """Images cut into tiles that the model packs into one sequence."""
+
+    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
+        super().__init__(model, budget, **options)
+        self._refuse_cls({})
+
+    @property
+    def modeling(self) -> Any:
+        """The module of transformers that the model is defined in."""
+        return sys.modules[type(self.base).__module__]
+
+    def _refuse_cls(self, inputs: Mapping[str, Any]) -> None:
+        if self.extra("image", inputs):
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy='full' puts [CLS] into the grid of patches: use "
+                "'default'"
+            )
+
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Tiles of each image, the overview included."""
+        sizes = inputs.get("image_sizes")
+        if sizes is None:
+            raise ValueError("image_sizes must come with pixel_values")
+        self._refuse_cls(inputs)
+        return [
+            self.modeling.image_size_to_num_patches(
+                size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
+            )
+            for size in sizes
+        ]
+
+    def check_pixels(self, pixels: Tensor, tiles: list[int]) -> None:
+        """The pixels have the tiles that the sizes of the images ask for."""
+        if pixels.dim() == 5:
+            fits = len(pixels) == len(tiles) and max(tiles, default=0) <= pixels.shape[1]
+        else:
+            fits = len(pixels) == sum(tiles)
+        if not fits:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixels.shape)} do not hold the {tiles} tiles that "
+                "image_sizes ask for"
+            )
+
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of patches of a tile."""
+        vision = self.config.vision_config
+        side = int(vision.image_size) // int(vision.patch_size)
+        return side, side
+
+    def pack(
+        self, channels: list[Tensor], inputs: Mapping[str, Any], line_end: Tensor
+    ) -> list[Tensor]:
+        """Channels of each image, (tiles, N, c), on the way that its features take: (T, c)."""
+        packed, _ = self.base.pack_image_features(
+            channels,
+            inputs["image_sizes"],
+            vision_feature_select_strategy=self.setting("vision_feature_select_strategy", inputs),
+            image_newline=line_end,
+        )
+        return list(packed)
+
+    def packed_lengths(self, tiles: list[int], inputs: Mapping[str, Any]) -> list[int]:
+        """Tokens of each image in an unpruned prompt."""
+        rows, columns = self.patches()
+        blank = [torch.zeros(count, rows * columns, 1) for count in tiles]
+        return [len(image) for image in self.pack(blank, inputs, torch.zeros(1))]
+
+
+class LlavaNext(TiledFamily):
+    """`LlavaNextForConditionalGeneration` with a CLIP tower.
+
+    k tokens of each tile are chosen. With `tiles="unpad"` (the default) those of them that lie on
+    padding are cut off and each line of the tiled image keeps its end, as in the unpruned model;
+    with `tiles="all"` an image has exactly tiles x k tokens and no line ends, as in the authors'
+    code.
+    """
+
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"tiles": ("unpad", "all")}
+
+    def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        tiles = self.tiles(inputs)
+        self.check_pixels(inputs["pixel_values"], tiles)
+        lengths = self.packed_lengths(tiles, inputs)
+        if self.chosen["tiles"] == "all":
+            rows, columns = self.patches()
+            for item, (count, length) in enumerate(zip(tiles, lengths, strict=True)):
+                wanted = count * self.budget.count(rows * columns)
+                if wanted > length:
+                    raise ValueError(
+                        f"tiles='all' gives image {item} {wanted} tokens, more than the {length} "
+                        "of the unpruned model: lower k or use tiles='unpad'"
+                    )
+        return lengths
+
+    def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
+        patches = self.patches()[0] * self.patches()[1]
+        indices = torch.empty(0)
+        projected = torch.empty(0)
+
+        def prune(features: Tensor, scores: Tensor) -> Tensor:
+            nonlocal indices
+            kept, indices = self.select(features, scores)
+            return kept
+
+        def spread(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            """Packing wants whole tiles: dropped patches are zeros until it is done."""
+            nonlocal projected
+            projected = output
+            where = indices.to(output.device).unsqueeze(-1).expand_as(output)
+            empty = output.new_zeros((len(output), patches, output.shape[-1]))
+            return empty.scatter(1, where, output)
+
+        handle = self.base.multi_modal_projector.register_forward_hook(spread)
+        try:
+            with self.projecting(modality, inputs, clock, prune), clock("vision"):
+                output = self.base.get_image_features(**inputs, return_dict=True)
+        finally:
+            handle.remove()
+        with clock("select"):
+            return self._packed(output, indices, projected, inputs)
+
+    def _packed(
+        self, output: Any, indices: Tensor, projected: Tensor, inputs: Mapping[str, Any]
+    ) -> Encoded:
+        """The kept tokens of each image, and the placeholders that they take.
+
+        Args:
+            indices: (tiles of all images, k) kept patches; projected: (tiles, k, C) their features.
+        """
+        grid = self.patches()
+        patches = grid[0] * grid[1]
+        tiles = self.tiles(inputs)
+        # Two channels on the way of the features: 1 for a kept patch, 1 + its place in the tiles.
+        chosen = torch.zeros((len(indices), patches), dtype=torch.float64, device=indices.device)
+        chosen.scatter_(1, indices, 1.0)
+        channels = [
+            torch.stack([own, torch.arange(1, own.numel() + 1).to(own).view_as(own)], -1)
+            for own in chosen.split(tiles)
+        ]
+        line_end = torch.tensor([1.0, 0.0], dtype=torch.float64, device=chosen.device)
+        features, keep, items = [], [], []
+        whole = zip(
+            output.pooler_output,
+            self.pack(channels, inputs, line_end),
+            channels,
+            projected.split(tiles),
+            strict=True,
+        )
+        for packed, marks, own, alone in whole:
+            stays = marks[:, 0] > 0.5
+            if self.chosen["tiles"] == "all":
+                features.append(alone.flatten(0, 1))
+                where = own[..., 0].flatten().nonzero()[:, 0]
+                stays = torch.arange(len(stays), device=stays.device) < len(features[-1])
+            else:
+                features.append(packed[stays.to(packed.device)])
+                where = marks[stays, 1]
+                where = where[where > 0].long().sort().values - 1
+            keep.append(stays)
+            shape = (len(own), *grid)
+            items.append(Kept("image", where, shape, before=len(stays), after=len(features[-1])))
+        output.pooler_output = features
+        return Encoded(output, torch.cat(keep), tuple(items))

@@ -1,0 +1,148 @@
+"""LLaVA-OneVision: tokens are pooled after the projector, so they are chosen after it, too."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..report import Clock, Kept
+from .base import Encoded, keep_rows
+from .llava_next import TiledFamily
+
+_VIDEO_PIXELS = "pixel_values_videos"  # in the arguments of the model
+
+
+class LlavaOnevision(TiledFamily):
+    """`LlavaOnevisionForConditionalGeneration` with a SigLIP tower.
+
+    Scores are packed and pooled as the features are. Of an image, k tokens of the overview are kept
+    and k for each tile out of the pooled rest; of a video, k of each frame. Line ends stay.
+    """
+
+    encoders: ClassVar[Mapping[str, str]] = {
+        "image": "get_image_features",
+        "video": "get_video_features",
+    }
+
+    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
+        super().__init__(model, budget, **options)
+        # Early 5.x versions name the pixels of a video by another name in their encoder.
+        names = self.parameters["video"]
+        self._video_parameter = names[0]
+        self.parameters["video"] = (_VIDEO_PIXELS, *names[1:])
+
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        tiles = super().tiles(inputs)
+        groups = inputs.get("batch_num_images")
+        if groups is None:
+            return tiles
+        alone = [int(count) == 1 for count in groups for _ in range(int(count))]
+        return [count if one else 1 for count, one in zip(tiles, alone, strict=True)]
+
+    def pack(
+        self, channels: list[Tensor], inputs: Mapping[str, Any], line_end: Tensor
+    ) -> list[Tensor]:
+        packed, _ = self.base.pack_image_features(
+            channels,
+            inputs["image_sizes"],
+            image_newline=line_end,
+            vision_aspect_ratio=self.setting("vision_aspect_ratio", inputs),
+        )
+        return list(packed)
+
+    def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        if modality == "image":
+            tiles = self.tiles(inputs)
+            pixels = inputs["pixel_values"]
+            self.check_pixels(pixels, tiles)
+            return self.packed_lengths(tiles, inputs)
+        pixels = inputs[_VIDEO_PIXELS]
+        rows, columns = self._pooled()
+        return [pixels.shape[1] * rows * columns + 1] * len(pixels)
+
+    def _pooled(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        rows, columns = self.patches()
+        return math.ceil(rows / 2), math.ceil(columns / 2)
+
+    def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
+        scores = torch.empty(0)
+
+        def look(features: Tensor, received: Tensor) -> Tensor:
+            nonlocal scores
+            scores = received
+            return features
+
+        arguments = dict(inputs)
+        if modality == "video":
+            arguments[self._video_parameter] = arguments.pop(_VIDEO_PIXELS)
+        with self.projecting(modality, inputs, clock, look), clock("vision"):
+            output = getattr(self.base, self.encoders[modality])(**arguments, return_dict=True)
+        with clock("select"):
+            choose = self._images if modality == "image" else self._videos
+            return choose(output, scores, inputs)
+
+    def _images(self, output: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Encoded:
+        tiles = self.tiles(inputs)
+        patches = self.patches()[0] * self.patches()[1]
+        channels = [torch.stack([s, torch.zeros_like(s)], -1) for s in scores.split(tiles)]
+        line_end = torch.tensor([0.0, 1.0], device=scores.device)
+        features, keep, items = [], [], []
+        packed = self.pack(channels, inputs, line_end)
+        for image, marks, count in zip(output.pooler_output, packed, tiles, strict=True):
+            ends = (marks[:, 1] > 0.5).nonzero()[:, 0]
+            tokens = (marks[:, 1] <= 0.5).nonzero()[:, 0]
+            lengths = [patches, len(tokens) - patches]
+            budgets = [self.budget.count(patches), self.budget.count(lengths[1], count - 1)]
+            if count == 1:
+                lengths, budgets = lengths[:1], budgets[:1]
+            tokens = tokens.to(image.device)
+            _, rows = self.budget.select_packed(
+                image[tokens], marks[tokens.to(marks.device), 0], lengths, budgets
+            )
+            stays = torch.cat([tokens[rows], ends.to(image.device)]).sort().values
+            features.append(image[stays])
+            keep.append(keep_rows(stays, len(image)))
+            items.append(Kept("image", stays, (len(image),), before=len(image), after=len(stays)))
+        output.pooler_output = features
+        return Encoded(output, torch.cat(keep), tuple(items))
+
+    def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        outputs = dict(outputs)
+        if "video" in outputs:
+            features = outputs["video"].pooler_output
+            slots = int((ids == self.token_id("video")).sum())
+            if slots == features.shape[:2].numel() + len(features):
+                line_end = self.base.image_newline.expand(len(features), 1, -1).to(features)
+                outputs["video"] = copy.copy(outputs["video"])
+                outputs["video"].pooler_output = torch.cat([features, line_end], 1)
+        return super().embeddings_of(ids, outputs)
+
+    def _videos(self, output: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Encoded:
+        videos, frames = inputs[_VIDEO_PIXELS].shape[:2]
+        rows, columns = self._pooled()
+        pooled = self.base.apply_pooling(scores.unsqueeze(-1))[..., 0]  # (videos * frames, n)
+        tokens = output.pooler_output[:, : frames * rows * columns]
+        line_end = output.pooler_output[:, tokens.shape[1] :]  # in 5.17 the model adds it later
+        kept, indices = self.budget.select(
+            tokens.reshape(videos * frames, rows * columns, -1), pooled
+        )
+        output.pooler_output = torch.cat([kept.reshape(videos, -1, kept.shape[-1]), line_end], 1)
+
+        first = rows * columns * torch.arange(frames, device=indices.device).unsqueeze(1)
+        cells = (indices.view(videos, frames, -1) + first).flatten(1)
+        before = frames * rows * columns + 1
+        keep = torch.zeros((videos, before), dtype=torch.bool, device=cells.device)
+        keep[:, -1] = True
+        keep.scatter_(1, cells, True)
+        items = tuple(
+            Kept("video", own, (frames, rows, columns), before=before, after=len(own) + 1)
+            for own in cells
+        )
+        return Encoded(output, keep.flatten(), items)

@@ -1,0 +1,192 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, merged 2 x 2, at their own positions.
+
+The vision transformer has no [CLS]: a patch is scored by the attention it receives in the last
+block with full attention, and the four scores of a merged token are averaged. Kept tokens stay at
+the height, width and time that they have in the unpruned prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..report import Clock, Kept
+from ..taps import RotaryTap
+from .base import Encoded, Family, Places, UnsupportedModelError, keep_rows
+
+_VIDEO_SECONDS = "second_per_grid_ts"  # belongs to the positions of videos, not to their encoder
+
+
+class QwenVL(Family):
+    """`Qwen2VL...`, `Qwen2_5_VL...` and `Qwen3VLForConditionalGeneration`."""
+
+    encoders: ClassVar[Mapping[str, str]] = {
+        "image": "get_image_features",
+        "video": "get_video_features",
+    }
+
+    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
+        super().__init__(model, budget, **options)
+        self.parameters["video"] += (_VIDEO_SECONDS,)
+        visual = self.base.visual
+        blocks = visual.blocks
+        full = getattr(visual, "fullatt_block_indexes", None)
+        if full is not None and not len(full):
+            raise UnsupportedModelError(
+                "the vision transformer has no block with full attention: scores of different "
+                "windows do not compare"
+            )
+        self.windowed = full is not None
+        self.attention = blocks[full[-1] if full is not None else -1].attn
+        self.merge = int(visual.spatial_merge_size)
+
+    @property
+    def modeling(self) -> Any:
+        """The module of transformers that the model is defined in."""
+        return sys.modules[type(self.base.visual).__module__]
+
+    def _grids(self, modality: str, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        """(frames, rows, columns) of patches of each item."""
+        grid = inputs.get(f"{modality}_grid_thw")
+        if grid is None:
+            raise ValueError(f"{modality}_grid_thw must come with the pixels of {modality}s")
+        return [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
+
+    def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        grids = self._grids(modality, inputs)
+        patches = [t * h * w for t, h, w in grids]
+        rows = len(inputs[str(self.pixels_name(modality, inputs))])
+        if sum(patches) != rows:
+            raise ValueError(
+                f"{modality}_grid_thw describes {sum(patches)} patches, the pixels have {rows}"
+            )
+        return [count // self.merge**2 for count in patches]
+
+    def take(
+        self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]
+    ) -> dict[str, Any]:
+        name = str(self.pixels_name(modality, inputs))
+        patches = [t * h * w for t, h, w in self._grids(modality, inputs)]
+        taken = dict(inputs)
+        parts = inputs[name].split(patches)
+        taken[name] = torch.cat([parts[item] for item in items]) if items else inputs[name][:0]
+        for other in (f"{modality}_grid_thw", _VIDEO_SECONDS):
+            if other in taken:
+                value = taken[other]
+                picked = [value[item] for item in items]
+                taken[other] = value[list(items)] if isinstance(value, Tensor) else picked
+        return taken
+
+    def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
+        grids = self._grids(modality, inputs)
+        arguments = {name: value for name, value in inputs.items() if name != _VIDEO_SECONDS}
+        rotary = self.modeling.apply_rotary_pos_emb_vision
+        with ExitStack() as stack:
+            tap = RotaryTap(self.attention, rotary, stack)
+            with clock("vision"):
+                encoder = getattr(self.base, self.encoders[modality])
+                output = encoder(**arguments, return_dict=True)
+            with clock("score"):
+                # Attention stays within a frame.
+                scores = tap.scores([h * w for t, h, w in grids for _ in range(t)])
+                scores = scores.view(-1, self.merge**2).mean(-1)
+                if self.windowed:
+                    scores = scores[self._raster_order(inputs[f"{modality}_grid_thw"])]
+        with clock("select"):
+            sizes = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
+            lengths = [h * w for t, h, w in sizes for _ in range(t)]
+            counts = [self.budget.count(length) for length in lengths]
+            features = torch.cat(list(output.pooler_output))
+            kept, rows = self.budget.select_packed(features, scores, lengths, counts)
+            after = [t * self.budget.count(h * w) for t, h, w in sizes]
+            output.pooler_output = kept.split(after)
+            self._keep_deepstack(output, rows, after)
+
+        items, start = [], 0
+        for size, own in zip(sizes, rows.split(after), strict=True):
+            t, h, w = size
+            shape = size if modality == "video" else size[1:]
+            items.append(Kept(modality, own - start, shape, before=t * h * w, after=len(own)))
+            start += t * h * w
+        return Encoded(output, keep_rows(rows, start), tuple(items))
+
+    def _raster_order(self, grid: Tensor) -> Tensor:
+        """Where each merged token, in raster order, is in the order of the windows."""
+        visual = self.base.visual
+        index, _ = self.modeling.get_vision_window_index(
+            grid,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+            kwargs={},
+        )
+        return torch.argsort(index)
+
+    @staticmethod
+    def _keep_deepstack(output: Any, rows: Tensor, after: list[int]) -> None:
+        """Qwen3-VL's features of earlier blocks: a tensor a layer, or since 5.18 one an image."""
+        layers = getattr(output, "deepstack_features", None)
+        if layers is not None:
+            output.deepstack_features = [
+                layer[rows]
+                if isinstance(layer, Tensor)
+                else torch.cat(list(layer))[rows].split(after)
+                for layer in layers
+            ]
+
+    # ------------------------------------------------------------------------------ the positions
+    def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> Places:
+        kinds = torch.zeros_like(ids)
+        for kind, modality in enumerate(("image", "video"), start=1):
+            kinds = kinds.masked_fill(ids == self.token_id(modality), kind)
+        accepted = inspect.signature(self.base.get_rope_index).parameters
+        names = [name for name in ("image_grid_thw", "video_grid_thw", _VIDEO_SECONDS)
+                 if name in accepted and call.get(name) is not None]  # fmt: skip
+        positions, delta = self.base.get_rope_index(
+            ids,
+            mm_token_type_ids=kinds,
+            attention_mask=mask,
+            **{name: call[name] for name in names},
+        )
+        resumed = delta[:, 0] + mask.long().sum(1)
+        # The text after a video does not wait for the video's last second.
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = (columns * mask).argmax(1, keepdim=True)
+        text = positions[0].gather(1, last)[:, 0] + 1
+        return Places(
+            positions, torch.where(kinds.gather(1, last)[:, 0] == 0, text, resumed), resumed
+        )
+
+    def follow(self, offset: Tensor) -> None:
+        # For a decoding loop of one's own: the model adds it to the number of cached tokens.
+        self.base.rope_deltas = offset
+
+    def offset(self) -> Tensor | None:
+        offset: Tensor | None = self.base.rope_deltas
+        return offset
+
+    def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        ready = super().embeddings_of(ids, outputs)
+        deep = {m: getattr(output, "deepstack_features", None) for m, output in outputs.items()}
+        deep = {modality: layers for modality, layers in deep.items() if layers is not None}
+        if not deep:
+            return ready
+        embeds = ready["inputs_embeds"]
+        slots = {modality: (ids == self.token_id(modality)).to(embeds.device) for modality in deep}
+        visual = torch.stack(list(slots.values())).any(0)
+        ready["visual_pos_masks"] = visual
+        ready["deepstack_visual_embeds"] = []
+        for parts in zip(*deep.values(), strict=True):
+            filled = torch.zeros_like(embeds)
+            for modality, part in zip(deep, parts, strict=True):
+                flat = part if isinstance(part, Tensor) else torch.cat(list(part))
+                filled = filled.masked_scatter(slots[modality].unsqueeze(-1), flat.to(filled))
+            ready["deepstack_visual_embeds"].append(filled[visual])
+        return ready

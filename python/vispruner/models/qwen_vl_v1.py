@@ -1,0 +1,45 @@
+"""Qwen-VL (the first one): scores of its resampler's queries.
+
+The model condenses the patches into 256 queries by one cross-attention, and its code is not part of
+transformers, so there is no family for it: this function gives the scores, `vispruner_cuda.prune`
+the choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def resampled_scores(patch_scores: Tensor, attention: Tensor) -> Tensor:
+    """Scores of a resampler's queries from those of the patches they look at.
+
+    The score of a query is the mean score of the patches, weighted by its attention to them.
+
+    Args:
+        patch_scores: (B, N) scores of the encoder's patches.
+        attention: (B, M, N) attention of the M queries to the patches, averaged over heads, or
+            (B, H, M, N) of each head; rows add up to 1.
+
+    Returns:
+        (B, M) float32, for `vispruner_cuda.prune(queries, scores, k)` on the resampler's output.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Example:
+        >>> import vispruner_cuda
+        >>> patches, queries = torch.rand(1, 1024), torch.randn(1, 256, 64)
+        >>> attention = torch.rand(1, 256, 1024).softmax(-1)
+        >>> kept = vispruner_cuda.prune(queries, resampled_scores(patches, attention), k=64)
+        >>> kept.feats.shape
+        torch.Size([1, 64, 64])
+    """
+    if attention.dim() == 4:
+        attention = attention.float().mean(1)
+    if attention.dim() != 3 or patch_scores.shape != (attention.shape[0], attention.shape[2]):
+        raise ValueError(
+            "attention must have shape (B, M, N) or (B, H, M, N) for patch_scores (B, N), got "
+            f"{tuple(attention.shape)} and {tuple(patch_scores.shape)}"
+        )
+    return torch.einsum("bmn,bn->bm", attention.float(), patch_scores.float())

@@ -1,0 +1,128 @@
+"""What the LLaVA families share: a CLIP or SigLIP tower, one feature layer, a projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import Budget
+from ..report import Clock
+from ..taps import tower_tap
+from .base import Family, UnsupportedModelError
+
+_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+class TowerFamily(Family):
+    """Models that project the patch features of one layer of a CLIP or SigLIP tower.
+
+    A CLIP tower's patches are scored by the attention of [CLS], a SigLIP tower's by the attention
+    they receive, in the layer that makes the features.
+    """
+
+    #: modality to the attribute of the base model that holds its tower
+    towers: ClassVar[Mapping[str, str]] = {"image": "vision_tower", "video": "vision_tower"}
+
+    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
+        super().__init__(model, budget, **options)
+        for modality in self.encoders:
+            tower = self.tower(modality)
+            kind = getattr(tower.config, "model_type", type(tower).__name__)
+            if kind not in _HAS_CLS:
+                raise UnsupportedModelError(
+                    f"cannot read attention from a vision tower of type {kind!r}; supported: "
+                    f"{', '.join(sorted(_HAS_CLS))}"
+                )
+            self.attention(modality, {})
+
+    def tower(self, modality: str) -> Any:
+        return getattr(self.base, self.towers[modality])
+
+    def has_cls(self, modality: str) -> bool:
+        """Whether the tower puts [CLS] before its patches."""
+        return _HAS_CLS[self.tower(modality).config.model_type]
+
+    def setting(self, name: str, inputs: Mapping[str, Any]) -> Any:
+        """A setting that a call can override."""
+        value = inputs.get(name)
+        return getattr(self.config, name) if value is None else value
+
+    def attention(self, modality: str, inputs: Mapping[str, Any]) -> Any:
+        """The attention of the feature layer.
+
+        Raises:
+            UnsupportedModelError: there is more than one feature layer, or it is the embedding.
+        """
+        tower = self.tower(modality)
+        # In earlier versions of transformers the layers are one module deeper.
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        layer = self.setting("vision_feature_layer", inputs)
+        states = len(layers) + 1  # hidden state 0 is the embedding, state i the output of layer i-1
+        if not isinstance(layer, int) or not -states <= layer < states or layer % states == 0:
+            raise UnsupportedModelError(
+                "pruning reads the attention of the layer that makes the features, so "
+                f"vision_feature_layer must be one encoder layer, got {layer!r} with "
+                f"{len(layers)} layers"
+            )
+        return layers[layer % states - 1].self_attn
+
+    def extra(self, modality: str, inputs: Mapping[str, Any]) -> int:
+        """Features before the patches: 1 where [CLS] goes to the language model, too."""
+        cls = int(self.has_cls(modality))
+        if self.setting("vision_feature_select_strategy", inputs) == "full":
+            return cls
+        if not cls:
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy='default' drops the first feature, which is a "
+                "patch in a tower without [CLS]: use 'full'"
+            )
+        return 0
+
+    def grid(self, modality: str, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of pixels (..., H, W)."""
+        patch = int(self.tower(modality).config.patch_size)
+        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+
+    @contextmanager
+    def projecting(
+        self,
+        modality: str,
+        inputs: Mapping[str, Any],
+        clock: Clock,
+        before: Callable[[Tensor, Tensor], Tensor],
+    ) -> Iterator[None]:
+        """While open, `before(features, scores)` changes what the projector is given.
+
+        features: (B, N or 1 + N, C) of the feature layer; scores: (B, N).
+        """
+
+        def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            with clock("score"):
+                scores = tap.scores()
+            with clock("select"):
+                return (before(args[0], scores),)
+
+        attention = self.attention(modality, inputs)
+        with tower_tap(attention, has_cls=self.has_cls(modality)) as tap:
+            handle = self.base.multi_modal_projector.register_forward_pre_hook(hook)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    def select(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps the budget's patches, and [CLS] where the features begin with it.
+
+        Args:
+            features: (B, N, C) or (B, 1 + N, C); scores: (B, N).
+
+        Returns:
+            (B, k, C) or (B, 1 + k, C), and (B, k) int64 indices of patches.
+        """
+        extra = features.shape[1] - scores.shape[1]
+        kept, indices = self.budget.select(features[:, extra:], scores)
+        return (torch.cat([features[:, :extra], kept], 1) if extra else kept), indices

@@ -1,0 +1,272 @@
+"""Bad input: a clear error before anything is computed, and a model that is as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+from support.tiny_models import (
+    IMAGE,
+    Llava,
+    LlavaNext,
+    Qwen25,
+    Tiny,
+    VideoLlava,
+    image,
+    llama,
+    video,
+)
+
+import vispruner
+from vispruner.models import Encoded, Family
+from vispruner.models.llava import Llava as LlavaFamily
+from vispruner.models.qwen_vl_v1 import resampled_scores
+
+FAMILIES: tuple[Tiny, ...] = (Llava(), LlavaNext(), Qwen25(), VideoLlava())
+ROW = [1, 20, image(1), 22, image(2), 24, 25]
+
+
+def untouched(model: Any) -> None:
+    assert "generate" not in vars(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    vispruner.apply(model, k=5).remove()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of k and ratio"),
+        ({"k": 5, "ratio": 0.5}, ValueError, "exactly one of k and ratio"),
+        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": -3}, ValueError, "k must be at least 1"),
+        ({"k": 2.5}, TypeError, "k must be an int"),
+        ({"k": True}, TypeError, "k must be an int"),
+        ({"k": "5"}, TypeError, "k must be an int"),
+        ({"ratio": 0.0}, ValueError, r"ratio must be in \(0, 1\]"),
+        ({"ratio": 1.5}, ValueError, r"ratio must be in \(0, 1\]"),
+        ({"ratio": float("nan")}, ValueError, r"ratio must be in \(0, 1\]"),
+        ({"ratio": "all"}, TypeError, "ratio must be a float"),
+        ({"k": 5, "important_ratio": 1.5}, ValueError, "important_ratio"),
+        ({"k": 5, "step": 0}, ValueError, "step must be at least 1"),
+        ({"k": 5, "tiles": "all"}, ValueError, "tiles='all' is not an option of llava"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = Llava().build()
+    with pytest.raises(error, match=message):
+        vispruner.apply(model, **arguments)
+    untouched(model)
+
+
+def test_bad_layout_of_tiles() -> None:
+    tiny = LlavaNext()
+    model = tiny.build()
+    with pytest.raises(ValueError, match="tiles must be one of unpad, all"):
+        vispruner.apply(model, k=5, tiles="some")
+    untouched(model)
+    with vispruner.apply(model, k=36, tiles="all"), pytest.raises(ValueError, match="lower k"):
+        model(**tiny.inputs([[1, image(0), 10]]))
+
+
+def test_twice() -> None:
+    model = Llava().build()
+    pruner = vispruner.apply(model, k=5)
+    with pytest.raises(ValueError, match="pruned already"):
+        vispruner.apply(model, k=6)
+    assert model._vispruner_pruner is pruner
+    pruner.remove()
+    untouched(model)
+
+
+def test_unknown_models_and_parts_of_models() -> None:
+    text = transformers.LlamaForCausalLM(llama(num_hidden_layers=1))
+    with pytest.raises(vispruner.UnsupportedModelError, match=r"llava.*qwen2_vl.*register"):
+        vispruner.apply(text, k=5)
+    with pytest.raises(vispruner.UnsupportedModelError, match="Supported"):
+        vispruner.apply(torch.nn.Linear(2, 2), k=5)
+    with pytest.raises(vispruner.UnsupportedModelError, match="whole"):
+        vispruner.apply(Llava().build().model, k=5)
+
+
+@pytest.mark.parametrize("layer", [0, -5, [-2, -1], 9])
+def test_feature_layers_without_attention(layer: Any) -> None:
+    model = Llava().build()
+    model.config.vision_feature_layer = layer
+    with pytest.raises(vispruner.UnsupportedModelError, match="vision_feature_layer"):
+        vispruner.apply(model, k=5)
+    model.config.vision_feature_layer = -2
+    untouched(model)
+
+
+def test_paged_attention() -> None:
+    model = Llava().build()
+    model.config._attn_implementation_internal = "paged|sdpa"
+    with pytest.raises(vispruner.UnsupportedModelError, match="paged"):
+        vispruner.apply(model, k=5)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    return request.param
+
+
+def nothing_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when a part of the model computes something."""
+
+    def run(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model ran")
+
+    for name, module in model.model.named_children():
+        if name != "language_model":
+            monkeypatch.setattr(module, "forward", run)
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_placeholders_and_images_disagree(
+    tiny: Tiny, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build()
+    inputs = tiny.inputs([ROW])
+    ids = inputs["input_ids"]
+    nothing_runs(model, monkeypatch)
+    with vispruner.apply(model, k=5) as pruner:
+        method = model.generate if call == "generate" else model
+        last = int((ids[0] == IMAGE).nonzero()[-1])
+        for broken in (
+            inputs | {"input_ids": ids.clone().index_fill_(1, torch.tensor([last]), 7)},
+            inputs | {"input_ids": ids.masked_fill(ids == IMAGE, 7)},
+            inputs | tiny.media([image(1)]),
+            inputs | tiny.media([image(1), image(2), image(3)]),
+            {name: inputs[name] for name in ("input_ids", "attention_mask")},
+        ):
+            with pytest.raises(ValueError, match="image"):
+                method(**broken)
+        assert pruner.last is None
+
+
+def test_images_in_the_wrong_rows(tiny: Tiny) -> None:
+    model = tiny.build()
+    inputs = tiny.inputs([[1, image(0), 10], [1, image(1), 11]])
+    one, other = (
+        tiny.inputs([[1, image(0), 10], [1, 11]]),
+        tiny.inputs([[1, 12], [1, image(1), 11]]),
+    )
+    assert one["input_ids"].shape[0] == other["input_ids"].shape[0]
+    ids = inputs["input_ids"].clone()
+    first = (ids == IMAGE).nonzero()[0]
+    ids[first[0], first[1]] = 7  # one too few in row 0, one too many in row 1
+    ids[1, 0 if int(ids[1, 0]) == 0 else -1] = IMAGE
+    with vispruner.apply(model, k=5), pytest.raises(ValueError, match="row 0"):
+        model(**inputs | {"input_ids": ids})
+
+
+def test_other_arguments_that_do_not_fit() -> None:
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([ROW])
+    with vispruner.apply(model, k=5):
+        with pytest.raises(ValueError, match="attention_mask has 3 columns"):
+            model(**inputs | {"attention_mask": torch.ones(1, 3)})
+        with pytest.raises(ValueError, match=r"must have shape \(B, L\)"):
+            model(**inputs | {"attention_mask": torch.ones(1, 1, 3, 3)})
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            model(**inputs, logits_to_keep=torch.tensor([3]))
+        with pytest.raises(ValueError, match="nothing to prune"):
+            vispruner.prepare(model, {"input_ids": torch.tensor([[5, 6]])})
+    with pytest.raises(ValueError, match="apply"):
+        vispruner.prepare(model, inputs)
+
+
+def test_caches_that_do_not_fit() -> None:
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([ROW])
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "do_sample": False}
+    with vispruner.apply(model, k=5):
+        output = model.generate(**inputs, **settings)
+        cache = output.past_key_values
+        with pytest.raises(ValueError, match="the whole conversation"):
+            model.generate(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="a batch of 1"):
+            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        cache.crop(4 - cache.get_seq_length())
+        with pytest.raises(ValueError, match="was cut"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    tiny = Qwen25()
+    model, inputs = tiny.build(), tiny.inputs([ROW])
+    with vispruner.apply(model, k=5):
+        with pytest.raises(ValueError, match="the pixels have"):
+            model(**inputs | {"pixel_values": inputs["pixel_values"][:-4]})
+        with pytest.raises(ValueError, match="image_grid_thw must come"):
+            model(**{n: v for n, v in inputs.items() if n != "image_grid_thw"})
+    tiny_next = LlavaNext()
+    model, inputs = tiny_next.build(), tiny_next.inputs([ROW])
+    with vispruner.apply(model, k=5):
+        with pytest.raises(ValueError, match="tiles that image_sizes ask for"):
+            model(**inputs | {"pixel_values": inputs["pixel_values"][:, :2]})
+        with pytest.raises(ValueError, match="image_sizes must come"):
+            model(**{n: v for n, v in inputs.items() if n != "image_sizes"})
+
+
+def test_an_error_in_the_encoder_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = VideoLlava()
+    model, inputs = tiny.build(), tiny.inputs([[1, image(0), video(0), 5]])
+    projector = type(model.model.multi_modal_projector)
+
+    def run(*args: object) -> None:
+        raise ArithmeticError
+
+    with vispruner.apply(model, k=5):
+        with monkeypatch.context() as patched:
+            patched.setattr(projector, "forward", run)
+            with pytest.raises(ArithmeticError):
+                model.generate(**inputs)
+        for name, module in model.named_modules():
+            assert not name.endswith("_proj") or not module._forward_hooks
+            assert not name.endswith("projector") or not module._forward_pre_hooks
+        model(**inputs)
+    untouched(model)
+
+
+def test_a_family_of_ones_own() -> None:
+    class First(LlavaFamily):
+        """Keeps the first patches, whatever they show."""
+
+        def encode(self, modality: str, inputs: Any, clock: Any) -> Encoded:
+            encoded = super().encode(modality, inputs, clock)
+            calls.append(modality)
+            return encoded
+
+    calls: list[str] = []
+    tiny = Llava()
+    model = tiny.build()
+    try:
+        vispruner.register("llava", First)
+        with vispruner.apply(model, k=5):
+            model(**tiny.inputs([ROW]))
+        assert calls == ["image"]
+    finally:
+        vispruner.register("llava", LlavaFamily)
+    with pytest.raises(TypeError, match="subclass"):
+        vispruner.register("mine", object)  # type: ignore[arg-type]
+    assert issubclass(First, Family)
+
+
+def test_scores_of_a_resampler() -> None:
+    patches = torch.rand(2, 30)
+    attention = torch.randn(2, 4, 7, 30).softmax(-1)
+    scores = resampled_scores(patches, attention)
+    torch.testing.assert_close(scores[1, 3], (attention[1, :, 3].mean(0) * patches[1]).sum())
+    torch.testing.assert_close(resampled_scores(patches, attention.mean(1)), scores)
+    with pytest.raises(ValueError, match="attention must have shape"):
+        resampled_scores(patches[:1], attention)
