@@ -60,7 +60,11 @@ def exact_received(q: Tensor, k: Tensor, scale: float, bounds: list[int]) -> Ten
 
 
 def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The error against float64 is at most twice that of plain PyTorch in the same dtype."""
+    """The error against float64 is at most twice that of plain PyTorch in the same dtype.
+
+    Errors are L2 norms over the whole batch. For one image or the largest single error, float32 can
+    come out above twice: 2.3 times was seen for [CLS] attention with sharp logits.
+    """
     assert ours.dtype == torch.float32
     assert ours.shape == exact.shape
     error = (ours.double() - exact).norm().item()
