@@ -67,6 +67,10 @@ class Budget:
         assert self.ratio is not None
         return min(tokens, max(1, round(self.ratio * tokens)))
 
+    def ranked(self, count: int) -> int:
+        """How many of `count` kept tokens are those with the highest scores."""
+        return int(count * float(self.important_ratio))
+
     def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses tokens of pictures of one size.
 

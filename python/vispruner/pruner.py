@@ -20,7 +20,8 @@ from .budget import Budget
 from .handover import Handover, Method
 from .layout import Layout, identity, rows_of_items, shorten
 from .models import UnsupportedModelError, family_of
-from .report import Clock, Kept, Report
+from .phases import Clock, Prefill
+from .report import Kept, Report
 
 _CACHE_ATTRIBUTE = "_vispruner_layout"  # on a cache: a deep copy of it keeps what it holds
 _MODEL_ATTRIBUTE = "_vispruner_pruner"
@@ -100,6 +101,7 @@ class Pruner:
         self._family = family(model, budget, **options)
         self._handover = Handover(model, self._family)
         self._generating = False
+        self._prefill: Prefill | None = None
         self._pending: Layout | None = None
         # From here on nothing can fail.
         self._generate = model.generate
@@ -168,6 +170,8 @@ class Pruner:
     def _after_forward(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
+        if self._prefill is not None and self._prefill.read(kwargs):
+            self._prefill = None
         if self._generating or self._pending is None:
             return
         layout, self._pending = self._pending, None
@@ -206,13 +210,15 @@ class Pruner:
             delattr(cache, _CACHE_ATTRIBUTE)  # inside generate it is an ordinary cache
         try:
             ready |= self._handover.give(prepared, times=self._expansion(ready))
-            with prepared.clock("generate"):
+            self._prefill = Prefill(prepared.clock, columns - _cached(cache))
+            with prepared.clock("prefill"):
                 output = self._run_generate((), ready)
         except BaseException:
             if before is not None:
                 setattr(cache, _CACHE_ATTRIBUTE, before)
             raise
         finally:
+            self._prefill = None
             self._handover.take_back()
         sequences = output if isinstance(output, Tensor) else output.sequences
         times = sequences.shape[0] // ids.shape[0]

@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+import vispruner_cuda
 
-class Clock:
-    """Milliseconds of named phases, without making the host wait for a GPU.
-
-    On CUDA a phase is a pair of events, read when somebody asks. A phase inside another does not
-    count for the outer one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spans: list[tuple[str, str | None, object, object]] = []
-        self._open: list[str] = []
-
-    def _now(self) -> object:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        outer = self._open[-1] if self._open else None
-        self._open.append(phase)
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._open.pop()
-            self._spans.append((phase, outer, start, self._now()))
-
-    def milliseconds(self) -> dict[str, float]:
-        """Phase to milliseconds; waits for the GPU."""
-        total: dict[str, float] = {}
-        for phase, outer, start, end in self._spans:
-            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                end.synchronize()
-                span = start.elapsed_time(end)
-            else:
-                assert isinstance(start, float)
-                assert isinstance(end, float)
-                span = 1e3 * (end - start)
-            total[phase] = total.get(phase, 0.0) + span
-            if outer is not None:
-                total[outer] = total.get(outer, 0.0) - span
-        return total
+from .phases import Clock
 
 
 @dataclass(frozen=True)
@@ -69,6 +24,9 @@ class Kept:
             (frames, rows, columns) of a video.
         before: tokens that the unpruned model gives the image, separators included.
         after: tokens that the language model saw.
+        scores: (cells,) float32, the attention that ranked each cell of the grid.
+        lengths: cells of each picture that was pruned on its own (a tile, a frame).
+        ranked: tokens of each picture that were kept for their score.
     """
 
     modality: str
@@ -76,6 +34,26 @@ class Kept:
     grid: tuple[int, ...]
     before: int
     after: int
+    scores: Tensor = field(repr=False)
+    lengths: tuple[int, ...]
+    ranked: tuple[int, ...]
+
+    @property
+    def important(self) -> Tensor:
+        """(k,) bool: True where a cell was kept for its score, False where for its diversity."""
+        best = [
+            start + vispruner_cuda.topk(scores.unsqueeze(0), count).indices[0]
+            for scores, start, count in zip(
+                self.scores.split(self.lengths),
+                itertools.accumulate(self.lengths, initial=0),
+                self.ranked,
+                strict=False,
+            )
+            if count
+        ]
+        if not best:
+            return torch.zeros_like(self.indices, dtype=torch.bool)
+        return torch.isin(self.indices, torch.cat(best).to(self.indices.device))
 
 
 @dataclass(frozen=True)
@@ -106,7 +84,8 @@ class Report:
     def milliseconds(self) -> dict[str, float]:
         """Time of each phase; waits for the GPU.
 
-        `vision` is the encoder with its projector, `rewrite` the shortening of the prompt,
-        `generate` the language model, there only after a call of generate.
+        `vision` is the encoder with its projector; `score`, `select` and `rewrite` (of the prompt)
+        are what pruning adds. After a call of `generate` there are also `prefill`, until the
+        language model has read the prompt, and `decode`, all that follows.
         """
         return self._clock.milliseconds()

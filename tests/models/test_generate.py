@@ -26,6 +26,7 @@ from support.tiny_models import (
 from torch import Tensor
 
 import vispruner
+from vispruner.phases import Clock, Prefill, unpruned
 
 K = 5
 STEPS = 5
@@ -468,6 +469,41 @@ def test_the_report(tiny: Tiny) -> None:
         assert int(item.indices.max()) < cells
         if item.before == cells:
             assert torch.equal(item.indices, keep.nonzero()[:, 0])
+        assert len(item.scores) == cells == sum(item.lengths)
+        kept = torch.zeros(cells, dtype=torch.bool)
+        kept[item.indices[item.important]] = True
+        pictures = zip(item.scores.split(item.lengths), kept.split(item.lengths), strict=True)
+        for (scores, best), count in zip(pictures, item.ranked, strict=True):
+            # (Of a padded tile, some of the best cells are not there to be kept.)
+            assert best.sum() <= count
+            if item.before == cells:
+                assert torch.equal(scores[best].sort().values, scores.sort().values[-count:])
     phases = report.milliseconds
-    assert set(phases) == {"vision", "score", "select", "rewrite", "generate"}
-    assert all(value >= 0 for value in phases.values())
+    assert set(phases) == {"vision", "score", "select", "rewrite", "prefill", "decode"}
+    assert all(value > 0 for value in phases.values())
+
+
+def test_phases_of_an_unpruned_model() -> None:
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([TWO])
+    with unpruned(model) as clock:
+        want = generate(model, inputs)
+    phases = clock.milliseconds()
+    assert set(phases) == {"vision", "prefill", "decode"}
+    assert all(value > 0 for value in phases.values())
+    with unpruned(model) as clock:
+        pass
+    assert clock.milliseconds() == {}
+    assert torch.equal(generate(model, inputs), want)
+    assert "generate" not in vars(model)
+    assert clock.milliseconds() == {}
+
+
+def test_prefill_ends_with_the_prompt() -> None:
+    clock = Clock(torch.device("cpu"))
+    prefill = Prefill(clock, columns=10)
+    with clock("prefill"):
+        for columns, over in ((4, False), (5, False), (3, True)):
+            assert prefill.read({"input_ids": torch.zeros(2, columns)}) == over
+            assert ("prefill" in clock.milliseconds()) == over
+    assert set(clock.milliseconds()) == {"prefill", "decode"}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..report import Clock, Kept
+from ..phases import Clock
+from ..report import Kept
 
 
 class UnsupportedModelError(ValueError):

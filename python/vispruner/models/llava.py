@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..report import Clock, Kept
+from ..phases import Clock
+from ..report import Kept
 from .base import Encoded
 from .towers import TowerFamily
 
@@ -28,16 +29,16 @@ class Llava(TowerFamily):
         return [pictures * (self.extra(modality, inputs) + rows * columns)] * len(pixels)
 
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
-        chosen: list[Tensor] = []
+        indices = scores = torch.empty(0)  # of the pictures of all items: (P, k), (P, N)
 
-        def prune(features: Tensor, scores: Tensor) -> Tensor:
-            kept, indices = self.select(features, scores)
-            chosen.append(indices)
+        def prune(features: Tensor, attention: Tensor) -> Tensor:
+            nonlocal indices, scores
+            kept, indices = self.select(features, attention)
+            scores = attention
             return kept
 
         with self.projecting(modality, inputs, clock, prune), clock("vision"):
             output = getattr(self.base, self.encoders[modality])(**inputs, return_dict=True)
-        indices = chosen[0]  # (pictures of all items, k)
         pixels, pictures = self._pixels(modality, inputs)
         grid = self.grid(modality, pixels)
         extra, patches = self.extra(modality, inputs), grid[0] * grid[1]
@@ -54,8 +55,15 @@ class Llava(TowerFamily):
                 shape,
                 before=pictures * (extra + patches),
                 after=pictures * (extra + item.shape[1]),
+                scores=score.flatten(),
+                lengths=(patches,) * pictures,
+                ranked=(self.budget.ranked(item.shape[1]),) * pictures,
             )
-            for item in indices.unflatten(0, (-1, pictures))
+            for item, score in zip(
+                indices.unflatten(0, (-1, pictures)),
+                scores.unflatten(0, (-1, pictures)),
+                strict=True,
+            )
         )
         return Encoded(output, keep.flatten(), items)
 

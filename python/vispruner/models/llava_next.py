@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget
-from ..report import Clock, Kept
+from ..phases import Clock
+from ..report import Kept
 from .base import Encoded, UnsupportedModelError
 from .towers import TowerFamily
 
@@ -112,12 +113,12 @@ class LlavaNext(TiledFamily):
 
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         patches = self.patches()[0] * self.patches()[1]
-        indices = torch.empty(0)
-        projected = torch.empty(0)
+        indices = scores = projected = torch.empty(0)
 
-        def prune(features: Tensor, scores: Tensor) -> Tensor:
-            nonlocal indices
-            kept, indices = self.select(features, scores)
+        def prune(features: Tensor, attention: Tensor) -> Tensor:
+            nonlocal indices, scores
+            kept, indices = self.select(features, attention)
+            scores = attention
             return kept
 
         def spread(module: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -135,15 +136,21 @@ class LlavaNext(TiledFamily):
         finally:
             handle.remove()
         with clock("select"):
-            return self._packed(output, indices, projected, inputs)
+            return self._packed(output, indices, scores, projected, inputs)
 
     def _packed(
-        self, output: Any, indices: Tensor, projected: Tensor, inputs: Mapping[str, Any]
+        self,
+        output: Any,
+        indices: Tensor,
+        scores: Tensor,
+        projected: Tensor,
+        inputs: Mapping[str, Any],
     ) -> Encoded:
         """The kept tokens of each image, and the placeholders that they take.
 
         Args:
-            indices: (tiles of all images, k) kept patches; projected: (tiles, k, C) their features.
+            indices: (tiles of all images, k) kept patches; scores: (tiles, N) of all patches.
+            projected: (tiles, k, C) features of the kept ones.
         """
         grid = self.patches()
         patches = grid[0] * grid[1]
@@ -162,9 +169,10 @@ class LlavaNext(TiledFamily):
             self.pack(channels, inputs, line_end),
             channels,
             projected.split(tiles),
+            scores.split(tiles),
             strict=True,
         )
-        for packed, marks, own, alone in whole:
+        for packed, marks, own, alone, score in whole:
             stays = marks[:, 0] > 0.5
             if self.chosen["tiles"] == "all":
                 features.append(alone.flatten(0, 1))
@@ -175,7 +183,17 @@ class LlavaNext(TiledFamily):
                 where = marks[stays, 1]
                 where = where[where > 0].long().sort().values - 1
             keep.append(stays)
-            shape = (len(own), *grid)
-            items.append(Kept("image", where, shape, before=len(stays), after=len(features[-1])))
+            items.append(
+                Kept(
+                    "image",
+                    where,
+                    (len(own), *grid),
+                    before=len(stays),
+                    after=len(features[-1]),
+                    scores=score.flatten(),
+                    lengths=(patches,) * len(own),
+                    ranked=(self.budget.ranked(indices.shape[1]),) * len(own),
+                )
+            )
         output.pooler_output = features
         return Encoded(output, torch.cat(keep), tuple(items))

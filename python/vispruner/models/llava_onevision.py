@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..report import Clock, Kept
+from ..phases import Clock
+from ..report import Kept
 from .base import Encoded, keep_rows
 from .llava_next import TiledFamily
 
@@ -109,7 +110,19 @@ class LlavaOnevision(TiledFamily):
             stays = torch.cat([tokens[rows], ends.to(image.device)]).sort().values
             features.append(image[stays])
             keep.append(keep_rows(stays, len(image)))
-            items.append(Kept("image", stays, (len(image),), before=len(image), after=len(stays)))
+            scored = marks[:, 0].masked_fill(marks[:, 1] > 0.5, -math.inf)  # not the line ends
+            items.append(
+                Kept(
+                    "image",
+                    stays,
+                    (len(image),),
+                    before=len(image),
+                    after=len(stays),
+                    scores=scored,
+                    lengths=(patches, len(image) - patches),
+                    ranked=tuple(map(self.budget.ranked, budgets)),
+                )
+            )
         output.pooler_output = features
         return Encoded(output, torch.cat(keep), tuple(items))
 
@@ -142,7 +155,16 @@ class LlavaOnevision(TiledFamily):
         keep[:, -1] = True
         keep.scatter_(1, cells, True)
         items = tuple(
-            Kept("video", own, (frames, rows, columns), before=before, after=len(own) + 1)
-            for own in cells
+            Kept(
+                "video",
+                own,
+                (frames, rows, columns),
+                before=before,
+                after=len(own) + 1,
+                scores=score,
+                lengths=(rows * columns,) * frames,
+                ranked=(self.budget.ranked(indices.shape[1]),) * frames,
+            )
+            for own, score in zip(cells, pooled.view(videos, -1), strict=True)
         )
         return Encoded(output, keep.flatten(), items)

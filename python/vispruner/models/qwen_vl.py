@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..report import Clock, Kept
+from ..phases import Clock
+from ..report import Kept
 from ..taps import RotaryTap
 from .base import Encoded, Family, Places, UnsupportedModelError, keep_rows
 
@@ -112,9 +113,20 @@ class QwenVL(Family):
         items, start = [], 0
         for size, own in zip(sizes, rows.split(after), strict=True):
             t, h, w = size
-            shape = size if modality == "video" else size[1:]
-            items.append(Kept(modality, own - start, shape, before=t * h * w, after=len(own)))
-            start += t * h * w
+            cells = t * h * w
+            items.append(
+                Kept(
+                    modality,
+                    own - start,
+                    size if modality == "video" else size[1:],
+                    before=cells,
+                    after=len(own),
+                    scores=scores[start : start + cells],
+                    lengths=(h * w,) * t,
+                    ranked=(self.budget.ranked(self.budget.count(h * w)),) * t,
+                )
+            )
+            start += cells
         return Encoded(output, keep_rows(rows, start), tuple(items))
 
     def _raster_order(self, grid: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget
-from ..report import Clock
+from ..phases import Clock
 from ..taps import tower_tap
 from .base import Family, UnsupportedModelError
 
