@@ -478,6 +478,13 @@ def test_the_report(tiny: Tiny) -> None:
             assert best.sum() <= count
             if item.before == cells:
                 assert torch.equal(scores[best].sort().values, scores.sort().values[-count:])
+    family = pruner._family
+    media = family.inputs_of("image", inputs)
+    assert media is not None
+    foretold = family.kept("image", media)
+    assert all(item.after <= most for item, most in zip(report.items, foretold, strict=True))
+    if tiny.name != "llava-next":  # where padding is cut off
+        assert [item.after for item in report.items] == foretold
     phases = report.milliseconds
     assert set(phases) == {"vision", "score", "select", "rewrite", "prefill", "decode"}
     assert all(value > 0 for value in phases.values())

@@ -134,6 +134,13 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        """Placeholders of each image or video that stay, from shapes alone.
+
+        An upper bound where the number depends on which tokens are kept.
+        """
+
+    @abstractmethod
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         """Runs the encoder and keeps the tokens that the budget allows.
 

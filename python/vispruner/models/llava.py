@@ -28,6 +28,12 @@ class Llava(TowerFamily):
         rows, columns = self.grid(modality, pixels)
         return [pictures * (self.extra(modality, inputs) + rows * columns)] * len(pixels)
 
+    def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        pixels, pictures = self._pixels(modality, inputs)
+        rows, columns = self.grid(modality, pixels)
+        count = self.extra(modality, inputs) + self.budget.count(rows * columns)
+        return [pictures * count] * len(pixels)
+
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         indices = scores = torch.empty(0)  # of the pictures of all items: (P, k), (P, N)
 

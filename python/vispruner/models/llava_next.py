@@ -78,11 +78,19 @@ class TiledFamily(TowerFamily):
         )
         return list(packed)
 
-    def packed_lengths(self, tiles: list[int], inputs: Mapping[str, Any]) -> list[int]:
-        """Tokens of each image in an unpruned prompt."""
+    def _blank(self, tiles: list[int], inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Packed images whose line ends are 1 and whose patches are 0: (T, 1) each."""
         rows, columns = self.patches()
         blank = [torch.zeros(count, rows * columns, 1) for count in tiles]
-        return [len(image) for image in self.pack(blank, inputs, torch.zeros(1))]
+        return self.pack(blank, inputs, torch.ones(1))
+
+    def packed_lengths(self, tiles: list[int], inputs: Mapping[str, Any]) -> list[int]:
+        """Tokens of each image in an unpruned prompt."""
+        return [len(image) for image in self._blank(tiles, inputs)]
+
+    def line_ends(self, tiles: list[int], inputs: Mapping[str, Any]) -> list[int]:
+        """Tokens of each image that end a line of patches."""
+        return [int(image.sum()) for image in self._blank(tiles, inputs)]
 
 
 class LlavaNext(TiledFamily):
@@ -110,6 +118,17 @@ class LlavaNext(TiledFamily):
                         "of the unpruned model: lower k or use tiles='unpad'"
                     )
         return lengths
+
+    def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        patches = self.patches()[0] * self.patches()[1]
+        tiles = self.tiles(inputs)
+        counts = [count * self.budget.count(patches) for count in tiles]
+        if self.chosen["tiles"] == "all":
+            return counts
+        lengths = self.packed_lengths(tiles, inputs)
+        ends = self.line_ends(tiles, inputs)
+        # What lies on padding is cut off, whether it was kept or not.
+        return [min(n + end, length) for n, end, length in zip(counts, ends, lengths, strict=True)]
 
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         patches = self.patches()[0] * self.patches()[1]

@@ -67,6 +67,27 @@ class LlavaOnevision(TiledFamily):
         rows, columns = self._pooled()
         return [pixels.shape[1] * rows * columns + 1] * len(pixels)
 
+    def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        if modality == "video":
+            frames = inputs[_VIDEO_PIXELS].shape[1]
+            rows, columns = self._pooled()
+            return [frames * self.budget.count(rows * columns) + 1] * len(inputs[_VIDEO_PIXELS])
+        tiles = self.tiles(inputs)
+        ends = self.line_ends(tiles, inputs)
+        lengths = self.packed_lengths(tiles, inputs)
+        return [
+            end + sum(self._budgets(length - end, count)[1])
+            for end, length, count in zip(ends, lengths, tiles, strict=True)
+        ]
+
+    def _budgets(self, tokens: int, tiles: int) -> tuple[list[int], list[int]]:
+        """Tokens, and tokens to keep, of an image's overview and of its pooled tiles."""
+        patches = self.patches()[0] * self.patches()[1]
+        if tiles == 1:
+            return [patches], [self.budget.count(patches)]
+        rest = tokens - patches
+        return [patches, rest], [self.budget.count(patches), self.budget.count(rest, tiles - 1)]
+
     def _pooled(self) -> tuple[int, int]:
         """Rows and columns of a frame's tokens."""
         rows, columns = self.patches()
@@ -99,10 +120,7 @@ class LlavaOnevision(TiledFamily):
         for image, marks, count in zip(output.pooler_output, packed, tiles, strict=True):
             ends = (marks[:, 1] > 0.5).nonzero()[:, 0]
             tokens = (marks[:, 1] <= 0.5).nonzero()[:, 0]
-            lengths = [patches, len(tokens) - patches]
-            budgets = [self.budget.count(patches), self.budget.count(lengths[1], count - 1)]
-            if count == 1:
-                lengths, budgets = lengths[:1], budgets[:1]
+            lengths, budgets = self._budgets(len(tokens), count)
             tokens = tokens.to(image.device)
             _, rows = self.budget.select_packed(
                 image[tokens], marks[tokens.to(marks.device), 0], lengths, budgets

@@ -70,6 +70,10 @@ class QwenVL(Family):
             )
         return [count // self.merge**2 for count in patches]
 
+    def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
+        grids = self._grids(modality, inputs)
+        return [t * self.budget.count(h * w // self.merge**2) for t, h, w in grids]
+
     def take(
         self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]
     ) -> dict[str, Any]:
@@ -102,11 +106,11 @@ class QwenVL(Family):
                     scores = scores[self._raster_order(inputs[f"{modality}_grid_thw"])]
         with clock("select"):
             sizes = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
+            after = self.kept(modality, inputs)
             lengths = [h * w for t, h, w in sizes for _ in range(t)]
             counts = [self.budget.count(length) for length in lengths]
             features = torch.cat(list(output.pooler_output))
             kept, rows = self.budget.select_packed(features, scores, lengths, counts)
-            after = [t * self.budget.count(h * w) for t, h, w in sizes]
             output.pooler_output = kept.split(after)
             self._keep_deepstack(output, rows, after)
 
