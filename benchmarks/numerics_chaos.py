@@ -110,16 +110,16 @@ def synthetic(kind: str, images: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def photographs() -> Iterator[tuple[Tensor, Tensor]]:
-    """Patch features and scores of scikit-image's photographs under the demo's default tower."""
+    """Patch features and scores of scikit-image's photographs under a random CLIP tower."""
     from PIL import Image
     from skimage import data
 
-    from vispruner.clip import ClipTower, cls_attention
+    from vispruner.clip import ClipTower
 
     tower = ClipTower.random(seed=0)
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         cues = tower.encode(tower.preprocess([Image.fromarray(getattr(data, name)())]))
-        yield cues.feats[0].float(), cls_attention(cues)[0].mean(dim=0)
+        yield cues.feats[0].float(), cues.scores[0]
 
 
 def mean(rows: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:

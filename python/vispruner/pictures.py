@@ -39,7 +39,7 @@ def _cells(grid: tuple[int, int], indices: Iterable[int], name: str) -> list[tup
     return cells
 
 
-def _fit(image: Image.Image, grid: tuple[int, int], cell: int) -> Image.Image:
+def fit(image: Image.Image, grid: tuple[int, int], cell: int) -> Image.Image:
     """The image at `cell` pixels a patch."""
     rows, columns = grid
     return image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
@@ -68,7 +68,7 @@ def draw_kept(
     Raises:
         ValueError: an index is outside the grid.
     """
-    photo = _fit(image, grid, cell)
+    photo = fit(image, grid, cell)
     gray = ImageOps.grayscale(photo).convert("RGB")
     picture = Image.blend(gray, Image.new("RGB", photo.size, _DIMMED), _DIMMING)
     pen = ImageDraw.Draw(picture)
@@ -121,7 +121,7 @@ def draw_scores(
     for rank, token in enumerate(order):
         row, column = divmod(token, columns)
         heat.putpixel((column, row), _heat(rank / max(1, len(order) - 1)))
-    photo = _fit(image, grid, cell)
+    photo = fit(image, grid, cell)
     gray = ImageOps.grayscale(photo).convert("RGB")
     return Image.blend(gray, heat.resize(photo.size, Image.Resampling.NEAREST), 0.6)
 

@@ -194,4 +194,3 @@ def picture(config: Any, height: int, width: int) -> dict[str, Any]:
             f"model type {config.model_type!r} is not known, only {', '.join(_PICTURES)}"
         )
     return make(config, height, width)
-

@@ -1,0 +1,75 @@
+"""The `vispruner` command: one module for each of its subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .common import CommandError
+
+COMMANDS = ("ask", "show", "flops", "draw", "info")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; a subcommand's `run` is in the namespace."""
+    from rich_argparse import ArgumentDefaultsRichHelpFormatter
+
+    class Formatter(ArgumentDefaultsRichHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            """A default that says nothing is not shown."""
+            if action.default in (None, False, argparse.SUPPRESS):
+                return action.help
+            return super()._get_help_string(action)
+
+    top = _Parser(
+        prog="vispruner",
+        description="Visual token pruning for vision-language models: ask a pruned model, see "
+        "which tokens it keeps, and count what that saves.",
+        formatter_class=Formatter,
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"{__name__}.{name}")
+        summary = str(module.__doc__).strip()
+        command = commands.add_parser(
+            name,
+            help=summary.splitlines()[0].removesuffix("."),
+            description=summary,
+            formatter_class=Formatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, command=name)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 2 for input that it cannot use."""
+    try:
+        options = parser().parse_args(arguments)
+    except ImportError as error:  # of rich, transformers, ...
+        print(f"vispruner: {error}: pip install 'vispruner-cuda[transformers]'", file=sys.stderr)
+        return 2
+    try:
+        status: int = options.run(options)
+    except CommandError as error:
+        print(f"vispruner {options.command}: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(
+            f"vispruner {options.command}: {error}: pip install 'vispruner-cuda[transformers]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return status

@@ -1,0 +1,181 @@
+"""Ask a model about an image, with its visual tokens pruned.
+
+Prints the answer, the tokens kept and the milliseconds of each phase. With --compare the unpruned
+model answers as well, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .common import (
+    CommandError,
+    add_budget,
+    add_device,
+    add_model,
+    budget_of,
+    device_of,
+    load_model,
+    model_inputs,
+    one_line,
+    positive,
+    read_image,
+)
+
+PRUNING = ("score", "select", "rewrite")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "image",
+        nargs="?",
+        type=Path,
+        metavar="IMAGE",
+        help="an image file (default: the scene that comes with the package)",
+    )
+    add(
+        "question",
+        nargs="?",
+        metavar="QUESTION",
+        help="a question about it (default: one about that scene)",
+    )
+    add("--compare", action="store_true", help="answer without pruning, too")
+    add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
+    add(
+        "--runs",
+        type=positive,
+        default=1,
+        help="timed runs after one to warm up; the table shows medians",
+    )
+    add(
+        "--no-warmup",
+        action="store_true",
+        help="time the first run, too (for models that take minutes)",
+    )
+    add_model(parser)
+    add_budget(parser)
+    add_device(parser)
+
+
+def _phases(milliseconds: Mapping[str, float]) -> dict[str, float]:
+    """The rows of the table."""
+    rows = {
+        "vision": milliseconds.get("vision", 0.0),
+        "prune": sum(milliseconds.get(name, 0.0) for name in PRUNING),
+        "prefill": milliseconds.get("prefill", 0.0),
+        "decode": milliseconds.get("decode", 0.0),
+    }
+    return rows | {"total": sum(rows.values())}
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .. import apply, embedded
+    from ..phases import unpruned
+
+    budget = budget_of(options)
+    device = device_of(options)
+    if options.image is not None and options.question is None:
+        raise CommandError("argument QUESTION: give one with IMAGE")
+    path, question = options.image, options.question
+    if path is None:
+        example = embedded.example()
+        path, question = Path(example.image), example.questions[0][0]
+    image = read_image(path)
+    console = Console()
+    with console.status("loading the model"):
+        model, processor = load_model(options, device)
+        inputs = model_inputs(processor, image, question, device)
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+
+    def answer() -> str:
+        sequences = model.generate(**inputs, **settings)
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        return str(processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+
+    def pruned() -> tuple[str, dict[str, float], Any]:
+        with apply(
+            model,
+            budget.k,
+            ratio=budget.ratio,
+            important_ratio=budget.important_ratio,
+            step=budget.step,
+        ) as pruner:
+            text = answer()
+            assert pruner.last is not None
+            return text, _phases(pruner.last.milliseconds), pruner.last
+
+    def whole() -> tuple[str, dict[str, float], Any]:
+        with unpruned(model) as clock:
+            text = answer()
+            return text, _phases(clock.milliseconds()), None
+
+    # In turn, so that a busy machine slows both alike.
+    ways = {"pruned": pruned} | ({"unpruned": whole} if options.compare else {})
+    times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    answers: dict[str, str] = {}
+    report = None
+    warmups = 0 if options.no_warmup else 1
+    with Progress(console=console, transient=True) as bar:
+        for turn in bar.track(range(warmups + options.runs), description="answering"):
+            for way, ask in ways.items():
+                try:
+                    answers[way], spent, seen = ask()
+                except (ValueError, TypeError, RuntimeError) as error:
+                    raise CommandError(one_line(error)) from error
+                report = seen or report
+                if turn >= warmups:
+                    times[way].append(spent)
+    assert report is not None
+
+    medians = {
+        way: {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
+        for way, runs in times.items()
+    }
+    console.print(f"[bold]{path.name}[/bold]  {question}", highlight=False)
+    for way, text in answers.items():
+        console.print(f"  {way + ':' if options.compare else '->'} {text}", highlight=False)
+    tokens = {"pruned": report.tokens_after, "unpruned": report.tokens_before}
+    prompt = {"pruned": report.prompt_after, "unpruned": report.prompt_before}
+    console.print(_table(medians, tokens, prompt, options.runs))
+    return 0
+
+
+def _table(
+    medians: Mapping[str, Mapping[str, float]],
+    tokens: Mapping[str, int],
+    prompt: Mapping[str, int],
+    runs: int,
+) -> Any:
+    from rich.table import Table
+
+    compare = "unpruned" in medians
+    table = Table("", title="one run" if runs == 1 else f"medians of {runs} runs")
+    for way in ("unpruned", "pruned") if compare else ("pruned",):
+        table.add_column(way, justify="right")
+    if compare:
+        table.add_column("less", justify="right")
+
+    def add(name: str, before: float, after: float, unit: str = "", digits: int = 0) -> None:
+        cells = [f"{after:.{digits}f}{unit}"]
+        if compare:
+            less = f"{100 * (1 - after / before):.0f} %" if before else ""
+            cells = [f"{before:.{digits}f}{unit}" if before else "", *cells, less]
+        table.add_row(name, *cells)
+
+    if compare:
+        add("visual tokens", tokens["unpruned"], tokens["pruned"])
+        add("prompt tokens", prompt["unpruned"], prompt["pruned"])
+    else:
+        table.add_row("visual tokens", f"{tokens['unpruned']} -> {tokens['pruned']}")
+        table.add_row("prompt tokens", f"{prompt['unpruned']} -> {prompt['pruned']}")
+    for phase, after in medians["pruned"].items():
+        add(phase, medians["unpruned"][phase] if compare else 0.0, after, " ms", 2)
+    return table

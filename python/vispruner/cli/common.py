@@ -1,0 +1,228 @@
+"""What several commands do alike: arguments of a budget, reading images, loading models."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..budget import Budget
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class CommandError(Exception):
+    """Input that a command cannot use; the message is the one line that the user sees."""
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def positive(text: str) -> int:
+    """An argument that is an int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+positive.__name__ = "whole number"  # argparse names it in its complaint about "3.5"
+
+
+# ------------------------------------------------------------------------------------ the budget
+def add_budget(parser: argparse.ArgumentParser, *, k: int = 64) -> None:
+    """--k or --ratio, --important-ratio, --step."""
+    group = parser.add_argument_group("pruning")
+    how_many = group.add_mutually_exclusive_group()
+    # (A default of argparse's own would be there beside --ratio.)
+    how_many.add_argument(
+        "--k", type=int, default=None, help=f"visual tokens to keep of each picture (default: {k})"
+    )
+    how_many.add_argument(
+        "--ratio",
+        type=float,
+        default=None,
+        help="or the share of them to keep, where pictures differ in size",
+    )
+    group.add_argument(
+        "--important-ratio",
+        type=float,
+        default=0.5,
+        metavar="RATIO",
+        help="share of the kept tokens chosen by attention; the rest is chosen by diversity",
+    )
+    group.add_argument(
+        "--step", type=int, default=8, help="tokens that the deduplication drops a round"
+    )
+    parser.set_defaults(default_k=k)
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    k = options.default_k if options.k is None and options.ratio is None else options.k
+    try:
+        return Budget(k, options.ratio, options.important_ratio, options.step)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise CommandError(f"argument --{name.replace('_', '-')}: {rest}") from error
+
+
+# ------------------------------------------------------------------------------------- the device
+def add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:N, or auto to spread the model over all devices",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "auto"],
+        help="dtype of the model (default: float32 on the CPU, else the checkpoint's)",
+    )
+    group.add_argument(
+        "--attention",
+        choices=("sdpa", "eager", "flash_attention_2"),
+        default="sdpa",
+        help="attention implementation of the encoder and the language model",
+    )
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device of the inputs."""
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CommandError(f"argument --device: cannot use {options.device!r}: {reason}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(
+            f"argument --device: must be a cpu or cuda device, got {options.device!r}"
+        )
+    return device
+
+
+def dtype_of(options: argparse.Namespace, device: torch.device) -> Any:
+    if options.dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    return DTYPES.get(options.dtype, "auto")
+
+
+# -------------------------------------------------------------------------------------- the image
+def read_image(path: Path) -> Image.Image:
+    """An RGB image, upright. Pillow's guard against decompression bombs stays on."""
+    import warnings
+
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        reason = "no such file"
+    except Exception as error:  # Pillow raises many kinds for broken files
+        reason = one_line(error)
+    raise CommandError(f"cannot read image {path}: {reason}")
+
+
+def check_picture_path(path: Path) -> None:
+    """Whether Pillow can write there: said before the work, not after it."""
+    from PIL import Image
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise CommandError(f"argument -o: cannot write {path}: no such directory, or it is one")
+    Image.init()
+    format_ = Image.registered_extensions().get(path.suffix.lower())
+    if format_ not in Image.SAVE:
+        raise CommandError(
+            f"argument -o: cannot write {path}: unknown image format {path.suffix!r}"
+        )
+
+
+# -------------------------------------------------------------------------------------- the model
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="a directory, or a name on the Hugging Face hub such as llava-hf/llava-1.5-7b-hf "
+        "(default: the small model that comes with the package)",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the checkpoint: only for publishers you trust",
+    )
+
+
+def quiet() -> None:
+    """What goes wrong is said in one line, by a CommandError."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
+    """The model, in eval mode on its device, and its processor.
+
+    Only safetensors files are read: loading them cannot run code.
+    """
+    import transformers
+
+    from .. import embedded
+
+    quiet()
+    # Loosely typed in transformers, in ways that change from version to version.
+    auto: Any = transformers.AutoModelForImageTextToText
+    name = options.model or embedded.path()
+    common = {"trust_remote_code": options.trust_remote_code}
+    try:
+        model, info = auto.from_pretrained(
+            name,
+            dtype=dtype_of(options, device),
+            device_map="auto" if options.device == "auto" else None,
+            attn_implementation=options.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+        )
+        processor = transformers.AutoProcessor.from_pretrained(name, **common)
+    except Exception as error:  # hub, file, JSON and safetensors errors have no common base
+        raise CommandError(f"argument --model: cannot load {name!r}: {one_line(error)}") from error
+    absent = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
+    if absent:  # transformers would fill them with random values
+        raise CommandError(
+            f"argument --model: {name!r} lacks {len(absent)} of its weights, such as {absent[0]}"
+        )
+    if options.device != "auto":
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def model_inputs(processor: Any, image: Image.Image, question: str, device: torch.device) -> Any:
+    """What a model takes for one image and a question, by its chat template if it has one.
+
+    Without a template it is LLaVA-1.5's form, "USER: <image>\\n... ASSISTANT:".
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    else:
+        prompt = f"USER: {processor.image_token}\n{question} ASSISTANT:"
+    return processor(images=[image], text=[prompt], return_tensors="pt").to(device)

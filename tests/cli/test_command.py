@@ -1,0 +1,178 @@
+"""The `vispruner` command: help, bad input, and the commands that need no model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vispruner import cli, shapes
+
+
+def _status(arguments: list[str]) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as error:  # from argparse
+        return int(str(error.code))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"vispruner {command}" in said
+    assert "None" not in said  # a default that says nothing
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["show", "--k", "0"], "--k: must be at least 1, got 0"),
+        (["show", "--k", "many"], "--k"),
+        (["show", "--k", "3", "--ratio", "0.5"], "not allowed with argument"),
+        (["show", "--ratio", "0"], "--ratio: must be in (0, 1], got 0.0"),
+        (["ask", "--important-ratio", "1.5"], "--important-ratio: must be in [0, 1], got 1.5"),
+        (["show", "--important-ratio", "nan"], "--important-ratio: must be in [0, 1], got nan"),
+        (["show", "--step", "0"], "--step: must be at least 1"),
+        (["show", "--dtype", "int8"], "--dtype"),
+        (["ask", "--runs", "0"], "--runs"),
+        (["ask", "photo.png"], "QUESTION"),
+        (["show", "--device", "nonsense"], "--device: cannot use 'nonsense'"),
+        (["show", "--device", "meta"], "--device: must be a cpu or cuda device"),
+        (["show", "missing.jpg"], "cannot read image missing.jpg: no such file"),
+        (["ask", "missing.jpg", "what?"], "cannot read image missing.jpg: no such file"),
+        (["show", "."], "cannot read image ."),
+        (["show", "-o", "no/such/directory/out.png"], "cannot write"),
+        (["show", "-o", "out.nonsense"], "unknown image format '.nonsense'"),
+        (["show", "-o", "out"], "unknown image format"),
+        (["show", "--tower", "a", "--model", "b"], "--tower: give it or --model, not both"),
+        (["show", "--frobnicate"], "unrecognized arguments"),
+        (["draw", "-o", "out"], "unknown image format"),
+        (["flops", "--k", "0"], "--k: must be at least 1, got 0"),
+        (["flops", "--ratio", "2"], "--ratio: must be in (0, 1], got 2.0"),
+        (["flops", "--k", "3", "--ratio", "0.5"], "--ratio: give it or --k, not both"),
+        (["flops", "--image-size", "large"], "must be WIDTHxHEIGHT in pixels, got 'large'"),
+        (["flops", "--image-size", "9999x3", "--model", "qwen2-vl-7b"], "aspect ratio"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "required: COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _status(arguments) == 2
+    said = capsys.readouterr()
+    assert complaint in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_broken_image(
+    tmp_path: Path,
+    photo: Image.Image,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("not a picture")
+    photo.save(tmp_path / "whole.png")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    for path in (text, cut):
+        assert _status(["show", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"cannot read image {path}" in said
+        assert said.count("\n") == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # the photograph has 19 200
+    assert _status(["show", str(tmp_path / "whole.png")]) == 2
+    assert "decompression bomb" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_none(
+    tmp_path: Path, photo_path: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for option, complaint in (
+        ("--tower", "argument --tower: cannot load a CLIP vision tower from"),
+        ("--model", "argument --model: cannot load"),
+    ):
+        for name in (str(tmp_path / "empty"), str(tmp_path / "missing"), "not a/valid/name"):
+            assert _status(["show", str(photo_path), option, name]) == 2
+            said = capsys.readouterr().err
+            assert complaint in said
+            assert said.count("\n") == 1
+
+
+def test_missing_weights_are_an_error_and_not_random(
+    tmp_path: Path, photo_path: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_llava, tmp_path / "part")
+    weights = tmp_path / "part" / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "multi_modal_projector" in name)
+    del tensors[name]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert _status(["show", str(photo_path), "--model", str(tmp_path / "part")]) == 2
+    assert "lacks 1 of its weights, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tower", "--model"])
+def test_hub_without_network(option: str, photo_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vispruner.cli", "show", str(photo_path)]
+    command += [option, "openai/clip-vit-large-patch14-336", "-o", str(tmp_path / "out.png")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'openai/clip-vit-large-patch14-336'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", shapes.MODELS)
+def test_flops(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status(["flops", "--model", model, "--ratio", "0.25", "0.11"]) == 0
+    said = capsys.readouterr().out
+    assert "unpruned" in said
+    assert "ratio 0.11" in said
+
+
+def test_flops_of_llava_at_64_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status(["flops", "--k", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "-89.2 %" in said  # visual tokens alone, by the papers' formula
+    assert "-80.0 %" in said  # cache of 64 + 64 instead of 576 + 64 tokens
+
+
+def test_flops_of_a_checkpoint(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status(["flops", "--model", str(tiny_llava), "--k", "16"]) == 0
+    assert "64" in capsys.readouterr().out
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "vispruner_cuda" in said
+    assert "llava_onevision" in said
+
+
+def test_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, other = (tmp_path / f"{name}.png" for name in ("first", "again", "other"))
+    for path, seed in ((first, "3"), (again, "3"), (other, "4")):
+        assert _status(["draw", "--seed", seed, "-o", str(path)]) == 0
+        assert "?" in capsys.readouterr().out
+    assert first.read_bytes() == again.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
