@@ -200,12 +200,86 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
     )
 
 
+def _end_to_end(data: Any) -> str:
+    """One row for each model, batch and way."""
+    pruning = ("score", "select", "rewrite")
+    rows = []
+    whole: dict[str, Any] = {}
+    free: dict[tuple[str, int], Any] = {}
+    for row in data["rows"]:
+        if row["way"].startswith("free"):
+            free[row["model"], row["batch"]] = row
+    for row in data["rows"]:
+        ms = row["milliseconds"]
+        if row["way"] == "unpruned":
+            whole = row
+        if "flops" not in row:
+            continue
+        alone = row is whole
+        spent = sum(ms.get(name, 0.0) for name in pruning)
+        less = 100 * (row["first_token_ms"] / whole["first_token_ms"] - 1)
+        flops = 100 * (row["flops"] / whole["flops"] - 1)
+        peer = free.get((row["model"], row["batch"]))
+        over = ""
+        if peer is not None and row["k"] == int(peer["way"].split("=")[1]):
+            over = f"{100 * (sum(ms.values()) / sum(peer['milliseconds'].values()) - 1):+.1f} %"
+        memory = row["peak_bytes"]
+        rows.append(
+            [
+                f"{row['model']}, batch {row['batch']}",
+                "unpruned" if alone else f"k = {row['k']}",
+                _milliseconds(ms["vision"]),
+                "" if alone else f"{_milliseconds(spent)} ({100 * spent / ms['vision']:.1f} %)",
+                _milliseconds(ms["prefill"]),
+                _milliseconds(ms["decode"]),
+                _milliseconds(row["first_token_ms"]) + ("" if alone else f" ({less:+.0f} %)"),
+                f"{row['flops'] / 1e12:.3g} T" + ("" if alone else f" ({flops:+.0f} %)"),
+                over,
+                "" if memory is None else f"{memory / 2**30:.1f} GiB",
+            ]
+        )
+    head = [
+        "model", "tokens", "vision", "pruning (of vision)", "prefill", "decode",
+        "to first token", "operations", "over k for free", "peak memory",
+    ]  # fmt: skip
+    if all(not row[-1] for row in rows):  # not on the CPU
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    setup = data["setup"]
+    where = _where(data)
+    if data["device"]["gpu"]:
+        gpu = data["device"]["gpu"]
+        where = (
+            f"{gpu['name']}, driver {gpu['driver']}; torch {data['versions']['torch']}; "
+            f"{data['date']}."
+        )
+    return (
+        f"{_markdown(head, rows)}\nRandom weights"
+        f"{' at a small size' if setup['small'] else ''}, {setup['dtype']}; "
+        f"{setup['text_tokens']} other tokens in the prompt, {setup['new_tokens']} in the answer; "
+        f"medians of {setup['runs']} runs in turn. {where}\n"
+    )
+
+
+def end_to_end_cpu(results: Callable[[str], Any]) -> str:
+    """Whole models on the CPU, scaled down."""
+    data = results("end_to_end_cpu")
+    return "Not measured yet.\n" if data is None else _end_to_end(data)
+
+
+def end_to_end_gpu(results: Callable[[str], Any]) -> str:
+    """Whole models at their published sizes."""
+    data = results("end_to_end_gpu")
+    return "Not measured yet: no GPU has run them.\n" if data is None else _end_to_end(data)
+
+
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-memory": cpu_memory,
     "chaos": chaos,
     "gpu-status": gpu_status,
     "gpu-goals": gpu_goals,
+    "end-to-end-cpu": end_to_end_cpu,
+    "end-to-end-gpu": end_to_end_gpu,
 }
 
 

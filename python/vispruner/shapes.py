@@ -108,11 +108,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def config_of(name: str, **text: Any) -> Any:
+def config_of(
+    name: str,
+    *,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+) -> Any:
     """The transformers configuration of a model in MODELS.
 
     Args:
-        name: of the model; **text: settings of its language model to replace.
+        name: of the model.
+        text, vision: settings of its language model and of its encoder to replace.
 
     Raises:
         ValueError: there is no such name; the message lists them.
@@ -122,7 +128,10 @@ def config_of(name: str, **text: Any) -> Any:
     if name not in MODELS:
         raise ValueError(f"no model named {name!r}, there are: {', '.join(MODELS)}")
     model_type, settings = MODELS[name]
-    settings = settings | {"text_config": settings["text_config"] | text}
+    settings = settings | {
+        "text_config": settings["text_config"] | dict(text or {}),
+        "vision_config": settings["vision_config"] | dict(vision or {}),
+    }
     return AutoConfig.for_model(model_type, **settings)
 
 
