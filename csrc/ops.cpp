@@ -175,7 +175,7 @@ ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double
           static_cast<int>(k.size(1)),
           static_cast<int>(k.size(2)),
           static_cast<int>(k.size(3)),
-          static_cast<float>(scale)};
+          scale};
 }
 
 ReceivedAttentionArgs received_attention_args(const Tensor& q, const Tensor& k, double scale,

@@ -1,4 +1,5 @@
-// Attention scores on the CPU: float32 arithmetic on upcast inputs, memory linear in tokens.
+// Attention scores on the CPU: arithmetic on inputs upcast to float32, memory linear in tokens. The
+// one row of [CLS] is computed in float64, because one weight can dominate its softmax.
 //
 // Every image and head is computed alone and sums run in a fixed order, so that neither the batch
 // nor the number of threads changes a bit.
@@ -31,15 +32,16 @@ std::vector<float> load_rows(const HeadsView& view, DType dtype, int64_t image, 
   return rows;
 }
 
-// exp(x - max) in place; returns their sum.
-float exponentials(float* x, int count) {
-  const float highest = *std::max_element(x, x + count);
+// weights = exp(logits - max), which may be in place; returns their sum.
+template <typename T>
+double exponentials(const T* logits, int count, float* weights) {
+  const T highest = *std::max_element(logits, logits + count);
   double sum = 0.0;  // thousands of terms
   for (int t = 0; t < count; ++t) {
-    x[t] = std::exp(x[t] - highest);
-    sum += static_cast<double>(x[t]);
+    weights[t] = std::exp(static_cast<float>(logits[t] - highest));
+    sum += static_cast<double>(weights[t]);
   }
-  return static_cast<float>(sum);
+  return sum;
 }
 
 // Runs body(task) for every task, on the threads there are.
@@ -52,15 +54,16 @@ void for_each(const Threads& threads, int64_t tasks, const std::function<void(in
 void cls_attention(const ClsAttentionArgs& args, float* out, const Threads& threads) {
   const int patches = args.tokens - 1;
   for_each(threads, args.images, [&](int64_t image) {
-    std::vector<float> weights(static_cast<size_t>(args.tokens));
+    std::vector<double> logits(static_cast<size_t>(args.tokens));
+    std::vector<float> weights(logits.size());
     float* mean = out + image * patches;
     std::fill(mean, mean + patches, 0.0f);
     for (int head = 0; head < args.heads; ++head) {
       const auto q = load_rows(args.q, args.dtype, image, 0, head, 1, args.head_dim);
       const auto k = load_rows(args.k, args.dtype, image, 0, head, args.tokens, args.head_dim);
-      isa().logits(q.data(), k.data(), args.tokens, static_cast<int>(q.size()), args.scale,
-                   weights.data());
-      const float sum = exponentials(weights.data(), args.tokens);
+      isa().exact_logits(q.data(), k.data(), args.tokens, static_cast<int>(q.size()), args.scale,
+                         logits.data());
+      const auto sum = static_cast<float>(exponentials(logits.data(), args.tokens, weights.data()));
       for (int t = 0; t < patches; ++t) mean[t] += weights[static_cast<size_t>(t) + 1] / sum;
     }
     for (int t = 0; t < patches; ++t) mean[t] /= static_cast<float>(args.heads);
@@ -93,7 +96,7 @@ void received_attention(const ReceivedAttentionArgs& args, float* out, const Thr
               args.lse[head * args.lse_head_stride + (first + i) * args.lse_token_stride];
           for (size_t t = 0; t < weights.size(); ++t) block[t] += std::exp(weights[t] - lse);
         } else {
-          const float sum = exponentials(weights.data(), tokens);
+          const auto sum = static_cast<float>(exponentials(weights.data(), tokens, weights.data()));
           for (size_t t = 0; t < weights.size(); ++t) block[t] += weights[t] / sum;
         }
       }

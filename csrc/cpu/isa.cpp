@@ -293,13 +293,14 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
 }
 
 // ---- attention ----------------------------------------------------------------------------------
-void logits(const float* q, const float* keys, int tokens, int dim, float scale, float* out) {
-  constexpr int kLanes = 16;  // partial sums: what a compiler may keep in one vector
+template <typename Sum>
+void logits(const float* q, const float* keys, int tokens, int dim, Sum scale, Sum* out) {
+  constexpr int kLanes = 16;  // partial sums: what a compiler may keep in one or two vectors
   for (int t = 0; t < tokens; ++t) {
     const float* k = keys + int64_t{t} * dim;
-    float sums[kLanes] = {};
+    Sum sums[kLanes] = {};
     for (int d = 0; d < dim; d += kLanes) {
-      for (int l = 0; l < kLanes; ++l) sums[l] += q[d + l] * k[d + l];
+      for (int l = 0; l < kLanes; ++l) sums[l] += static_cast<Sum>(q[d + l]) * k[d + l];
     }
     for (int width = kLanes / 2; width > 0; width /= 2) {
       for (int l = 0; l < width; ++l) sums[l] += sums[l + width];
@@ -311,7 +312,7 @@ void logits(const float* q, const float* keys, int tokens, int dim, float scale,
 }  // namespace
 
 extern const IsaKernels kKernels;
-const IsaKernels kKernels = {VP_STRING(VP_ISA), quantize_token, gram_tile,
-                             neighbours,        load_row,       logits};
+const IsaKernels kKernels = {VP_STRING(VP_ISA), quantize_token, gram_tile,     neighbours,
+                             load_row,          logits<float>,  logits<double>};
 
 }  // namespace vispruner::cpu::VP_ISA

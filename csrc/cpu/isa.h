@@ -42,6 +42,9 @@ struct IsaKernels {
 
   // out[t] = scale * (q . keys[t]) for rows of `dim` floats, dim % 16 == 0.
   void (*logits)(const float* q, const float* keys, int tokens, int dim, float scale, float* out);
+  // The same in float64.
+  void (*exact_logits)(const float* q, const float* keys, int tokens, int dim, double scale,
+                       double* out);
 };
 
 // The kernels for this processor.

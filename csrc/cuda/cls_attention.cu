@@ -4,8 +4,13 @@
 // bytes a lane), the logits stay in shared memory, and their softmax goes to the workspace. A
 // second launch adds the heads in index order, so that the result does not depend on timing.
 //
+// float32 inputs are multiplied and added in float64: one weight can dominate a softmax, and plain
+// float32 errors of it do not average out.
+//
 // Bytes: keys once, B H T D elements; the softmax, B H T floats, written and read (3 % of the keys
 // at D = 64, bf16).
+#include <type_traits>
+
 #include "batch.cuh"
 #include "vispruner/cuda.h"
 
@@ -17,15 +22,21 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kLanes = 8;  // a key
 constexpr int kVectorBytes = 16;
 
-__device__ __forceinline__ float warp_max(float x) {
+// Type of sums and logits.
+template <typename T>
+using Sum = std::conditional_t<sizeof(T) == 4, double, float>;
+
+template <typename S>
+__device__ __forceinline__ S warp_max(S x) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
+    x = fmax(x, __shfl_xor_sync(kAllLanes, x, offset));
   }
   return x;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename S>
+__device__ __forceinline__ S warp_sum(S x) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     x += __shfl_xor_sync(kAllLanes, x, offset);
@@ -35,34 +46,40 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // q . k over this lane's share of the channels.
 template <typename T>
-__device__ __forceinline__ float partial_dot(const float* q, const T* k, int dim, bool aligned,
-                                             int lane) {
+__device__ __forceinline__ Sum<T> partial_dot(const float* q, const T* k, int dim, bool aligned,
+                                              int lane) {
   constexpr int kElements = kVectorBytes / sizeof(T);
   struct alignas(kVectorBytes) Vector {
     T v[kElements];
   };
-  float sum = 0.0f;
+  using S = Sum<T>;
+  S sum = 0;
   for (int d = lane * kElements; d < dim; d += kLanes * kElements) {
     if (aligned) {
       const Vector x = *reinterpret_cast<const Vector*>(k + d);
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) sum = fmaf(q[d + i], to_float(x.v[i]), sum);
+      for (int i = 0; i < kElements; ++i) {
+        sum = fma(static_cast<S>(q[d + i]), static_cast<S>(to_float(x.v[i])), sum);
+      }
     } else {
       for (int i = 0; i < kElements && d + i < dim; ++i) {
-        sum = fmaf(q[d + i], to_float(k[d + i]), sum);
+        sum = fma(static_cast<S>(q[d + i]), static_cast<S>(to_float(k[d + i])), sum);
       }
     }
   }
   return sum;
 }
 
-// Shared memory: the query (head_dim floats), then the dots (tokens floats).
+// Shared memory: the dots (tokens sums), then the query (head_dim floats).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) softmax_kernel(ClsAttentionArgs args, float* weights) {
   VP_SHARED_MEMORY(shared);
-  __shared__ float warp_values[kWarps];
-  auto* q = reinterpret_cast<float*>(shared);
-  float* dots = q + args.head_dim;  // later the weights
+  using S = Sum<T>;
+  __shared__ S warp_highest[kWarps];
+  __shared__ S warp_sums[kWarps];
+  auto* dots = reinterpret_cast<S*>(shared);  // later the weights
+  auto* q = reinterpret_cast<float*>(dots + args.tokens);
+  const auto scale = static_cast<S>(args.scale);
   const int head = blockIdx.x;
   const int64_t image = blockIdx.y;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -77,11 +94,11 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(ClsAttentionArgs args
   constexpr int kElements = kVectorBytes / sizeof(T);
   const bool aligned = reinterpret_cast<uintptr_t>(keys) % kVectorBytes == 0 &&
                        args.k.token_stride % kElements == 0 && args.head_dim % kElements == 0;
-  float highest = -INFINITY;
+  S highest = -INFINITY;
   // Whole warps make every turn, so that all lanes meet in the shuffles.
   for (int base = 0; base < args.tokens; base += kThreads / kLanes) {
     const int token = base + static_cast<int>(threadIdx.x) / kLanes;
-    float dot = 0.0f;
+    S dot = 0;
     if (token < args.tokens) {
       dot = partial_dot(q, keys + token * args.k.token_stride, args.head_dim, aligned,
                         threadIdx.x % kLanes);
@@ -91,33 +108,32 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(ClsAttentionArgs args
       dot += __shfl_xor_sync(kAllLanes, dot, offset);
     }
     if (token < args.tokens) {
-      highest = fmaxf(highest, dot * args.scale);
+      highest = fmax(highest, dot * scale);
       if (threadIdx.x % kLanes == 0) dots[token] = dot;
     }
   }
 
   highest = warp_max(highest);
-  if (lane == 0) warp_values[warp] = highest;
+  if (lane == 0) warp_highest[warp] = highest;
   __syncthreads();  // the dots are there, too
-  for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_values[w]);
-  float sum = 0.0f;
+  for (int w = 0; w < kWarps; ++w) highest = fmax(highest, warp_highest[w]);
+  S sum = 0;
   for (int t = threadIdx.x; t < args.tokens; t += kThreads) {
     // Fused, so that the logit is not rounded: an error of `highest` cancels, one of it would not.
-    const float weight = expf(fmaf(dots[t], args.scale, -highest));
+    const float weight = expf(static_cast<float>(fma(dots[t], scale, -highest)));
     dots[t] = weight;  // each thread reads its own ones again below
     sum += weight;
   }
   sum = warp_sum(sum);
-  __syncthreads();  // the maxima have been read
-  if (lane == 0) warp_values[warp] = sum;
+  if (lane == 0) warp_sums[warp] = sum;
   __syncthreads();
-  sum = 0.0f;
-  for (int w = 0; w < kWarps; ++w) sum += warp_values[w];
+  sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += warp_sums[w];
 
   const int patches = args.tokens - 1;
   float* out = weights + (image * args.heads + head) * patches;
   for (int t = threadIdx.x; t < args.tokens; t += kThreads) {
-    if (t > 0) out[t - 1] = dots[t] / sum;
+    if (t > 0) out[t - 1] = static_cast<float>(dots[t] / sum);
   }
 }
 
@@ -136,7 +152,8 @@ template <typename T>
 int run(ClsAttentionArgs args, float* out, float* weights, void* stream) {
   constexpr int64_t kMostImages = 32768;  // grid.y
   const int patches = args.tokens - 1;
-  const int shared = (args.head_dim + args.tokens) * static_cast<int>(sizeof(float));
+  const int shared = args.tokens * static_cast<int>(sizeof(Sum<T>)) +
+                     args.head_dim * static_cast<int>(sizeof(float));
   const int64_t images = args.images;
   for (int64_t done = 0; done < images; done += kMostImages) {
     const auto now =

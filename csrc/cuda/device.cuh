@@ -6,6 +6,10 @@
 
 #include "vispruner/numerics.h"
 
+namespace vispruner::cuda {
+constexpr int kTooMuchSharedMemory = -1;  // beside the cudaError_t that launches return
+}  // namespace vispruner::cuda
+
 #if defined(VP_SIMT)
 #include "simt.h"
 #else
@@ -46,7 +50,9 @@ int launch(dim3 grid, int threads, int shared_bytes, void* stream, const Args&..
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kKernel, args...);
+  const cudaError_t e = cudaLaunchKernelEx(&config, kKernel, args...);
+  if (e == cudaErrorInvalidValue && shared_bytes > 48 * 1024) return kTooMuchSharedMemory;
+  return e;
 }
 
 // Bytes of shared memory one block may ask for on the current device.

@@ -170,7 +170,13 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
 }
 
 #if !defined(VP_SIMT)
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* error_string(int error) {
+  if (error == kTooMuchSharedMemory) {
+    return "an image of this many tokens, or a head of this many channels, needs more shared "
+           "memory than a thread block of this GPU has; use float16 or bfloat16";
+  }
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 int set_device(int device) { return cudaSetDevice(device); }
 #endif
 

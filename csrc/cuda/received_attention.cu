@@ -84,17 +84,28 @@ __device__ __forceinline__ void tile_product(const T* rows, const T* columns, in
       }
     }
   } else {  // float32 stays float32: no tensor core computes it exactly enough
+    // Sums of sixteen channels, and the sum of those: a long chain of additions loses digits.
+    constexpr int kChunk = 16;
     const int row = row0 + lane / 4, column = 2 * (lane % 4);
-    for (int d = 0; d < head_dim; ++d) {
-      const float upper = rows[row * stride + d], lower = rows[(row + 8) * stride + d];
+    for (int begin = 0; begin < head_dim; begin += kChunk) {
+      float part[kColumnTiles][4] = {};
+      const int end = begin + kChunk < head_dim ? begin + kChunk : head_dim;
+      for (int d = begin; d < end; ++d) {
+        const float upper = rows[row * stride + d], lower = rows[(row + 8) * stride + d];
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float x = columns[(8 * n + column + c) * stride + d];
+            part[n][c] = fmaf(upper, x, part[n][c]);
+            part[n][2 + c] = fmaf(lower, x, part[n][2 + c]);
+          }
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float x = columns[(8 * n + column + c) * stride + d];
-          logits[n][c] = fmaf(upper, x, logits[n][c]);
-          logits[n][2 + c] = fmaf(lower, x, logits[n][2 + c]);
-        }
+        for (int e = 0; e < 4; ++e) logits[n][e] += part[n][e];
       }
     }
   }

@@ -17,7 +17,8 @@ CLS_SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 2, 5),
     (3, 2, 33, 64),
-    (6, 4, 577, 64),
+    (1, 4, 577, 64),
+    (1, 16, 577, 64),
     (2, 2, 100, 72),
     (1, 2, 257, 88),
     (2, 1, 50, 130),
@@ -62,8 +63,8 @@ def exact_received(q: Tensor, k: Tensor, scale: float, bounds: list[int]) -> Ten
 def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     """The error against float64 is at most twice that of plain PyTorch in the same dtype.
 
-    Errors are L2 norms over the whole batch. For one image or the largest single error, float32 can
-    come out above twice: 2.3 times was seen for [CLS] attention with sharp logits.
+    Errors are L2 norms. (The largest of several hundred errors, half an ulp here or there, is
+    luck: of either side.)
     """
     assert ours.dtype == torch.float32
     assert ours.shape == exact.shape
@@ -91,6 +92,22 @@ def test_cls_attention(
     plain = ((q.unsqueeze(2) @ k.transpose(2, 3)).squeeze(2) * scale).softmax(-1)[..., 1:].mean(1)
     for name, implementation in {"reference": reference, **implementations}.items():
         assert_as_good(implementation.cls_attention(q, k, scale), plain, exact, name)
+
+
+@pytest.mark.parametrize("heads_", [1, 4, 16])
+@pytest.mark.parametrize("sharp", [1.0, 4.0])
+def test_cls_attention_of_many_single_images(
+    heads_: int, sharp: float, implementations: dict[str, Any]
+) -> None:
+    """Every image on its own: a sharp softmax is one weight, whose error nothing averages out."""
+    q = heads(40, heads_, 64, dtype=torch.float32, seed=21, sharp=sharp)
+    k = heads(40, heads_, 577, 64, dtype=torch.float32, seed=22, sharp=sharp)
+    exact = exact_cls(q, k, 0.125)
+    plain = ((q.unsqueeze(2) @ k.transpose(2, 3)).squeeze(2) * 0.125).softmax(-1)[..., 1:].mean(1)
+    for name, implementation in implementations.items():
+        ours = implementation.cls_attention(q, k, 0.125)
+        for i in range(len(q)):
+            assert_as_good(ours[i], plain[i], exact[i], f"{name}, image {i}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -112,7 +112,7 @@ void prune_varlen(const py::tuple& feats, const py::object& attention, int64_t h
 }
 
 void cls_attention(const py::tuple& q, const py::tuple& k, int64_t images, int heads, int tokens,
-                   int head_dim, float scale, uintptr_t out) {
+                   int head_dim, double scale, uintptr_t out) {
   const TensorArg tq = tensor_arg(q), tk = tensor_arg(k);
   const ClsAttentionArgs args{
       {reinterpret_cast<const void*>(tq.address), tq.strides[0], tq.strides[1], 0},

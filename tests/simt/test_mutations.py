@@ -113,8 +113,8 @@ MUTATIONS = [
     Mutation(
         "[CLS] attention: its own column is not dropped",
         "cuda/cls_attention.cu",
-        "if (t > 0) out[t - 1] = dots[t] / sum;",
-        "if (t < patches) out[t] = dots[t] / sum;",
+        "if (t > 0) out[t - 1] = static_cast<float>(dots[t] / sum);",
+        "if (t < patches) out[t] = static_cast<float>(dots[t] / sum);",
     ),
     Mutation(
         "received attention: a tile is read before it is complete",

@@ -51,7 +51,7 @@ struct ClsAttentionArgs {
   DType dtype;
   int64_t images;
   int heads, tokens, head_dim;
-  float scale;
+  double scale;
 };
 
 struct ReceivedAttentionArgs {
