@@ -9,7 +9,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-DEMO_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
 BIN :=
@@ -43,8 +42,9 @@ install: venv ## build and install the package, and say what was built
 	$(INSTALL)
 	$(PY) -m vispruner_cuda
 
-demo: install ## prune a real photograph and draw the kept patches (DEMO_ARGS)
-	$(PY) -m vispruner.demo $(DEMO_ARGS)
+demo: install ## ask the embedded model with and without pruning, and draw what it keeps
+	$(PY) -m vispruner.cli ask --k 22 --compare --runs 3
+	$(PY) -m vispruner.cli show --k 22 -o vispruner.png
 
 # From within tests/, so that Python finds the installed package and not the source tree.
 test: install ## run all tests (PYTEST_ARGS)

@@ -7,9 +7,10 @@
     pruner.remove()
 
 `vispruner.models` holds one module for each family of models and the interface between them.
-Beside that, `clip` runs a CLIP vision tower alone, `pictures` draws what was kept, and `python -m
-vispruner.demo` shows both. Models need the extra `vispruner-cuda[transformers]`; importing the
-package does not.
+Beside that: `cli` is the `vispruner` command, `vllm` a plugin for vLLM, `clip` a CLIP vision tower
+alone, `shapes` and `flops` tell what published models cost, `embedded` and `scenes` are a small
+model in the box and the pictures it understands. Models need the extra
+`vispruner-cuda[transformers]`; importing the package does not.
 """
 
 from .models import Family, UnsupportedModelError, register, supported
