@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -121,6 +122,14 @@ CURVES: dict[str, tuple[Row, ...]] = {
 }
 
 PEERED_CURVES = ("tokens", "images")
+
+# Launch plans to force in turn (docs/performance.md), and the rows to do it for.
+PLANS = [
+    {"VISPRUNER_LAUNCH": launch, "VISPRUNER_GRAM_PLAN": tiles}
+    for launch in ("ordered", "dependent")
+    for tiles in ("tiles_64", "tiles_32")
+]
+PLANNED_ROWS = ("1 image", "5 tiles (LLaVA-NeXT)", "64 images")
 
 
 # ------------------------------------------------------------------------------------- the floor
@@ -363,6 +372,21 @@ def compiled_peers(row: Row, arguments: argparse.Namespace) -> dict[str, float |
     return found
 
 
+def plan_times(row: Row, device: str, seconds: float) -> list[dict[str, Any]]:
+    """The row under every plan, in turn, so that a GPU that slows down slows all of them."""
+    calls = [call_of(row, x) for x in input_sets(row, device)]
+    times: list[list[float]] = [[] for _ in PLANS]
+    for _ in range(3):
+        for plan, own in zip(PLANS, times, strict=True):
+            os.environ.update(plan)  # read when a call is made, or captured
+            own.append(gpu_or_cpu_time(calls, device, seconds))
+    for name in PLANS[0]:
+        del os.environ[name]
+    return [
+        {"plan": plan, "us": statistics.median(own)} for plan, own in zip(PLANS, times, strict=True)
+    ]
+
+
 # --------------------------------------------------------------------------------------- reports
 def shrunk(row: Row) -> Row:
     """The row at a size that a dry run on a CPU takes moments for."""
@@ -426,6 +450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for row in track(rows, "rows", console=console):
         data["rows"].append(measure(row, arguments, with_peers=True, with_stages=True))
+        if row.name in PLANNED_ROWS:
+            plans = plan_times(row, arguments.device, arguments.seconds)
+            data["rows"][-1]["plans"] = plans
         console.print(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
     data["host_us"] = host_time(rows[0], arguments.device)
     path = save()

@@ -38,6 +38,11 @@ def main() -> None:
         os.environ["VISPRUNER_DEDUP_PLAN"] = plan
         vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
         vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)  # merges
+    os.environ["VISPRUNER_LAUNCH"] = "dependent"
+    for plan in ("tiles_32", "tiles_64"):
+        os.environ["VISPRUNER_GRAM_PLAN"] = plan
+        vispruner_cuda.prune(random(2, 161, 200), random(2, 161), 20)
+        vispruner_cuda.pairwise_cosine(random(2, 161, 200))
     torch.cuda.synchronize()
     print("done")
 

@@ -235,6 +235,7 @@ template <bool kListsShared, bool kStateShared>
 __global__ void __launch_bounds__(kMostThreads, 1)
     dedup_kernel(Batch batch, int64_t channels, int step, int64_t* indices,
                  unsigned char* workspace) {
+  begin_dependent();
   VP_SHARED_MEMORY(shared);
   __shared__ uint32_t keep[kWords];
   __shared__ int warp_sums[kMostThreads / kWarp];
@@ -322,14 +323,14 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
   auto* ws = static_cast<unsigned char*>(workspace);
   switch (plan.kind) {
     case DedupPlan::kListsShared:
-      return launch<dedup_kernel<true, true>>(size.images, threads, plan.shared_bytes, stream,
-                                              batch, channels, step, indices, ws);
+      return launch_dependent<dedup_kernel<true, true>>(size.images, threads, plan.shared_bytes,
+                                                        stream, batch, channels, step, indices, ws);
     case DedupPlan::kStateShared:
-      return launch<dedup_kernel<false, true>>(size.images, threads, plan.shared_bytes, stream,
-                                               batch, channels, step, indices, ws);
+      return launch_dependent<dedup_kernel<false, true>>(
+          size.images, threads, plan.shared_bytes, stream, batch, channels, step, indices, ws);
     default:
-      return launch<dedup_kernel<false, false>>(size.images, threads, 0, stream, batch, channels,
-                                                step, indices, ws);
+      return launch_dependent<dedup_kernel<false, false>>(size.images, threads, 0, stream, batch,
+                                                          channels, step, indices, ws);
   }
 }
 

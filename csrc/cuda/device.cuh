@@ -16,16 +16,32 @@ constexpr int kTooMuchSharedMemory = -1;  // beside the cudaError_t that launche
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 namespace vispruner::cuda {
 
 // Dynamic shared memory of the block; all kernels declare it by the same name and type.
 #define VP_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 
+// Whether launch_dependent overlaps kernels: VISPRUNER_LAUNCH=dependent, on compute capability 9.0
+// and later. Not the default until it has been measured.
+inline int overlap_kernels(bool* overlap) {
+  const char* wanted = std::getenv("VISPRUNER_LAUNCH");
+  *overlap = wanted && std::strcmp(wanted, "dependent") == 0;
+  if (!*overlap) return cudaSuccess;
+  int device = 0, major = 0;
+  if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  const cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  *overlap = major >= 9;
+  return e;
+}
+
 // Launches a kernel on a stream; above 48 KiB of shared memory it first asks the driver for
 // them, once a kernel and device. Returns the cudaError_t.
 template <auto kKernel, typename... Args>
-int launch(dim3 grid, int threads, int shared_bytes, void* stream, const Args&... args) {
+int launch_with(cudaLaunchAttribute* attributes, int attribute_count, dim3 grid, int threads,
+                int shared_bytes, void* stream, const Args&... args) {
   if (shared_bytes > 48 * 1024) {
     static std::atomic<uint64_t> allowed{0};
     int device = 0;
@@ -50,9 +66,39 @@ int launch(dim3 grid, int threads, int shared_bytes, void* stream, const Args&..
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(attribute_count);
   const cudaError_t e = cudaLaunchKernelEx(&config, kKernel, args...);
   if (e == cudaErrorInvalidValue && shared_bytes > 48 * 1024) return kTooMuchSharedMemory;
   return e;
+}
+
+template <auto kKernel, typename... Args>
+int launch(dim3 grid, int threads, int shared_bytes, void* stream, const Args&... args) {
+  return launch_with<kKernel>(nullptr, 0, grid, threads, shared_bytes, stream, args...);
+}
+
+// The same for a kernel that begins with begin_dependent(): where that is asked for, its blocks
+// come to the device while the kernel before it on the stream still runs (programmatic dependent
+// launch), so that the time of a launch is hidden.
+template <auto kKernel, typename... Args>
+int launch_dependent(dim3 grid, int threads, int shared_bytes, void* stream, const Args&... args) {
+  bool overlap = false;
+  if (const int e = overlap_kernels(&overlap)) return e;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with<kKernel>(&attribute, overlap ? 1 : 0, grid, threads, shared_bytes, stream,
+                              args...);
+}
+
+// First of all in such a kernel, in every thread: lets the kernel after it come to the device, and
+// waits until all that was before it on the stream is done and visible.
+__device__ __forceinline__ void begin_dependent() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Bytes of shared memory one block may ask for on the current device.

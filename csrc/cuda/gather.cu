@@ -25,6 +25,7 @@ __device__ __forceinline__ void copy_row(const void* from, void* to, int64_t byt
 __global__ void __launch_bounds__(kThreads, 8)
     gather_kernel(Batch batch, const unsigned char* feats, int64_t token_stride, int64_t channels,
                   int element_bytes, const int64_t* indices, unsigned char* kept_feats) {
+  begin_dependent();
   const Image image = batch[blockIdx.y];
   const int row = blockIdx.x * kRows + threadIdx.x / kWarp;
   if (row >= image.shape.kept()) return;
@@ -50,10 +51,10 @@ __global__ void __launch_bounds__(kThreads, 8)
 int gather(const Batch& batch, const WaveSize& size, const FeatureView& feats,
            const int64_t* indices, void* kept_feats, void* stream) {
   const dim3 grid((size.kept + kRows - 1) / kRows, size.images);
-  return launch<gather_kernel>(grid, kThreads, 0, stream, batch,
-                               static_cast<const unsigned char*>(feats.data), feats.token_stride,
-                               feats.channels, feats.dtype == DType::kFloat32 ? 4 : 2, indices,
-                               static_cast<unsigned char*>(kept_feats));
+  return launch_dependent<gather_kernel>(
+      grid, kThreads, 0, stream, batch, static_cast<const unsigned char*>(feats.data),
+      feats.token_stride, feats.channels, feats.dtype == DType::kFloat32 ? 4 : 2, indices,
+      static_cast<unsigned char*>(kept_feats));
 }
 
 }  // namespace vispruner::cuda

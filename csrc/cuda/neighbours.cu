@@ -33,6 +33,7 @@ __device__ __forceinline__ int block_sum(int value, int* slots) {
 template <int kThreads, int kValues>
 __global__ void __launch_bounds__(kThreads)
     neighbours_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
+  begin_dependent();
   constexpr int kWarps = kThreads / kWarp;
   __shared__ int slots[2][kWarps];
   __shared__ uint32_t lows[kWarps], highs[kWarps];
@@ -147,16 +148,16 @@ int neighbours(const Batch& batch, const WaveSize& size, int64_t channels, void*
   const dim3 grid(size.residual, size.images);
   auto* ws = static_cast<unsigned char*>(workspace);
   if (size.residual <= 128 * 8) {
-    return launch<neighbours_kernel<128, 8>>(grid, 128, 0, stream, batch, channels, ws);
+    return launch_dependent<neighbours_kernel<128, 8>>(grid, 128, 0, stream, batch, channels, ws);
   }
   if (size.residual <= 256 * 16) {
-    return launch<neighbours_kernel<256, 16>>(grid, 256, 0, stream, batch, channels, ws);
+    return launch_dependent<neighbours_kernel<256, 16>>(grid, 256, 0, stream, batch, channels, ws);
   }
   if (size.residual <= 512 * 32) {
-    return launch<neighbours_kernel<512, 32>>(grid, 512, 0, stream, batch, channels, ws);
+    return launch_dependent<neighbours_kernel<512, 32>>(grid, 512, 0, stream, batch, channels, ws);
   }
   static_assert(1024 * 32 >= kMaxTokens, "the longest row fits the largest block");
-  return launch<neighbours_kernel<1024, 32>>(grid, 1024, 0, stream, batch, channels, ws);
+  return launch_dependent<neighbours_kernel<1024, 32>>(grid, 1024, 0, stream, batch, channels, ws);
 }
 
 }  // namespace vispruner::cuda

@@ -112,6 +112,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     rank_kernel(Batch batch, FeatureView feats, AttentionView attention, RankOutput topk,
                 unsigned char* workspace) {
+  begin_dependent();
   __shared__ uint32_t own_keys[kTokens];
   __shared__ uint32_t tile[kTile];
   __shared__ int ranks[kTokens];
@@ -191,14 +192,14 @@ int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureVie
   auto* ws = static_cast<unsigned char*>(workspace);
   switch (feats.dtype) {
     case DType::kFloat16:
-      return launch<rank_kernel<Half>>(grid, kThreads, 0, stream, batch, feats, attention, topk,
-                                       ws);
+      return launch_dependent<rank_kernel<Half>>(grid, kThreads, 0, stream, batch, feats, attention,
+                                                 topk, ws);
     case DType::kBFloat16:
-      return launch<rank_kernel<BFloat16>>(grid, kThreads, 0, stream, batch, feats, attention, topk,
-                                           ws);
+      return launch_dependent<rank_kernel<BFloat16>>(grid, kThreads, 0, stream, batch, feats,
+                                                     attention, topk, ws);
     default:
-      return launch<rank_kernel<float>>(grid, kThreads, 0, stream, batch, feats, attention, topk,
-                                        ws);
+      return launch_dependent<rank_kernel<float>>(grid, kThreads, 0, stream, batch, feats,
+                                                  attention, topk, ws);
   }
 }
 

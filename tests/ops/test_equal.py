@@ -156,6 +156,27 @@ def test_every_plan(
         assert_equal(expected, got, name)
 
 
+@pytest.mark.parametrize("gram", ["tiles_32", "tiles_64"])
+@pytest.mark.parametrize("launch", ["ordered", "dependent"])
+def test_every_gram_and_launch_plan(
+    gram: str, launch: str, implementations: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 32 or 64 rows; kernels one after the other or overlapped (on a GPU)."""
+    monkeypatch.setenv("VISPRUNER_GRAM_PLAN", gram)
+    monkeypatch.setenv("VISPRUNER_LAUNCH", launch)
+    for problem in (
+        Problem(2, 300, 40, 2, 33, features="clustered", dtype=torch.float16),
+        Problem(1, 161, 200, None, 5, features="smooth"),
+    ):
+        feats, attn = problem.tensors()
+        expected = reference.prune(feats, attn, problem.k, **problem.keywords())
+        cosine = reference.pairwise_cosine(feats)
+        for name, implementation in implementations.items():
+            got = implementation.prune(feats, attn, problem.k, **problem.keywords())
+            assert_equal(expected, got, name)
+            assert torch.equal(implementation.pairwise_cosine(feats), cosine), name
+
+
 @pytest.mark.parametrize("shared_limit", [host_kernels.ADA_SHARED, 32 * 1024, 8 * 1024])
 def test_smaller_gpus(shared_limit: int, host_kernels_default: host_kernels.Kernels) -> None:
     """The plan follows from the shared memory there is."""

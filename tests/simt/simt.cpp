@@ -18,6 +18,11 @@ dim3 thread_index, block_index, block_size;
 unsigned char* dynamic_shared = nullptr;
 int shared_limit = kMostShared;
 unsigned schedule = 0;
+int64_t begun = 0;
+
+void check_begun(int64_t threads) {
+  if (begun != threads) throw std::runtime_error("a thread did not call begin_dependent()");
+}
 
 namespace {
 

@@ -37,6 +37,10 @@ extern int shared_limit;  // what shared_memory_limit reports: tests force launc
 // this seed. A missing barrier shows in at least one of the first two.
 extern unsigned schedule;
 
+// Threads that have called begin_dependent(): every one has to.
+extern int64_t begun;
+void check_begun(int64_t threads);
+
 void block_barrier();
 
 // Every lane hands in `bytes` and gets all 32 lanes' values back, kSlotBytes apart.
@@ -129,6 +133,15 @@ template <auto kKernel, typename... Args>
 int launch(dim3 grid, int threads, int shared_bytes, void*, const Args&... args) {
   return simt::run_grid(grid, threads, shared_bytes, [&] { kKernel(args...); });
 }
+
+template <auto kKernel, typename... Args>
+int launch_dependent(dim3 grid, int threads, int shared_bytes, void* stream, const Args&... args) {
+  simt::begun = 0;
+  const int e = launch<kKernel>(grid, threads, shared_bytes, stream, args...);
+  simt::check_begun(int64_t{grid.x} * grid.y * grid.z * threads);
+  return e;
+}
+inline void begin_dependent() { ++simt::begun; }
 
 inline int shared_memory_limit(int* bytes) {
   *bytes = simt::shared_limit;

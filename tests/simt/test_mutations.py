@@ -105,6 +105,18 @@ MUTATIONS = [
         "} else if (misaligned % 2 == 0) {",
     ),
     Mutation(
+        "gather: does not wait for the kernel before it",
+        "cuda/gather.cu",
+        "  begin_dependent();\n",
+        "",
+    ),
+    Mutation(
+        "Gram: the tiles beside the diagonal are not mirrored",
+        "cuda/gram.cu",
+        "if (row0 >= column0) return;",
+        "if (row0 + kTile >= column0) return;",
+    ),
+    Mutation(
         "[CLS] attention: no barrier before the weights are made",
         "cuda/cls_attention.cu",
         f"  {BARRIER}  // the dots are there, too\n",
