@@ -297,143 +297,74 @@ void prune_images_cpu(const Tensor& like, const FeatureView& feats, const Attent
       });
 }
 
-void prune_batch_cpu(const Tensor& like, const FeatureView& feats, const AttentionView& attention,
-                     int64_t images, const ImageShape& shape, int64_t step, int64_t* indices,
-                     void* kept_feats) {
-  prune_images_cpu(like, feats, attention, images, step, [&](int64_t i) {
-    const int64_t row = i * shape.kept();
-    cpu::PruneImage image{};
-    image.feats = at_element(feats.data, feats.dtype, i * feats.image_stride);
-    image.attention = attention.data
-                          ? at_element(attention.data, attention.dtype, i * attention.image_stride)
-                          : nullptr;
-    image.shape = shape;
-    image.indices = indices + row;
-    image.kept_feats = kept_feats ? static_cast<char*>(kept_feats) +
-                                        row * feats.channels * element_bytes(feats.dtype)
-                                  : nullptr;
-    return image;
-  });
-}
-
-std::tuple<Tensor, Tensor> topk_cpu(const Tensor& cls_attn, int64_t k) {
-  check_attention(cls_attn, 1);
-  check_k(k);
-  const AttentionView view = attention_view(cls_attn, false);
-  const int64_t images = cls_attn.size(0), tokens = tokens_of(cls_attn);
-  const int64_t kept = std::min(k, tokens);
-  Tensor scores = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Long);
-  auto* scores_out = scores.mutable_data_ptr<float>();
-  auto* indices_out = indices.mutable_data_ptr<int64_t>();
-  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      cpu::topk(view, i, static_cast<int>(tokens), static_cast<int>(kept), indices_out + i * kept,
-                scores_out + i * kept);
-    }
-  });
-  return {scores, indices};
-}
-
-Tensor pairwise_cosine_cpu(const Tensor& feats_) {
-  check_feats(feats_, 3);
-  const Tensor feats = with_contiguous_channels(feats_);
-  const FeatureView view = feature_view(feats);
-  const int64_t images = feats.size(0), tokens = feats.size(1);
-  Tensor out = torch::stable::new_empty(feats, {images, tokens, tokens}, ScalarType::Float);
-  if (out.numel() == 0) return out;
-  auto* cosines = out.mutable_data_ptr<float>();
-  const auto n = static_cast<int>(tokens);
-  for_each_image(
-      feats, images, n,
-      [&](int threads) { return cpu::cosine_workspace_bytes(n, view.channels, threads); },
-      [&](int64_t i, const cpu::Threads& threads, void* workspace) {
-        cpu::pairwise_cosine(view, at_element(view.data, view.dtype, i * view.image_stride), n,
-                             cosines + i * tokens * tokens, threads, workspace);
-      });
-  return out;
-}
-
-Tensor dedup_cpu(const Tensor& feats_, int64_t k, int64_t step) {
-  check_feats(feats_, 3);
-  check_k(k);
-  STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
-  const Tensor feats = with_contiguous_channels(feats_);
-  const int64_t images = feats.size(0), tokens = feats.size(1);
-  const ImageShape shape = image_shape(tokens, k, 0.0);
-  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
-  if (indices.numel() == 0) return indices;
-  prune_batch_cpu(feats, feature_view(feats), AttentionView{}, images, shape, step,
-                  indices.mutable_data_ptr<int64_t>(), nullptr);
-  return indices;
-}
-
-std::tuple<Tensor, Tensor> prune_cpu(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
-                                     double important_ratio, int64_t step) {
-  check_prune(feats_, cls_attn, k, important_ratio, step);
-  const Tensor feats = with_contiguous_channels(feats_);
-  const int64_t images = feats.size(0);
-  const ImageShape shape = image_shape(feats.size(1), k, important_ratio);
-  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
-  Tensor kept = torch::stable::new_empty(feats, {images, shape.kept(), feats.size(2)});
-  if (indices.numel() > 0) {
-    prune_batch_cpu(feats, feature_view(feats), attention_view(cls_attn, false), images, shape,
-                    step, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
+// What an operator does on the CPU. `like` is an input: outputs have its device.
+struct OnCpu {
+  static void topk(const Tensor&, const AttentionView& attention, int64_t images, int tokens,
+                   int kept, int64_t* indices, float* scores) {
+    torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        cpu::topk(attention, i, tokens, kept, indices + i * kept, scores + i * kept);
+      }
+    });
   }
-  return {kept, indices};
-}
 
-std::tuple<Tensor, Tensor> prune_varlen_cpu(const Tensor& feats_, const Tensor& cls_attn,
-                                            const std::vector<int64_t>& cu_seqlens,
-                                            const std::vector<int64_t>& k, double important_ratio,
-                                            int64_t step) {
-  const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
-  const Tensor feats = with_contiguous_channels(feats_);
-  const int64_t rows = kept_rows(packed);
-  Tensor indices = torch::stable::new_empty(feats, {rows}, ScalarType::Long);
-  Tensor kept = torch::stable::new_empty(feats, {rows, feats.size(1)});
-  if (rows == 0) return {kept, indices};
-  const FeatureView view = feature_view(feats);
-  const AttentionView attention = attention_view(cls_attn, true);
-  auto* indices_out = indices.mutable_data_ptr<int64_t>();
-  auto* kept_out = static_cast<char*>(kept.mutable_data_ptr());
-  prune_images_cpu(
-      feats, view, attention, static_cast<int64_t>(packed.size()), step, [&](int64_t i) {
-        const PackedImage& p = packed[static_cast<size_t>(i)];
-        cpu::PruneImage image{};
-        image.feats = at_element(view.data, view.dtype, p.first_token * view.token_stride);
-        image.attention =
-            at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
-        image.shape = p.shape;
-        image.index_base = p.first_token;
-        image.indices = indices_out + p.first_kept;
-        image.kept_feats = kept_out + p.first_kept * view.channels * element_bytes(view.dtype);
-        return image;
-      });
-  return {kept, indices};
-}
-
-Tensor cls_attention_cpu(const Tensor& q_, const Tensor& k_, double scale) {
-  const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
-  const ClsAttentionArgs args = cls_attention_args(q, k, scale);
-  Tensor out = torch::stable::new_empty(k, {args.images, args.tokens - 1}, ScalarType::Float);
-  if (out.numel() > 0) {
-    cpu::cls_attention(args, out.mutable_data_ptr<float>(), torch_threads());
+  static void pairwise_cosine(const Tensor& like, const FeatureView& view, int64_t images,
+                              int tokens, float* cosines) {
+    for_each_image(
+        like, images, tokens,
+        [&](int threads) { return cpu::cosine_workspace_bytes(tokens, view.channels, threads); },
+        [&](int64_t i, const cpu::Threads& threads, void* workspace) {
+          cpu::pairwise_cosine(view, at_element(view.data, view.dtype, i * view.image_stride),
+                               tokens, cosines + i * tokens * tokens, threads, workspace);
+        });
   }
-  return out;
-}
 
-Tensor received_attention_cpu(const Tensor& q_, const Tensor& k_, double scale,
-                              const std::vector<int64_t>& cu_seqlens,
-                              const std::optional<Tensor>& lse) {
-  const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
-  const ReceivedAttentionArgs args = received_attention_args(q, k, scale, cu_seqlens, lse);
-  Tensor out = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
-  if (out.numel() > 0) {
-    cpu::received_attention(args, out.mutable_data_ptr<float>(), torch_threads());
+  static void prune_batch(const Tensor& like, const FeatureView& feats,
+                          const AttentionView& attention, int64_t images, const ImageShape& shape,
+                          int64_t step, int64_t* indices, void* kept_feats) {
+    prune_images_cpu(like, feats, attention, images, step, [&](int64_t i) {
+      const int64_t row = i * shape.kept();
+      cpu::PruneImage image{};
+      image.feats = at_element(feats.data, feats.dtype, i * feats.image_stride);
+      image.attention =
+          attention.data ? at_element(attention.data, attention.dtype, i * attention.image_stride)
+                         : nullptr;
+      image.shape = shape;
+      image.indices = indices + row;
+      image.kept_feats = kept_feats ? static_cast<char*>(kept_feats) +
+                                          row * feats.channels * element_bytes(feats.dtype)
+                                    : nullptr;
+      return image;
+    });
   }
-  return out;
-}
+
+  static void prune_packed(const Tensor& like, const FeatureView& feats,
+                           const AttentionView& attention, const std::vector<PackedImage>& packed,
+                           int64_t step, int64_t* indices, void* kept_feats) {
+    prune_images_cpu(
+        like, feats, attention, static_cast<int64_t>(packed.size()), step, [&](int64_t i) {
+          const PackedImage& p = packed[static_cast<size_t>(i)];
+          cpu::PruneImage image{};
+          image.feats = at_element(feats.data, feats.dtype, p.first_token * feats.token_stride);
+          image.attention =
+              at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
+          image.shape = p.shape;
+          image.index_base = p.first_token;
+          image.indices = indices + p.first_kept;
+          image.kept_feats = static_cast<char*>(kept_feats) +
+                             p.first_kept * feats.channels * element_bytes(feats.dtype);
+          return image;
+        });
+  }
+
+  static void cls_attention(const Tensor&, const ClsAttentionArgs& args, float* out) {
+    cpu::cls_attention(args, out, torch_threads());
+  }
+
+  static void received_attention(const Tensor&, const ReceivedAttentionArgs& args, float* out) {
+    cpu::received_attention(args, out, torch_threads());
+  }
+};
 
 // ---- CUDA -------------------------------------------------------------------------------------
 #if defined(VP_WITH_CUDA)
@@ -466,7 +397,65 @@ Tensor workspace(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
-std::tuple<Tensor, Tensor> topk_cuda(const Tensor& cls_attn, int64_t k) {
+// The same on the current stream of the inputs' GPU.
+struct OnCuda {
+  static void topk(const Tensor& like, const AttentionView& attention, int64_t images, int tokens,
+                   int kept, int64_t* indices, float* scores) {
+    const Launch launch(like);
+    check_cuda(cuda::topk(attention, images, tokens, kept, indices, scores, launch.stream()));
+  }
+
+  static void pairwise_cosine(const Tensor& like, const FeatureView& view, int64_t images,
+                              int tokens, float* cosines) {
+    const Launch launch(like);
+    const Tensor ws =
+        workspace(like, cuda::cosine_workspace_bytes(view, images, tokens, kWorkspaceLimit));
+    check_cuda(cuda::pairwise_cosine(view, images, tokens, cosines, kWorkspaceLimit,
+                                     ws.mutable_data_ptr(), launch.stream()));
+  }
+
+  static void prune(const Tensor& like, const cuda::PruneArgs& args) {
+    const Launch launch(like);
+    const Tensor ws = workspace(like, cuda::prune_workspace_bytes(args));
+    check_cuda(cuda::prune(args, ws.mutable_data_ptr(), launch.stream()));
+  }
+
+  static void prune_batch(const Tensor& like, const FeatureView& feats,
+                          const AttentionView& attention, int64_t images, const ImageShape& shape,
+                          int64_t step, int64_t* indices, void* kept_feats) {
+    prune(like, {feats, attention, images, shape, nullptr, clamp_to_tokens(step), indices,
+                 kept_feats, kWorkspaceLimit});
+  }
+
+  static void prune_packed(const Tensor& like, const FeatureView& feats,
+                           const AttentionView& attention, const std::vector<PackedImage>& packed,
+                           int64_t step, int64_t* indices, void* kept_feats) {
+    std::vector<cuda::RaggedImage> images;
+    images.reserve(packed.size());
+    for (const PackedImage& p : packed) images.push_back({p.first_token, p.first_kept, p.shape});
+    prune(like, {feats, attention, static_cast<int64_t>(images.size()), ImageShape{}, images.data(),
+                 clamp_to_tokens(step), indices, kept_feats, kWorkspaceLimit});
+  }
+
+  static void cls_attention(const Tensor& like, const ClsAttentionArgs& args, float* out) {
+    const Launch launch(like);
+    const Tensor ws = workspace(like, cuda::cls_attention_workspace_bytes(args));
+    check_cuda(cuda::cls_attention(args, out, ws.mutable_data_ptr(), launch.stream()));
+  }
+
+  static void received_attention(const Tensor& like, const ReceivedAttentionArgs& args,
+                                 float* out) {
+    const Launch launch(like);
+    const Tensor ws = workspace(like, cuda::received_attention_workspace_bytes(args));
+    check_cuda(cuda::received_attention(args, out, ws.mutable_data_ptr(), launch.stream()));
+  }
+};
+
+#endif
+
+// ---- the operators ----------------------------------------------------------------------------
+template <typename Backend>
+std::tuple<Tensor, Tensor> topk(const Tensor& cls_attn, int64_t k) {
   check_attention(cls_attn, 1);
   check_k(k);
   const int64_t images = cls_attn.size(0), tokens = tokens_of(cls_attn);
@@ -474,37 +463,28 @@ std::tuple<Tensor, Tensor> topk_cuda(const Tensor& cls_attn, int64_t k) {
   Tensor scores = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Long);
   if (indices.numel() > 0) {
-    const Launch launch(cls_attn);
-    check_cuda(cuda::topk(attention_view(cls_attn, false), images, static_cast<int>(tokens),
-                          static_cast<int>(kept), indices.mutable_data_ptr<int64_t>(),
-                          scores.mutable_data_ptr<float>(), launch.stream()));
+    Backend::topk(cls_attn, attention_view(cls_attn, false), images, static_cast<int>(tokens),
+                  static_cast<int>(kept), indices.mutable_data_ptr<int64_t>(),
+                  scores.mutable_data_ptr<float>());
   }
   return {scores, indices};
 }
 
-Tensor pairwise_cosine_cuda(const Tensor& feats_) {
+template <typename Backend>
+Tensor pairwise_cosine(const Tensor& feats_) {
   check_feats(feats_, 3);
   const Tensor feats = with_contiguous_channels(feats_);
-  const FeatureView view = feature_view(feats);
   const int64_t images = feats.size(0), tokens = feats.size(1);
   Tensor out = torch::stable::new_empty(feats, {images, tokens, tokens}, ScalarType::Float);
-  if (out.numel() == 0) return out;
-  const Launch launch(feats);
-  const auto n = static_cast<int>(tokens);
-  const Tensor ws =
-      workspace(feats, cuda::cosine_workspace_bytes(view, images, n, kWorkspaceLimit));
-  check_cuda(cuda::pairwise_cosine(view, images, n, out.mutable_data_ptr<float>(), kWorkspaceLimit,
-                                   ws.mutable_data_ptr(), launch.stream()));
+  if (out.numel() > 0) {
+    Backend::pairwise_cosine(feats, feature_view(feats), images, static_cast<int>(tokens),
+                             out.mutable_data_ptr<float>());
+  }
   return out;
 }
 
-void run_prune(const Tensor& feats, const cuda::PruneArgs& args) {
-  const Launch launch(feats);
-  const Tensor ws = workspace(feats, cuda::prune_workspace_bytes(args));
-  check_cuda(cuda::prune(args, ws.mutable_data_ptr(), launch.stream()));
-}
-
-Tensor dedup_cuda(const Tensor& feats_, int64_t k, int64_t step) {
+template <typename Backend>
+Tensor dedup(const Tensor& feats_, int64_t k, int64_t step) {
   check_feats(feats_, 3);
   check_k(k);
   STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
@@ -513,15 +493,15 @@ Tensor dedup_cuda(const Tensor& feats_, int64_t k, int64_t step) {
   const ImageShape shape = image_shape(feats.size(1), k, 0.0);
   Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
   if (indices.numel() > 0) {
-    run_prune(feats,
-              {feature_view(feats), AttentionView{}, images, shape, nullptr, clamp_to_tokens(step),
-               indices.mutable_data_ptr<int64_t>(), nullptr, kWorkspaceLimit});
+    Backend::prune_batch(feats, feature_view(feats), AttentionView{}, images, shape, step,
+                         indices.mutable_data_ptr<int64_t>(), nullptr);
   }
   return indices;
 }
 
-std::tuple<Tensor, Tensor> prune_cuda(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
-                                      double important_ratio, int64_t step) {
+template <typename Backend>
+std::tuple<Tensor, Tensor> prune(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
+                                 double important_ratio, int64_t step) {
   check_prune(feats_, cls_attn, k, important_ratio, step);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0);
@@ -529,60 +509,59 @@ std::tuple<Tensor, Tensor> prune_cuda(const Tensor& feats_, const Tensor& cls_at
   Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
   Tensor kept = torch::stable::new_empty(feats, {images, shape.kept(), feats.size(2)});
   if (indices.numel() > 0) {
-    run_prune(feats, {feature_view(feats), attention_view(cls_attn, false), images, shape, nullptr,
-                      clamp_to_tokens(step), indices.mutable_data_ptr<int64_t>(),
-                      kept.mutable_data_ptr(), kWorkspaceLimit});
+    Backend::prune_batch(feats, feature_view(feats), attention_view(cls_attn, false), images, shape,
+                         step, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
   }
   return {kept, indices};
 }
 
-std::tuple<Tensor, Tensor> prune_varlen_cuda(const Tensor& feats_, const Tensor& cls_attn,
-                                             const std::vector<int64_t>& cu_seqlens,
-                                             const std::vector<int64_t>& k, double important_ratio,
-                                             int64_t step) {
+template <typename Backend>
+std::tuple<Tensor, Tensor> prune_varlen(const Tensor& feats_, const Tensor& cls_attn,
+                                        const std::vector<int64_t>& cu_seqlens,
+                                        const std::vector<int64_t>& k, double important_ratio,
+                                        int64_t step) {
   const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t rows = kept_rows(packed);
   Tensor indices = torch::stable::new_empty(feats, {rows}, ScalarType::Long);
   Tensor kept = torch::stable::new_empty(feats, {rows, feats.size(1)});
-  if (rows == 0) return {kept, indices};
-  std::vector<cuda::RaggedImage> images;
-  images.reserve(packed.size());
-  for (const PackedImage& p : packed) images.push_back({p.first_token, p.first_kept, p.shape});
-  run_prune(feats, {feature_view(feats), attention_view(cls_attn, true),
-                    static_cast<int64_t>(images.size()), ImageShape{}, images.data(),
-                    clamp_to_tokens(step), indices.mutable_data_ptr<int64_t>(),
-                    kept.mutable_data_ptr(), kWorkspaceLimit});
+  if (rows > 0) {
+    Backend::prune_packed(feats, feature_view(feats), attention_view(cls_attn, true), packed, step,
+                          indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
+  }
   return {kept, indices};
 }
 
-Tensor cls_attention_cuda(const Tensor& q_, const Tensor& k_, double scale) {
+template <typename Backend>
+Tensor cls_attention(const Tensor& q_, const Tensor& k_, double scale) {
   const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
   const ClsAttentionArgs args = cls_attention_args(q, k, scale);
   Tensor out = torch::stable::new_empty(k, {args.images, args.tokens - 1}, ScalarType::Float);
-  if (out.numel() == 0) return out;
-  const Launch launch(k);
-  const Tensor ws = workspace(k, cuda::cls_attention_workspace_bytes(args));
-  check_cuda(cuda::cls_attention(args, out.mutable_data_ptr<float>(), ws.mutable_data_ptr(),
-                                 launch.stream()));
+  if (out.numel() > 0) Backend::cls_attention(k, args, out.mutable_data_ptr<float>());
   return out;
 }
 
-Tensor received_attention_cuda(const Tensor& q_, const Tensor& k_, double scale,
-                               const std::vector<int64_t>& cu_seqlens,
-                               const std::optional<Tensor>& lse) {
+template <typename Backend>
+Tensor received_attention(const Tensor& q_, const Tensor& k_, double scale,
+                          const std::vector<int64_t>& cu_seqlens,
+                          const std::optional<Tensor>& lse) {
   const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
   const ReceivedAttentionArgs args = received_attention_args(q, k, scale, cu_seqlens, lse);
   Tensor out = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
-  if (out.numel() == 0) return out;
-  const Launch launch(q);
-  const Tensor ws = workspace(q, cuda::received_attention_workspace_bytes(args));
-  check_cuda(cuda::received_attention(args, out.mutable_data_ptr<float>(), ws.mutable_data_ptr(),
-                                      launch.stream()));
+  if (out.numel() > 0) Backend::received_attention(q, args, out.mutable_data_ptr<float>());
   return out;
 }
 
-#endif
+template <typename Backend, typename Library>
+void register_on(Library& m) {
+  m.impl("topk", TORCH_BOX(&topk<Backend>));
+  m.impl("pairwise_cosine", TORCH_BOX(&pairwise_cosine<Backend>));
+  m.impl("dedup", TORCH_BOX(&dedup<Backend>));
+  m.impl("prune", TORCH_BOX(&prune<Backend>));
+  m.impl("prune_varlen", TORCH_BOX(&prune_varlen<Backend>));
+  m.impl("cls_attention", TORCH_BOX(&cls_attention<Backend>));
+  m.impl("received_attention", TORCH_BOX(&received_attention<Backend>));
+}
 
 // ---- what was built ---------------------------------------------------------------------------
 #if !defined(VP_VERSION)
@@ -640,24 +619,8 @@ STABLE_TORCH_LIBRARY_IMPL(vispruner, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&vispruner::build_info));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vispruner, CPU, m) {
-  m.impl("topk", TORCH_BOX(&vispruner::topk_cpu));
-  m.impl("pairwise_cosine", TORCH_BOX(&vispruner::pairwise_cosine_cpu));
-  m.impl("dedup", TORCH_BOX(&vispruner::dedup_cpu));
-  m.impl("prune", TORCH_BOX(&vispruner::prune_cpu));
-  m.impl("prune_varlen", TORCH_BOX(&vispruner::prune_varlen_cpu));
-  m.impl("cls_attention", TORCH_BOX(&vispruner::cls_attention_cpu));
-  m.impl("received_attention", TORCH_BOX(&vispruner::received_attention_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(vispruner, CPU, m) { vispruner::register_on<vispruner::OnCpu>(m); }
 
 #if defined(VP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(vispruner, CUDA, m) {
-  m.impl("topk", TORCH_BOX(&vispruner::topk_cuda));
-  m.impl("pairwise_cosine", TORCH_BOX(&vispruner::pairwise_cosine_cuda));
-  m.impl("dedup", TORCH_BOX(&vispruner::dedup_cuda));
-  m.impl("prune", TORCH_BOX(&vispruner::prune_cuda));
-  m.impl("prune_varlen", TORCH_BOX(&vispruner::prune_varlen_cuda));
-  m.impl("cls_attention", TORCH_BOX(&vispruner::cls_attention_cuda));
-  m.impl("received_attention", TORCH_BOX(&vispruner::received_attention_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(vispruner, CUDA, m) { vispruner::register_on<vispruner::OnCuda>(m); }
 #endif

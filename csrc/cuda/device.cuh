@@ -51,11 +51,11 @@ int launch_with(cudaLaunchAttribute* attributes, int attribute_count, dim3 grid,
       int most = 0;
       cudaError_t e =
           cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      cudaFuncAttributes attributes{};
-      if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, kKernel);
+      cudaFuncAttributes fixed{};
+      if (e == cudaSuccess) e = cudaFuncGetAttributes(&fixed, kKernel);
       if (e == cudaSuccess) {
         e = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 most - static_cast<int>(attributes.sharedSizeBytes));
+                                 most - static_cast<int>(fixed.sharedSizeBytes));
       }
       if (e != cudaSuccess) return e;
       allowed.fetch_or(bit, std::memory_order_relaxed);
