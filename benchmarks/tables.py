@@ -272,12 +272,72 @@ def end_to_end_gpu(results: Callable[[str], Any]) -> str:
     return "Not measured yet: no GPU has run them.\n" if data is None else _end_to_end(data)
 
 
+def capacity(results: Callable[[str], Any]) -> str:
+    """Users on a GPU for each number of retained tokens, as benchmarks/capacity.py computes it."""
+    data = results("capacity")
+    setup = data["setup"]
+    wanted = sorted(data["models"][0]["rows"][0]["gpus"], key=int)
+    rows = []
+    for model in data["models"]:
+        whole = model["rows"][0]["visual_tokens"]
+        for row in model["rows"]:
+            kept = row["visual_tokens"]
+            rows.append(
+                [
+                    f"{model['name']}, {model['image']}",
+                    f"{kept}" if kept == whole else f"{kept} ({whole / kept:.1f} x fewer)",
+                    f"{row['kv_bytes_of_the_image'] / 2**20:.1f} MiB",
+                    str(row["users_per_gpu"]),
+                    *(str(row["gpus"][users]) for users in wanted),
+                ]
+            )
+    head = [
+        "model, image",
+        "visual tokens",
+        "KV cache of the image",
+        "users on a GPU",
+        *(f"GPUs for {int(users):,} users" for users in wanted),
+    ]
+    return (
+        f"{_markdown(head, rows)}\nComputed, not measured: weights and cache in 16 bits, "
+        f"{setup['text_tokens']} tokens of text a user, {setup['gpu_bytes'] / 1e9:.0f} GB a GPU of "
+        f"which vLLM uses {_percent(setup['utilization'])} less "
+        f"{setup['reserve_bytes'] / 1e9:.0f} GB for activations; every user in flight at once.\n"
+    )
+
+
+def serving(results: Callable[[str], Any]) -> str:
+    """A server with and without pruning, as benchmarks/serving.py measures it."""
+    data = results("serving")
+    setup, versions = data["setup"], data["versions"]
+    rows = [
+        [
+            row["name"],
+            f"{row['prompt_tokens']:.0f}",
+            f"{row['requests_per_second']:.2f}",
+            f"{row['first_token_seconds']['median']:.2f} s",
+            f"{row['first_token_seconds']['p90']:.2f} s",
+        ]
+        for row in data["results"]
+    ]
+    head = ["server", "tokens a prompt", "requests/s", "first token, median", "90 %"]
+    return (
+        f"{_markdown(head, rows)}\n{data['speedup']:.2f} x the requests, first token "
+        f"{data['first_token_earlier']:.2f} x earlier. {setup['model']}; {setup['concurrency']} "
+        f"requests in flight, {setup['output_tokens']} tokens an answer, {setup['rounds']} rounds "
+        f"of {setup['requests']} requests in turns, median; vLLM {versions['vllm']}. "
+        f"{_where(data)}\n"
+    )
+
+
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-memory": cpu_memory,
     "chaos": chaos,
     "gpu-status": gpu_status,
     "gpu-goals": gpu_goals,
+    "capacity": capacity,
+    "serving": serving,
     "end-to-end-cpu": end_to_end_cpu,
     "end-to-end-gpu": end_to_end_gpu,
 }

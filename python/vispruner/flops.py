@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,15 @@ def _encoder(tokens: int, attended: int, width: int, inner: int, matrices: int) 
     return tokens * (8 * width**2 + 4 * attended * width + 2 * matrices * width * inner)
 
 
+def _pixels(inputs: Mapping[str, Any]) -> Tensor:
+    """The pixels of a call, whose name differs between families and versions."""
+    return next(value for name, value in inputs.items() if name.startswith("pixel_values"))
+
+
 def _tower(config: Any, inputs: Mapping[str, Any]) -> int:
     """A CLIP or SigLIP tower on pixels (..., 3, S, S), without the projector."""
     vision = config.vision_config
-    pixels = inputs["pixel_values"]
+    pixels = _pixels(inputs)
     pictures = pixels.shape[:-3].numel()
     patch, width = int(vision.patch_size), int(vision.hidden_size)
     patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
@@ -199,7 +204,7 @@ def _patches(config: Any, inputs: Mapping[str, Any]) -> int:
     """Patches that a tower makes of pixels (..., S, S); 0 where the projector is counted inside."""
     if "image_grid_thw" in inputs:
         return 0
-    pixels: torch.Tensor = inputs["pixel_values"]
+    pixels = _pixels(inputs)
     patch = int(config.vision_config.patch_size)
     cells = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
     return int(pixels.shape[:-3].numel() * cells)
