@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,19 @@ def test_names_and_types_that_are_not_known() -> None:
     config = shapes.config_of("llava-1.5-7b").text_config
     with pytest.raises(ValueError, match="model type 'llama' is not known, only llava"):
         shapes.picture(config, 336, 336)
+
+
+def test_numbers_in_the_documentation() -> None:
+    config = shapes.config_of("llava-1.5-7b")
+    inputs = shapes.picture(config, 336, 336)
+    whole = flops.cost(config, inputs, [576], text=64)
+    kept = flops.cost(config, inputs, [64], text=64, projected=64)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "integration.md").read_text()
+    for before, after in (
+        (whole.visual_only, kept.visual_only),
+        (whole.prefill, kept.prefill),
+        (whole.prefill + whole.vision, kept.prefill + kept.vision),
+    ):
+        row = f"| {before / 1e12:.2f} T | {after / 1e12:.2f} T | {100 * (after / before - 1):.0f} % |"
+        assert row in text
+    assert f"{whole.cache_bytes >> 20} to {kept.cache_bytes >> 20} MiB" in text
