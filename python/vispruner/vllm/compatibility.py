@@ -1,0 +1,148 @@
+"""The versions of vLLM that are supported, and what happens on others.
+
+The modules of this package subclass vLLM's model and processor classes. That surface is not stable
+between minor releases, and a moved method can mean a silently wrong answer, so a version is
+supported once the engine tests have passed on it, and refused before that. Only engines that ask
+for pruning are refused: others go on with vLLM's own classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from .config import KEY, Pruning
+
+#: Minor releases that the engine tests have passed on, as docs/serving.md lists them.
+SUPPORTED = ("0.32",)
+
+_MODELS = "vllm.model_executor.models"
+
+#: architecture to the module of vLLM that has its class
+STOCK_MODULES = {
+    "LlavaForConditionalGeneration": f"{_MODELS}.llava",
+    "LlavaNextForConditionalGeneration": f"{_MODELS}.llava_next",
+    "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": f"{_MODELS}.qwen3_vl",
+}
+
+_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
+_INFO = "vllm.multimodal.processing:BaseProcessingInfo"
+_QWEN25 = f"{STOCK_MODULES['Qwen2_5_VLForConditionalGeneration']}:"
+_QWEN3 = f"{STOCK_MODULES['Qwen3VLForConditionalGeneration']}:"
+_POSITIONS = ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens")
+
+#: Internals that are overridden or called, with the parameters (or fields) that are relied on.
+INTERNALS: dict[str, tuple[str, ...]] = {
+    f"{_PROCESSOR}._get_mm_hashes": ("inputs",),
+    f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_kwargs"),
+    f"{_PROCESSOR}._get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+    f"{_PROCESSOR}._get_prompt_updates": (
+        "mm_items",
+        "hf_processor_mm_kwargs",
+        "out_mm_kwargs",
+    ),
+    f"{_INFO}.get_hf_processor": ("kwargs",),
+    f"{_INFO}.get_mm_max_tokens_per_item": ("seq_len", "mm_counts"),
+    "vllm.multimodal.processing:ProcessorInputs": ("hf_processor_mm_kwargs",),
+    "vllm.multimodal.processing:PromptReplacement": ("modality", "target", "replacement"),
+    "vllm.multimodal.processing:PromptUpdateDetails.select_token_id": ("seq", "embed_token_id"),
+    "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
+    f"{_MODELS}.clip:CLIPAttention.forward": ("hidden_states",),
+    f"{_MODELS}.llava:LlavaForConditionalGeneration._image_pixels_to_features": (
+        "vision_tower",
+        "pixel_values",
+    ),
+    f"{_MODELS}.llava_next:LlavaNextForConditionalGeneration._image_pixels_to_features": (
+        "vision_tower",
+        "pixel_values",
+    ),
+    f"{_MODELS}.llava_next:LlavaNextForConditionalGeneration._merge_image_patch_embeddings": (
+        "image_size",
+        "patch_embeddings",
+        "strategy",
+    ),
+    f"{_QWEN25}Qwen2_5_VisionTransformer.get_window_index_thw": ("grid_t", "grid_h", "grid_w"),
+    **{
+        f"{model}.{method}": parameters
+        for model in (
+            f"{_QWEN25}Qwen2_5_VLForConditionalGeneration",
+            f"{_QWEN3}Qwen3VLForConditionalGeneration",
+        )
+        for method, parameters in {
+            "_parse_and_validate_multimodal_inputs": ("kwargs",),
+            "_process_image_input": ("image_input",),
+            "_process_video_input": ("video_input",),
+            "get_mrope_input_positions": ("input_tokens", "mm_features"),
+            "recompute_mrope_positions": _POSITIONS,
+        }.items()
+    },
+}
+
+
+class UnsupportedVersionError(RuntimeError):
+    """This vLLM is not one whose internals are known; the message is one line."""
+
+
+def moved(internals: dict[str, tuple[str, ...]] = INTERNALS) -> list[str]:
+    """What is not where it was: "module:name" of internals that are gone or take other parameters.
+
+    Importing them touches no device.
+    """
+    found = []
+    for place, parameters in internals.items():
+        module, _, name = place.partition(":")
+        try:
+            target: Any = importlib.import_module(module)
+            for part in name.split("."):
+                target = getattr(target, part)
+            missing = set(parameters) - set(inspect.signature(target).parameters)
+        except (ImportError, AttributeError):
+            found.append(place)
+            continue
+        if missing:
+            found.append(f"{place} (no {', '.join(sorted(missing))})")
+    return found
+
+
+def version_problem() -> str | None:
+    """Why the installed version of vLLM is not supported, None if it is."""
+    from vllm import __version__
+
+    if ".".join(__version__.split(".")[:2]) in SUPPORTED:
+        return None
+    return (
+        f"{KEY}: vLLM {__version__} is not supported (supported: {', '.join(SUPPORTED)}); install "
+        "one that is, or leave the option out to serve unpruned"
+    )
+
+
+def refuse_unsupported() -> None:
+    """Raises UnsupportedVersionError on a version, or a build of one, that is not as expected."""
+    problem = version_problem()
+    if problem is None and (gone := moved()):
+        problem = f"{KEY}: this build of vLLM differs from the release in {gone[0]}"
+    if problem is not None:
+        raise UnsupportedVersionError(problem)
+
+
+def _stand_in(architecture: str) -> type[Any]:
+    stock: type[Any] = getattr(importlib.import_module(STOCK_MODULES[architecture]), architecture)
+
+    class StandIn(stock):
+        """vLLM's own model; refuses an engine that asks for pruning."""
+
+        def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
+            if Pruning.of(vllm_config.model_config.hf_config) is not None:
+                raise UnsupportedVersionError(version_problem())
+            return stock(vllm_config=vllm_config, prefix=prefix)
+
+    return StandIn
+
+
+def __getattr__(name: str) -> Any:
+    """Stand-ins for the architectures, made when vLLM asks for one."""
+    if name in STOCK_MODULES:
+        return _stand_in(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""What an engine, and a request to it, may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import vispruner_cuda
+
+from ..budget import Budget
+
+#: The key of the engine's options in `--hf-overrides`, and of a request's in `mm_processor_kwargs`.
+KEY = "vispruner"
+
+#: Base of the mixins that stand before classes of vLLM, which are not typed.
+Mixin: Any = object
+
+_BUDGET = tuple(field.name for field in fields(Budget))
+_CAPS = {"k": "max_k", "ratio": "max_ratio"}
+
+
+def _budget(options: Mapping[str, Any]) -> Budget:
+    """A Budget; whatever is wrong with it is a ValueError that says where it came from."""
+    try:
+        return Budget(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{KEY}: {error}") from None
+
+
+def _options(raw: object, allowed: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{KEY}: expected an object such as {{'k': 64}}, got {raw!r}")
+    unknown = sorted(set(raw) - set(allowed))
+    if unknown:
+        raise ValueError(f"{KEY}: unknown option {unknown[0]!r}; known: {', '.join(allowed)}")
+    return dict(raw)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The pruning of one engine.
+
+    Attributes:
+        budget: what is kept of every picture unless a request says otherwise.
+        cap: the most that a request may ask for; what memory is planned with.
+    """
+
+    budget: Budget
+    cap: Budget
+
+    @classmethod
+    def of(cls, hf_config: Any) -> Pruning | None:
+        """The pruning that an engine was configured with, None if it was not.
+
+        Args:
+            hf_config: the model's configuration with `--hf-overrides` applied. Under the key
+                "vispruner" it holds the arguments of `vispruner.apply` (`k` or `ratio`,
+                `important_ratio`, `step`) and, where requests may ask for more than that, `max_k`
+                or `max_ratio`.
+
+        Raises:
+            ValueError: an option is unknown or out of its bounds.
+        """
+        raw = getattr(hf_config, KEY, None)
+        if raw is None:
+            return None
+        options = _options(raw, (*_BUDGET, *_CAPS.values()))
+        caps = {cap: options.pop(cap, None) for cap in _CAPS.values()}
+        budget = _budget(options)
+        unit = "ratio" if budget.k is None else "k"
+        own, other = _CAPS[unit], _CAPS["k" if unit == "ratio" else "ratio"]
+        if caps[other] is not None:
+            raise ValueError(f"{KEY}: {other} goes with {other[4:]}, this engine has {unit}")
+        if caps[own] is None:
+            return cls(budget, budget)
+        cap = _budget({**options, unit: caps[own]})
+        if getattr(cap, unit) < options[unit]:
+            raise ValueError(f"{KEY}: {own}={caps[own]} is less than {unit}={options[unit]}")
+        return cls(budget, cap)
+
+    def for_request(self, mm_kwargs: Mapping[str, object]) -> Budget:
+        """What a request keeps of every picture.
+
+        Args:
+            mm_kwargs: its `mm_processor_kwargs`; under the key "vispruner" they may hold k (or
+                ratio, where the engine has a ratio), up to the engine's cap.
+
+        Raises:
+            ValueError: it asks for something else, or for more; the server answers with HTTP 400.
+        """
+        raw = mm_kwargs.get(KEY)
+        if raw is None:
+            return self.budget
+        unit = "ratio" if self.budget.k is None else "k"
+        options = _options(raw, (unit,))
+        if not options:
+            return self.budget
+        own = {"important_ratio": self.budget.important_ratio, "step": self.budget.step}
+        budget = _budget({**own, **options})
+        most = getattr(self.cap, unit)
+        if getattr(budget, unit) > most:
+            raise ValueError(f"{KEY}: {unit}={options[unit]} is more than this engine's {most}")
+        return budget
+
+
+def without_key(mm_kwargs: Mapping[str, object]) -> dict[str, object]:
+    """A request's `mm_processor_kwargs` without ours, for the processor of transformers."""
+    return {name: value for name, value in mm_kwargs.items() if name != KEY}
+
+
+def identity(budget: Budget) -> str:
+    """What must be equal for two prunings of an image to be the same, as a part of cache keys."""
+    return f"{vispruner_cuda.__version__} {budget!r}"

@@ -1,0 +1,164 @@
+"""The workers: what all families share between the encoder and the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+
+from ..models import UnsupportedModelError
+from .compatibility import refuse_unsupported
+from .config import KEY, Mixin, Pruning
+
+logger = init_logger(f"vllm.plugins.{KEY}")  # below "vllm", whose handlers it takes
+
+
+class AttentionTap:
+    """Reads the queries and keys that one layer of an encoder attends with.
+
+    It is on the layer only inside its `with` block. What it reads is computed anyway, and whichever
+    kernel computes the attention stays in use.
+
+    Args:
+        attention: vLLM's `MMEncoderAttention` of the layer.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention = attention
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> AttentionTap:
+        self._handle = self._attention.register_forward_pre_hook(self._before, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("query", "key"), args, strict=False)) | kwargs
+        self._seen = given["query"], given["key"]
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The queries and keys of the last pass, of this rank's heads."""
+        if self._seen is None:
+            raise RuntimeError(f"{KEY}: the encoder ran without calling the attention that is read")
+        seen, self._seen = self._seen, None
+        return seen
+
+
+def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
+    """Cuts images into runs of at most `limit` tokens, or of one image that has more.
+
+    The scheduler counts the tokens that stay, so it hands over up to N / k times the images that
+    the encoder's memory was planned for.
+    """
+    start = held = 0
+    for index, count in enumerate(tokens):
+        if index > start and held + count > limit:
+            yield slice(start, index)
+            start, held = index, 0
+        held += count
+    if start < len(tokens):
+        yield slice(start, len(tokens))
+
+
+class PrunedModel(Mixin):
+    """Mixin before a model class of vLLM.
+
+    Attributes:
+        stock: vLLM's own class, which is built where the engine does not prune.
+        pruning: the engine's options.
+        encoder_tokens: visual tokens that the encoder may see at once.
+    """
+
+    stock: ClassVar[type[Any]]
+    pruning: Pruning
+    encoder_tokens: int
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        if Pruning.of(vllm_config.model_config.hf_config) is None:
+            return cls.stock(vllm_config=vllm_config, prefix=prefix)
+        return super().__new__(cls)
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        refuse_unsupported()
+        self.check(vllm_config.model_config.hf_config)
+        self.check_engine(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        pruning = Pruning.of(vllm_config.model_config.hf_config)
+        assert pruning is not None
+        self.pruning = pruning
+        self.encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        logger.info_once("Pruning visual tokens: %s", pruning)
+
+    @classmethod
+    def check(cls, hf_config: Any) -> None:
+        """Raises UnsupportedModelError for a model that cannot be pruned."""
+
+    @classmethod
+    def check_engine(cls, vllm_config: VllmConfig) -> None:
+        """Raises ValueError for options of the engine that pruning does not go with."""
+        processor_kwargs = vllm_config.model_config.multimodal_config.mm_processor_kwargs
+        if KEY in (processor_kwargs or {}):
+            raise ValueError(
+                f"{KEY}: an engine's options go into --hf-overrides, not --mm-processor-kwargs"
+            )
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            raise ValueError(
+                f"{KEY}: --enable-tower-connector-lora counts unpruned tokens and cannot be used"
+            )
+
+    def choose(
+        self, features: Tensor, scores: Tensor, lengths: Sequence[int], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Chooses the tokens of packed pictures, the same ones on every rank.
+
+        Args:
+            features: (T, C); scores: (T,) float32.
+            lengths: tokens of each picture; counts: tokens to keep of each.
+
+        Returns:
+            (T', C) kept features and (T',) int64 ascending rows of features.
+        """
+        kept, rows = self.pruning.budget.select_packed(features, scores, lengths, counts)
+        group = get_tp_group()
+        if group.world_size > 1:
+            # Equal features and scores give equal choices, but nothing makes every kernel of every
+            # rank return equal bits, and ranks that disagree on a token would go unnoticed.
+            rows = group.broadcast(rows.contiguous())
+            kept = features[rows]
+        return kept, rows
+
+
+def over_all_heads(scores: Tensor, ranks: int) -> Tensor:
+    """The mean over all heads, from the means over each rank's share of them."""
+    return scores if ranks == 1 else tensor_model_parallel_all_reduce(scores) / ranks
+
+
+def counts_of(retained: Any) -> list[int]:
+    """The field RETAINED of a batch of images as vLLM hands it over: a tensor, or one an image."""
+    if isinstance(retained, Tensor):
+        return [int(count) for count in retained.flatten().tolist()]
+    return [int(count) for item in retained for count in torch.as_tensor(item).flatten().tolist()]
+
+
+__all__ = [
+    "AttentionTap",
+    "PrunedModel",
+    "UnsupportedModelError",
+    "counts_of",
+    "encoder_batches",
+    "over_all_heads",
+]

@@ -1,0 +1,162 @@
+"""The front end: how many placeholders an image has in a prompt, before anything is encoded.
+
+The number of retained tokens follows from the size of an image, so the prompt is laid out at its
+short length at once: scheduling, chunked prefill, the KV cache and the usage counts of the API see
+nothing else. The number travels to the workers with each image, in a field of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import ProcessorInputs, PromptUpdate
+
+from ..budget import Budget
+from .compatibility import refuse_unsupported
+from .config import KEY, Mixin, Pruning, identity, without_key
+
+#: modality to the field of its items that holds the tokens that each of their pictures keeps
+RETAINED = {"image": "vispruner_retained", "video": "vispruner_retained_video"}
+
+
+class PrunedInfo(Mixin):
+    """Mixin before a `ProcessingInfo` of vLLM, for an engine that prunes.
+
+    Attributes:
+        pruning: the engine's options.
+    """
+
+    ctx: Any
+    pruning: Pruning
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)
+        refuse_unsupported()
+        pruning = Pruning.of(ctx.model_config.hf_config)
+        assert pruning is not None
+        self.pruning = pruning
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        return super().get_hf_processor(**without_key(kwargs))
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """The largest image at the cap: what vLLM sizes its encoder cache and budget with."""
+        most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return {**(most or {}), "image": self.most_retained()}
+
+    def most_retained(self) -> int:
+        """Tokens of the largest image at the cap."""
+        return self.pruning.cap.count(self.get_max_image_tokens())
+
+
+class PrunedProcessor(Mixin):
+    """Mixin before a `MultiModalProcessor` of vLLM whose `info` is a PrunedInfo.
+
+    A family says in `retained` what each item keeps and, where an item is not one picture, in
+    `shortened` which of its placeholders are left.
+    """
+
+    info: Any
+
+    def retained(self, processed: Mapping[str, Any], budget: Budget) -> dict[str, list[int]]:
+        """Tokens that each picture keeps, of every item of a modality.
+
+        Args:
+            processed: what the processor of transformers made of images and videos; a modality
+                whose embeddings were passed as such is left out of the answer.
+        """
+        raise NotImplementedError
+
+    def shortened(self, tokens: Any, retained: int, item: Mapping[str, Any]) -> Any:
+        """The placeholders of an item of which each picture keeps `retained` tokens.
+
+        Args:
+            tokens: its placeholders in the unpruned prompt, as vLLM's own processor gives them.
+            item: its processed fields.
+        """
+        return tokens[:retained]
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
+        # The caches of processed images, of encoder outputs and of prefixes, and whatever they are
+        # shared with outside, must not confuse an image with itself pruned in another way.
+        budget = self.info.pruning.for_request(inputs.hf_processor_mm_kwargs)
+        named = {**inputs.hf_processor_mm_kwargs, KEY: identity(budget)}
+        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=named))
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        processed = super()._apply_hf_processor_main(mm_items, without_key(hf_kwargs))
+        counts = self.retained(processed, self.info.pruning.for_request(hf_kwargs))
+        for modality, of_items in counts.items():
+            processed[RETAINED[modality]] = torch.tensor(of_items)
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        own = {
+            name: MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+            for modality, name in RETAINED.items()
+        }
+        return {**fields, **own}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+
+        def shorter(modality: str, whole: Callable[[int], Any]) -> Callable[[int], Any]:
+            def replacement(index: int) -> Any:
+                item = out_mm_kwargs[modality][index]
+                count = item.get(RETAINED[modality])
+                tokens = whole(index)
+                return tokens if count is None else self.shortened(tokens, int(count.data), item)
+
+            return replacement
+
+        return [
+            replace(update, replacement=shorter(update.modality, update.replacement))
+            for update in updates
+        ]
+
+
+_Model = TypeVar("_Model", bound=type[Any])
+
+
+def register_processor(
+    info: type[PrunedInfo], processor: type[PrunedProcessor]
+) -> Callable[[_Model], _Model]:
+    """Class decorator: how the front end lays out prompts for a PrunedModel.
+
+    Without the option the model's front end is vLLM's own, made by vLLM's own factories.
+    """
+
+    def decorate(model: _Model) -> _Model:
+        stock = model.stock._processor_factory
+
+        def make_info(ctx: Any) -> Any:
+            if Pruning.of(ctx.model_config.hf_config) is None:
+                return stock.info(ctx)
+            model.check(ctx.model_config.hf_config)
+            return info(ctx)
+
+        def make_processor(own: Any, dummy_inputs: Any) -> Any:
+            make: Any = processor if isinstance(own, PrunedInfo) else stock.processor
+            return make(own, dummy_inputs)
+
+        decorated: _Model = MULTIMODAL_REGISTRY.register_processor(
+            make_processor, info=make_info, dummy_inputs=stock.dummy_inputs
+        )(model)
+        return decorated
+
+    return decorate
+
+
+__all__ = ["RETAINED", "PrunedInfo", "PrunedProcessor", "register_processor"]

@@ -1,0 +1,306 @@
+"""Qwen2.5-VL and Qwen3-VL: pictures of any size, merged 2 x 2, at their own positions.
+
+Scores and choice are those of `vispruner.models.qwen_vl`: the attention that patches receive in the
+last block with full attention, averaged over the four patches of a merged token. Each frame of a
+video (each pair that the model merges in time) is a picture of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLProcessingInfo,
+)
+from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.platforms import current_platform
+
+from .. import scores as attention_scores
+from ..budget import Budget
+from .config import KEY
+from .model import (
+    AttentionTap,
+    PrunedModel,
+    UnsupportedModelError,
+    counts_of,
+    encoder_batches,
+    over_all_heads,
+)
+from .places import CHANNELS, Unpruned, with_places, without_places, write_places
+from .processing import RETAINED, PrunedInfo, PrunedProcessor, register_processor
+
+Grid = tuple[int, int, int]  # frames, rows and columns of patches
+
+
+def _grids(grid_thw: Any) -> list[Grid]:
+    return [(int(t), int(h), int(w)) for t, h, w in torch.as_tensor(grid_thw).tolist()]
+
+
+def _always() -> bool:
+    return True
+
+
+def _positions_are_recomputed() -> bool:
+    """Whether the model runner of this platform asks for it, which the CPU's does not in 0.32."""
+    if not current_platform.is_cpu():
+        return True
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load = inspect.unwrap(CPUModelRunner.load_model)
+    return "is_multimodal_pruning_enabled" in load.__code__.co_names
+
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+class _Processor(PrunedProcessor):
+    def retained(self, processed: Mapping[str, Any], budget: Budget) -> dict[str, list[int]]:
+        merged = self.info.get_hf_config().vision_config.spatial_merge_size ** 2
+        return {
+            modality: [
+                budget.count(h * w // merged)
+                for _, h, w in _grids(processed[f"{modality}_grid_thw"])
+            ]
+            for modality, pixels in _PIXELS.items()
+            if processed.get(pixels) is not None
+        }
+
+    def shortened(self, tokens: Any, retained: int, item: Mapping[str, Any]) -> Any:
+        if "video_grid_thw" not in item:
+            return tokens[:retained]
+        if isinstance(tokens, list):  # Qwen2.5-VL: frame after frame
+            ((frames, _, _),) = _grids(item["video_grid_thw"].data.view(1, 3))
+            return tokens[: frames * retained]
+        video = self.info.get_hf_config().video_token_id
+        kept, run = [], 0
+        for token in tokens.full:  # Qwen3-VL: each frame between a time and its own end
+            run = run + 1 if token == video else 0
+            if run <= retained:
+                kept.append(token)
+        return PromptUpdateDetails.select_token_id(kept, video)
+
+
+class _PrunedQwen(PrunedModel):
+    """What the two generations share."""
+
+    config: Any
+    visual: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # The runner has positions recomputed where vLLM's own pruning of videos is on. Here that
+        # pruning stays off, so its question alone is answered anew, for this configuration alone,
+        # and before the model sizes its rotary tables by it.
+        multimodal = vllm_config.model_config.multimodal_config
+        object.__setattr__(multimodal, "is_multimodal_pruning_enabled", _always)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    @classmethod
+    def check(cls, hf_config: Any) -> None:
+        full = getattr(hf_config.vision_config, "fullatt_block_indexes", None)
+        if full is not None and not len(full):
+            raise UnsupportedModelError(
+                f"{KEY}: the vision transformer has no block with full attention: scores of "
+                "different windows do not compare"
+            )
+
+    @classmethod
+    def check_engine(cls, vllm_config: VllmConfig) -> None:
+        super().check_engine(vllm_config)
+        multimodal = vllm_config.model_config.multimodal_config
+        refused = {
+            "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
+            "--video-pruning-rate": bool(multimodal.video_pruning_rate),
+            "speculative decoding": vllm_config.speculative_config is not None,
+            "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "the CPU backend of this vLLM": not _positions_are_recomputed(),
+            "compile_mm_encoder": vllm_config.compilation_config.compile_mm_encoder,
+        }
+        for option, used in refused.items():
+            if used:
+                raise ValueError(f"{KEY}: {option} cannot be used with a pruned Qwen-VL")
+
+    # ----------------------------------------------------------------------------- the embeddings
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """(T, C + CHANNELS) of the tokens that each image and video keeps."""
+        retained = {modality: kwargs.pop(name, None) for modality, name in RETAINED.items()}
+        embeddings: list[Tensor] = []
+        inputs: Mapping[str, Any] = self._parse_and_validate_multimodal_inputs(**kwargs)
+        for modality, given in inputs.items():
+            if retained[modality] is not None:
+                embeddings += self._pruned(modality, given, counts_of(retained[modality]))
+            else:  # embeddings that were passed as such
+                encode = getattr(self, f"_process_{modality}_input")
+                embeddings += [without_places(item) for item in encode(given)]
+        return tuple(embeddings)
+
+    def _pruned(self, modality: str, given: Any, counts: list[int]) -> list[Tensor]:
+        """(T, C + CHANNELS) of each item of which every picture keeps so many tokens."""
+        merge = int(self.visual.spatial_merge_size)
+        grids = _grids(given[f"{modality}_grid_thw"])
+        sizes = [(t, h // merge, w // merge) for t, h, w in grids]
+        lengths = [t * h * w for t, h, w in sizes]
+        times = self._times(given, sizes)
+        pixels = given[_PIXELS[modality]].split([length * merge**2 for length in lengths])
+        embeddings: list[Tensor] = []
+        for part in encoder_batches(lengths, self.encoder_tokens):
+            whole, scores = self._encode(torch.cat(pixels[part]), grids[part])
+            # The features of earlier blocks that Qwen3-VL appends do not take part in the choice.
+            main = whole[:, : self.config.vision_config.out_hidden_size]
+            items = list(zip(sizes[part], counts[part], strict=True))
+            _, rows = self.choose(
+                main,
+                scores,
+                [h * w for (t, h, w), _ in items for _ in range(t)],
+                [count for (t, _, _), count in items for _ in range(t)],
+            )
+            of_items = [t * count for (t, _, _), count in items]
+            starts = itertools.accumulate(lengths[part], initial=0)
+            kept = zip(rows.split(of_items), starts, sizes[part], times[part], strict=False)
+            for own, start, (_, height, width), time in kept:
+                where = own - start
+                frame, cell = where // (height * width), where % (height * width)
+                place = [time.to(frame.device)[frame], cell // width, cell % width]
+                embeddings.append(with_places(whole[own], torch.stack(place, 1)))
+        return embeddings
+
+    def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
+        """How far each frame is behind the first, (t,) int64 of each item, in positions."""
+        return [torch.zeros(t, dtype=torch.long) for t, _, _ in sizes]
+
+    def _encode(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+        """Runs the vision transformer.
+
+        Args:
+            pixels: (patches, values) of images or videos; grids: of each.
+
+        Returns:
+            (T, C) merged tokens and (T,) float32 attention that each receives within its picture.
+        """
+        blocks = self.visual.blocks
+        last = getattr(self.visual, "fullatt_block_indexes", [len(blocks) - 1])[-1]
+        attention = blocks[last].attn
+        parsed = self._parse_and_validate_image_input(
+            pixel_values=pixels, image_grid_thw=torch.tensor(grids)
+        )
+        with AttentionTap(attention.attn) as tap:
+            encoded = self._process_image_input(parsed)
+        q, k = (x.squeeze(0) for x in tap.take())  # (patches, H, D), rotary embedding applied
+        pictures = (h * w for t, h, w in grids for _ in range(t))
+        bounds = list(itertools.accumulate(pictures, initial=0))
+        scale = attention.hidden_size_per_attention_head**-0.5
+        scores = attention_scores.received_attention(q, k, scale, bounds)
+        scores = over_all_heads(scores, attention.tp_size)
+        scores = scores.view(-1, self.visual.spatial_merge_size**2).mean(-1)
+        return torch.cat(list(encoded)), self._in_raster_order(scores, grids)
+
+    def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Scores (T,) of merged tokens in the order of the blocks, in that of the embeddings."""
+        return scores
+
+    # ------------------------------------------------------------------------------ the positions
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        """Positions (3, L) of a pruned prompt, and how far the answer is ahead of its length.
+
+        Exact but for the height and width of kept tokens, which `recompute_mrope_positions` fills
+        in when the images have been encoded.
+        """
+        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        visual = (self.config.image_token_id, self.config.video_token_id)
+        pictures = [self._picture(feature) for feature in features]
+        unpruned = Unpruned.of(input_tokens, features, pictures, visual)
+        positions, ahead = super().get_mrope_input_positions(unpruned.tokens, unpruned.features)
+        missing = len(unpruned.tokens) - len(input_tokens)
+        return positions[:, unpruned.columns], ahead + missing
+
+    def _picture(self, feature: Any) -> tuple[int, int]:
+        """Tokens that each picture of an image or video keeps, and those that it has."""
+        ((_, h, w),) = _grids(feature.data[f"{feature.modality}_grid_thw"].data.view(1, 3))
+        whole = h * w // int(self.visual.spatial_merge_size) ** 2
+        kept = feature.data.get(RETAINED[feature.modality])
+        return (whole if kept is None else int(kept.data)), whole
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | Tensor,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """Called by the runner before each step of a prompt.
+
+        Returns:
+            The embeddings without their extra channels, the positions (3, L), and how far the
+            answer is ahead of the prompt's length.
+        """
+        if multimodal_embeddings:
+            visual = (self.config.image_token_id, self.config.video_token_id)
+            mrope_positions = write_places(
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens, visual
+            )
+        ahead = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
+        return [x[:, :-CHANNELS] for x in multimodal_embeddings], mrope_positions, ahead
+
+
+class _Info25(PrunedInfo, Qwen2_5_VLProcessingInfo):
+    pass
+
+
+class _Processor25(_Processor, Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+class _Info3(PrunedInfo, Qwen3VLProcessingInfo):
+    pass
+
+
+class _Processor3(_Processor, Qwen3VLMultiModalProcessor):
+    pass
+
+
+@register_processor(_Info25, _Processor25)
+class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
+    """`Qwen2_5_VLForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen2_5_VLForConditionalGeneration
+
+    def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
+        # In the arithmetic of get_mrope_input_positions.
+        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        seconds = given.get("second_per_grid_ts")
+        steps = [1.0] * len(sizes) if seconds is None else [float(x) for x in seconds]
+        return [
+            (torch.arange(t).double() * (step * per_second)).long()
+            for (t, _, _), step in zip(sizes, steps, strict=True)
+        ]
+
+    def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
+        # The blocks see the patches window by window.
+        orders = []
+        for (t, h, w), start in zip(
+            grids, itertools.accumulate((t * h * w for t, h, w in grids), initial=0), strict=False
+        ):
+            index, _ = self.visual.get_window_index_thw(t, h, w)
+            orders.append(index + start // self.visual.spatial_merge_unit)
+        return torch.empty_like(scores).scatter_(0, torch.cat(orders).to(scores.device), scores)
+
+
+@register_processor(_Info3, _Processor3)
+class PrunedQwen3VL(_PrunedQwen, Qwen3VLForConditionalGeneration):
+    """`Qwen3VLForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3VLForConditionalGeneration

@@ -1,0 +1,66 @@
+"""Engines, checkpoints and the answers of transformers that they are compared with.
+
+An engine takes ten seconds to start, so tests share them by their options.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engine_process import SITE, Engine
+
+if importlib.util.find_spec("vllm") is not None:
+    sys.path.append(str(SITE))
+    import engine_shims
+
+    engine_shims.install()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they give at the size of these models."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's checkpoint, made when it is first asked for."""
+    from support.engine_models import BUILDERS
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            path.mkdir()
+            BUILDERS[family](path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
+    """Engines by family and options: one at a time, since each takes a core and a gigabyte."""
+    running: dict[str, Engine] = {}
+
+    def start(family: str, pruning: dict[str, Any] | None = None, **options: Any) -> Engine:
+        key = repr((family, pruning, options))
+        if key not in running:
+            for other in list(running):
+                running.pop(other).close()
+            running[key] = Engine(checkpoint(family), pruning, **options)
+        return running[key]
+
+    yield start
+    for last in running.values():
+        last.close()

@@ -1,0 +1,137 @@
+"""Engines that cannot prune say why, in one line, and engines that do not prune are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import transformers
+from support import engine_models
+from support.engine_process import Engine
+
+from vispruner.models import UnsupportedModelError
+from vispruner.vllm.llava import PrunedLlava
+from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL
+
+pytestmark = pytest.mark.engine
+
+QWENS = (PrunedQwen25VL, PrunedQwen3VL)
+
+
+def engine_config(**changes: Any) -> Any:
+    """What a pruned Qwen-VL looks at, with one option changed."""
+    options = {
+        "mm_encoder_tp_mode": "weights", "video_pruning_rate": None, "speculative_config": None,
+        "pipeline_parallel_size": 1, "compile_mm_encoder": False, "lora_config": None,
+        "mm_processor_kwargs": None, **changes,
+    }  # fmt: skip
+    own = SimpleNamespace(**options)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(multimodal_config=own),
+        parallel_config=own,
+        compilation_config=own,
+        lora_config=own.lora_config,
+        speculative_config=own.speculative_config,
+    )
+
+
+@pytest.mark.parametrize("model", QWENS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"compile_mm_encoder": True}, "compile_mm_encoder"),
+        ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "connector-lora"),
+    ],
+)
+def test_options_that_qwen_cannot_be_pruned_with(
+    model: Any, changes: dict[str, Any], named: str
+) -> None:
+    model.check_engine(engine_config())
+    with pytest.raises(ValueError, match=f"^vispruner: .*{named}.* cannot be used[^\n]*$"):
+        model.check_engine(engine_config(**changes))
+
+
+def test_a_runner_that_leaves_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
+    with pytest.raises(ValueError, match="CPU backend of this vLLM cannot be used"):
+        PrunedQwen3VL.check_engine(engine_config())
+
+
+def llava_config(**changes: Any) -> Any:
+    plain = {"vision_config": engine_models.clip(), "vision_feature_layer": -2,
+             "vision_feature_select_strategy": "default"}  # fmt: skip
+    return transformers.LlavaConfig(**{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_config": transformers.SiglipVisionConfig()}, "needs a CLIP vision tower.*siglip"),
+        (
+            {"vision_config": transformers.PixtralVisionConfig()},
+            "needs a CLIP vision tower.*pixtral",
+        ),
+        ({"vision_feature_select_strategy": "full"}, "select_strategy='default', got 'full'"),
+        ({"vision_feature_layer": [-2, -3]}, "must be one encoder layer"),
+        ({"vision_feature_layer": 0}, "must be one encoder layer"),
+        ({"vision_feature_layer": 5}, "must be one encoder layer, got 5 with 4 layers"),
+    ],
+)
+def test_towers_that_cannot_be_read(changes: dict[str, Any], message: str) -> None:
+    PrunedLlava.check(llava_config())
+    with pytest.raises(UnsupportedModelError, match=f"^vispruner: .*{message}[^\n]*$"):
+        PrunedLlava.check(llava_config(**changes))
+
+
+def test_qwen_needs_full_attention_somewhere() -> None:
+    vision = SimpleNamespace(fullatt_block_indexes=[])
+    with pytest.raises(UnsupportedModelError, match="no block with full attention"):
+        PrunedQwen25VL.check(SimpleNamespace(vision_config=vision))
+
+
+@pytest.mark.parametrize(
+    ("family", "pruning", "options", "message"),
+    [
+        ("llava", {"k": 0}, {}, "vispruner: k must be at least 1"),
+        (
+            "llava",
+            {"k": 8},
+            {"mm_processor_kwargs": {"vispruner": {"k": 4}}},
+            "into --hf-overrides",
+        ),
+        ("qwen25", {"k": 8}, {"video_pruning_rate": 0.5}, "vispruner: --video-pruning-rate"),
+    ],
+)
+def test_an_engine_does_not_start(
+    checkpoint: Callable[[str], Path],
+    family: str,
+    pruning: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Engine(checkpoint(family), pruning, **options)
+
+
+def test_an_engine_with_a_tower_without_cls_does_not_start(tmp_path: Path) -> None:
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+        image_size=112, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    engine_models.llava(
+        tmp_path, vision=vision, vision_feature_select_strategy="full", vision_feature_layer=-1
+    )
+    with pytest.raises((ValueError, RuntimeError), match="vispruner: needs a CLIP vision tower"):
+        Engine(tmp_path, {"k": 8})

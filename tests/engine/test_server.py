@@ -1,0 +1,192 @@
+"""The OpenAI-compatible server, driven by the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import openai
+from support.engine_process import environment
+from support.engine_requests import picture
+
+pytestmark = pytest.mark.engine
+
+K, MOST = 8, 48
+PATCHES = 64
+START = 300  # seconds that a busy machine may take to start a server
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where, and its process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(checkpoint("llava")), "--served-model-name", "llava",
+        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--seed", "0",
+        "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager",
+        "--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs",
+        "--hf-overrides", json.dumps({"vispruner": {"k": K, "max_k": MOST}}),
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    running = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        until = time.monotonic() + START
+        while not healthy(running):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < until, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def healthy(server: Server) -> bool:
+    try:
+        with urllib.request.urlopen(f"{server.url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def image_part(number: int) -> dict[str, Any]:
+    data = io.BytesIO()
+    picture(number).save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def chat(*numbers: int, k: Any = None, length: int = 6, **more: Any) -> dict[str, Any]:
+    """Arguments of a chat completion about these pictures."""
+    content = [*map(image_part, numbers), {"type": "text", "text": "what is in the image?"}]
+    call: dict[str, Any] = {
+        "model": "llava", "messages": [{"role": "user", "content": content}],
+        "max_tokens": length, "temperature": 0, "extra_body": {"ignore_eos": True}, **more,
+    }  # fmt: skip
+    if k is not None:
+        call["extra_body"]["mm_processor_kwargs"] = {"vispruner": {"k": k}}
+    return call
+
+
+def text_tokens(server: Server, *numbers: int) -> int:
+    """Tokens of the prompt about these pictures that are not theirs."""
+    usage = server.client().chat.completions.create(**chat(*numbers, k=1)).usage
+    return int(usage.prompt_tokens) - len(numbers)
+
+
+def test_usage_counts_the_retained_tokens(server: Server) -> None:
+    client = server.client()
+    for numbers, k, expected in (
+        ((1,), None, K),
+        ((1, 2), None, 2 * K),
+        ((1,), 3, 3),
+        ((1, 2), MOST, 2 * MOST),
+    ):
+        answer = client.chat.completions.create(**chat(*numbers, k=k))
+        assert answer.usage.prompt_tokens == text_tokens(server, *numbers) + expected
+        assert answer.usage.completion_tokens == 6
+        assert answer.choices[0].message.content
+
+
+def test_streaming(server: Server) -> None:
+    client = server.client()
+    whole = client.chat.completions.create(**chat(1, length=12))
+    stream = client.chat.completions.create(
+        **chat(1, length=12, stream=True, stream_options={"include_usage": True})
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert len([c for c in chunks if c.choices]) > 2
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (MOST + 1, f"k={MOST + 1} is more than this engine's {MOST}"),
+        (0, "k must be at least 1"),
+        (-5, "k must be at least 1"),
+        ("many", "k must be an int"),
+        (2.5, "k must be an int"),
+        ([8], "k must be an int"),
+    ],
+)
+def test_a_bad_k_is_the_clients_fault(server: Server, k: Any, message: str) -> None:
+    client = server.client()
+    with pytest.raises(openai.BadRequestError, match=message) as error:
+        client.chat.completions.create(**chat(1, k=k))
+    assert error.value.status_code == 400
+    assert healthy(server)
+    assert client.chat.completions.create(**chat(1, k=K)).choices[0].message.content
+
+
+def test_many_users_at_once(server: Server) -> None:
+    """200 requests in flight, with k from 1 to the cap, 16 pictures, and some that are refused."""
+    text = text_tokens(server, 1)
+    kinds = [(number, 1 + 7 * number % MOST) for number in range(200)]
+
+    async def ask(client: openai.AsyncOpenAI, number: int, k: int) -> Any:
+        wanted = MOST + 1 if number % 20 == 19 else k
+        try:
+            return await client.chat.completions.create(**chat(number % 16, k=wanted))
+        except openai.BadRequestError as error:
+            return error
+
+    async def everyone() -> list[Any]:
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(
+            base_url=url, api_key="none", max_retries=0, timeout=300
+        ) as client:
+            return await asyncio.gather(*(ask(client, *kind) for kind in kinds))
+
+    answers = asyncio.run(everyone())
+    texts: dict[tuple[int, int], str] = {}
+    for (number, k), answer in zip(kinds, answers, strict=True):
+        if number % 20 == 19:
+            assert isinstance(answer, openai.BadRequestError)
+            continue
+        assert answer.usage.prompt_tokens == text + k
+        assert answer.usage.completion_tokens == 6
+        # Equal requests have equal answers, whatever they were batched with.
+        own = texts.setdefault((number % 16, k), answer.choices[0].message.content)
+        assert answer.choices[0].message.content == own
+    assert healthy(server)

@@ -1,0 +1,224 @@
+"""Tiny random checkpoints, complete with tokenizer and processor, as an engine loads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+_BASIC = ["<unk>", "<s>", "</s>", "<pad>"]
+_QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+_LLAVA_CHAT = (
+    "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "{% endfor %}ASSISTANT:"
+)
+_QWEN_CHAT = _LLAVA_CHAT.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+
+SIDE = 112  # pixels of a LLaVA image: 8 x 8 patches
+
+
+def _tokenizer(special: list[str], **named: str) -> Any:
+    """A byte-level tokenizer with a few merges."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["USER: what is in the image? ASSISTANT: a cat", "describe the picture in detail"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=_BASIC + special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(text * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens=named,
+    )  # fmt: skip
+
+
+def _text(vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 2048, "initializer_range": 0.3, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 3, **more,
+    }  # fmt: skip
+
+
+def _save(architecture: Any, config: Any, folder: Path) -> None:
+    """Saves a model whose answers depend on what it sees."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = architecture(config).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and ("vision_tower" in name or "visual" in name):
+                parameter.data.normal_(0, 0.15)
+            elif parameter.ndim > 1 and "multi_modal_projector" in name:
+                parameter.data.normal_(0, 0.2)
+    model.float().save_pretrained(folder)
+
+
+def _as_published(folder: Path) -> None:
+    """Names the tower's weights as in published checkpoints; transformers 5 saves other names."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name in list(weights):
+        if "vision_tower." in name and "vision_tower.vision_model." not in name:
+            inside = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+            weights[inside] = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def clip(**changes: Any) -> Any:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+             "num_attention_heads": 2, "image_size": SIDE, "patch_size": 14,
+             "projection_dim": 64}  # fmt: skip
+    return transformers.CLIPVisionConfig(**{**shape, **changes})
+
+
+def llava(
+    folder: Path, *, vision: Any = None, text: dict[str, Any] | None = None, **changes: Any
+) -> Path:
+    """LLaVA-1.5: 64 visual tokens an image, unless another tower is given."""
+    tokenizer = _tokenizer(["<image>"], image_token="<image>")
+    vision = vision or clip()
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(
+            **_text(len(tokenizer), **{"head_dim": 32, **(text or {})})
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **{
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "gelu",
+            **changes,
+        },
+    )
+    _save(transformers.LlavaForConditionalGeneration, config, folder)
+    _as_published(folder)
+    side = vision.image_size
+    transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=_LLAVA_CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def llava_next(folder: Path) -> Path:
+    """LLaVA-NeXT: tiles of 64 patches, three layouts."""
+    tokenizer = _tokenizer(["<image>"], image_token="<image>")
+    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+    config = transformers.LlavaNextConfig(
+        vision_config=clip(),
+        text_config=transformers.LlamaConfig(**_text(len(tokenizer), head_dim=32)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        image_grid_pinpoints=pinpoints,
+    )
+    _save(transformers.LlavaNextForConditionalGeneration, config, folder)
+    _as_published(folder)
+    transformers.LlavaNextProcessor(
+        image_processor=transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": SIDE},
+            crop_size={"height": SIDE, "width": SIDE},
+            image_grid_pinpoints=pinpoints,
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=_LLAVA_CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _qwen(
+    folder: Path, architecture: Any, config: Any, processor: Any, video: Any, vision: Any, text: Any
+) -> Path:
+    tokenizer = _tokenizer(_QWEN)
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    whole = config(
+        vision_config=vision,
+        text_config=_text(len(tokenizer), rope_parameters={**rope, **text.pop("rope", {})}, **text),
+        tie_word_embeddings=False,
+        **ids,
+    )
+    _save(architecture, whole, folder)
+    pixels = {
+        "patch_size": vision["patch_size"], "temporal_patch_size": 2, "merge_size": 2,
+        "min_pixels": 28 * 28, "max_pixels": 28 * 28 * 256,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    size = {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}
+    processor(
+        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=video(**pixels, size=size),
+        chat_template=_QWEN_CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def qwen25(folder: Path) -> Path:
+    """Qwen2.5-VL with windows of 2 x 2 merged tokens and two blocks of full attention."""
+    vision = {
+        "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56,
+        "fullatt_block_indexes": [1, 3], "out_hidden_size": 64, "tokens_per_second": 2,
+    }  # fmt: skip
+    return _qwen(
+        folder,
+        transformers.Qwen2_5_VLForConditionalGeneration,
+        transformers.Qwen2_5_VLConfig,
+        transformers.Qwen2_5_VLProcessor,
+        transformers.Qwen2VLVideoProcessor,
+        vision,
+        {},
+    )
+
+
+def qwen3(folder: Path) -> Path:
+    """Qwen3-VL with features of two earlier blocks."""
+    vision = {
+        "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    return _qwen(
+        folder,
+        transformers.Qwen3VLForConditionalGeneration,
+        transformers.Qwen3VLConfig,
+        transformers.Qwen3VLProcessor,
+        transformers.Qwen3VLVideoProcessor,
+        vision,
+        {"head_dim": 32, "rope": {"mrope_interleaved": True}},
+    )
+
+
+BUILDERS = {"llava": llava, "llava_next": llava_next, "qwen25": qwen25, "qwen3": qwen3}

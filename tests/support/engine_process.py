@@ -1,0 +1,183 @@
+"""Engines in processes of their own: vLLM cannot be taken back once it is configured."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+SITE = Path(__file__).with_name("engine_site")
+
+#: What every engine of the tests runs with.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of an engine: this one, the shims, and the changes."""
+    path = [str(SITE), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    own = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return {**os.environ, **own, **changes}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine made of one request.
+
+    Attributes:
+        prompt: token ids of the prompt, placeholders included; tokens: of the answer.
+        logprobs: of each token of the answer.
+        cached: tokens of the prompt that came from the prefix cache.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+def _serve(connection: Connection, options: dict[str, Any], variables: dict[str, str]) -> None:
+    """The child: makes the engine, then answers lists of requests until there is None."""
+    os.environ.update(variables)
+    from vllm import LLM, SamplingParams
+
+    try:
+        engine = LLM(**options)
+    except BaseException as error:
+        connection.send(error if isinstance(error, ValueError) else RuntimeError(repr(error)))
+        raise
+    connection.send(None)
+    while (work := connection.recv()) is not None:
+        requests, length = work
+        sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=0)
+        try:
+            outputs = engine.generate(requests, sampling, use_tqdm=False)
+        except ValueError as error:
+            connection.send(ValueError(str(error)))
+            continue
+        connection.send(
+            [
+                Answer(
+                    list(output.prompt_token_ids or ()),
+                    list(output.outputs[0].token_ids),
+                    [
+                        step[token].logprob
+                        for step, token in zip(
+                            output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
+                        )
+                    ],
+                    output.num_cached_tokens or 0,
+                )
+                for output in outputs
+            ]
+        )
+
+
+@functools.cache
+def _server() -> Any:
+    """Engines are forked from a process that has imported vLLM and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.model_executor.models.llava"])
+    before = dict(os.environ)
+    os.environ.update(environment())
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+class Engine:
+    """An offline engine.
+
+    Args:
+        model: folder of a checkpoint.
+        pruning: its "vispruner" option, None for an engine that does not prune.
+        plugin: whether the plugin is loaded at all.
+        apart: whether the engine core runs in yet another process, as it does in a server.
+        options: further arguments of `vllm.LLM`.
+
+    Raises:
+        ValueError, RuntimeError: the engine could not be made.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        pruning: dict[str, Any] | None = None,
+        *,
+        plugin: bool = True,
+        apart: bool = False,
+        **options: Any,
+    ) -> None:
+        settings = {
+            "model": str(model),
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "enforce_eager": True,
+            "max_num_seqs": 4,
+            "seed": 0,
+            "disable_log_stats": True,
+            "enable_prefix_caching": False,
+            **options,
+        }
+        if pruning is not None:
+            settings["hf_overrides"] = {"vispruner": pruning}
+        self._connection, child = _server().Pipe()
+        cores = sorted(os.sched_getaffinity(0))
+        ranks = range(options.get("tensor_parallel_size", 1))
+        variables = {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[i % len(cores)]) for i in ranks)
+        }
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
+        if not plugin:
+            variables["VLLM_PLUGINS"] = ""
+        self._process = _server().Process(target=_serve, args=(child, settings, variables))
+        self._process.start()
+        child.close()
+        try:
+            problem = self._connection.recv()
+        except EOFError:
+            problem = RuntimeError("the engine's process ended")
+        if problem is not None:
+            self.close()
+            raise problem
+
+    def __call__(self, requests: Sequence[dict[str, Any]], length: int = 16) -> list[Answer]:
+        """Answers of `length` tokens; ValueError if a request is refused."""
+        self._connection.send((list(requests), length))
+        answers = self._connection.recv()
+        if isinstance(answers, Exception):
+            raise answers
+        result: list[Answer] = answers
+        return result
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

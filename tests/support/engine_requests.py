@@ -1,0 +1,132 @@
+"""The same requests for an engine and for transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+import vispruner
+
+SIZES = ((112, 112), (168, 224), (112, 280), (140, 84))  # height, width
+FRAMES = 4
+SIDE = 112  # of a frame: 16 merged tokens where patches have 14 pixels
+
+
+def picture(number: int) -> Image.Image:
+    """Noise, of one of four sizes."""
+    values = np.random.default_rng(number)
+    height, width = SIZES[number % len(SIZES)]
+    return Image.fromarray(values.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def clip_of_frames(number: int) -> Any:
+    """A video as vLLM takes it: frames, and where they come from."""
+    frames = np.random.default_rng(100 + number).integers(
+        0, 255, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8
+    )
+    return frames, {
+        "fps": 2.0, "duration": FRAMES / 2, "total_num_frames": FRAMES,
+        "frames_indices": list(range(FRAMES)), "video_backend": "opencv",
+        "do_sample_frames": False,
+    }  # fmt: skip
+
+
+_IMAGE = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}
+_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with images and videos.
+
+    Attributes:
+        text: with {image} and {video} where they stand.
+        images, videos: numbers of pictures and videos.
+        k: what the request asks to keep, None for what the engine keeps.
+    """
+
+    text: str
+    images: Sequence[int] = ()
+    videos: Sequence[int] = field(default=())
+    k: int | None = None
+
+    def prompt(self, family: str) -> str:
+        image = _IMAGE["qwen" if family.startswith("qwen") else "llava"]
+        return self.text.replace("{image}", image).replace("{video}", _VIDEO)
+
+    def for_engine(self, family: str) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if self.images:
+            data["image"] = [picture(number) for number in self.images]
+        if self.videos:
+            data["video"] = [clip_of_frames(number) for number in self.videos]
+        request: dict[str, Any] = {"prompt": self.prompt(family)}
+        if data:
+            request["multi_modal_data"] = data
+        if self.k is not None:
+            request["mm_processor_kwargs"] = {"vispruner": {"k": self.k}}
+        return request
+
+    def for_transformers(self, family: str, processor: Any) -> Any:
+        call: dict[str, Any] = {"text": [self.prompt(family)], "return_tensors": "pt"}
+        if self.images:
+            call["images"] = [picture(number) for number in self.images]
+        if self.videos:
+            videos = [clip_of_frames(number) for number in self.videos]
+            call["videos"] = [frames for frames, _ in videos]
+            call["video_metadata"] = [
+                {k: v for k, v in metadata.items() if k != "do_sample_frames"}
+                for _, metadata in videos
+            ]
+            call["do_sample_frames"] = False
+        return processor(**call)
+
+
+class Transformers:
+    """The checkpoint in transformers, pruned by `vispruner.apply`."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self._family = family
+        self._processor = transformers.AutoProcessor.from_pretrained(folder)
+        self._model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+        self._model.generation_config.eos_token_id = None  # as with ignore_eos
+
+    def __call__(
+        self, requests: Sequence[Request], k: int | None, length: int = 16, **budget: float
+    ) -> list[tuple[int, list[int]]]:
+        """Columns of the (pruned) prompt and tokens of the answer, of each request.
+
+        Args:
+            k: kept where a request does not say, None to prune nothing then.
+            budget: other arguments of `vispruner.apply`.
+        """
+        answers = []
+        for request in requests:
+            inputs = request.for_transformers(self._family, self._processor)
+            prompt = inputs["input_ids"].shape[1]
+            call = {**inputs, "max_new_tokens": length, "do_sample": False}
+            options: dict[str, Any] = dict(budget)
+            if "ratio" not in budget:
+                options["k"] = request.k or k
+            if self._family == "llava_next":
+                options["tiles"] = "all"
+            columns = prompt
+            with torch.no_grad():
+                if options.get("k") is None and "ratio" not in budget:
+                    output = self._model.generate(**call)
+                else:
+                    with vispruner.apply(self._model, **options) as pruner:
+                        output = self._model.generate(**call)
+                    if pruner.last is not None:  # the prompt has images
+                        columns = pruner.last.prompt_after
+            answers.append((columns, output[0, prompt:].tolist()))
+        return answers

@@ -1,0 +1,87 @@
+"""What vLLM's CPU build needs to be tested; nothing of it is needed to serve.
+
+- The torchvision that it depends on is built for CUDA: beside a CPU-only torch its operators cannot
+  be registered and its import fails. They are declared here; nobody calls them.
+- Its CPU model runner overrides `load_model` and leaves out what the GPU runner does there: asking
+  the model whether M-RoPE positions are to be recomputed (vLLM's own video pruning suffers, too).
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+_libraries: list[Any] = []  # an operator is declared as long as its library is alive
+
+
+def _declare_torchvision_operators() -> None:
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+
+
+def _ask_on_cpu_as_on_gpu(module: ModuleType) -> None:
+    runner = module.CPUModelRunner
+    original = runner.load_model
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.is_multimodal_pruning_enabled = (
+            getattr(self.model, "supports_multimodal_pruning", False)
+            and self.model_config.multimodal_config is not None
+            and self.model_config.multimodal_config.is_multimodal_pruning_enabled()
+        )
+
+    runner.load_model = load_model
+
+
+class _Finder:
+    """Runs something when a module is imported, and costs nothing until then."""
+
+    def __init__(
+        self,
+        name: str,
+        before: Callable[[], None] | None = None,
+        after: Callable[[ModuleType], None] | None = None,
+    ) -> None:
+        self._name, self._before, self._after = name, before, after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        if self._before is not None:
+            self._before()
+        if self._after is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        run, after = spec.loader.exec_module, self._after
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            after(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Before torchvision or vLLM is imported; does nothing the second time."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path) or _libraries:
+        return
+    for finder in (
+        _Finder("torchvision", before=_declare_torchvision_operators),
+        _Finder("vllm.v1.worker.cpu_model_runner", after=_ask_on_cpu_as_on_gpu),
+    ):
+        sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
