@@ -203,6 +203,8 @@ def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[
     rows = []
     for batch in options.batch:
         call, visual = prompt(model, batch, options.image_size, options.text_tokens)
+        if batch * visual > options.most_tokens:
+            continue
         case = Case(model, call, options.new_tokens)
         ways: dict[str, Callable[[], dict[str, float]]] = {"unpruned": case.unpruned}
         ways |= {f"k={k}": case.pruned(k) for k in options.k}
@@ -276,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--k", nargs="+", type=int, default=[576, 192, 128, 64, 32], help="tokens kept a picture")
     add("--peer-k", type=int, default=64, help="the k of the rows 'free' and 'plain'")
     add("--batch", nargs="+", type=int, default=[1, 8, 32], help="prompts in a batch")
+    add("--most-tokens", type=int, default=10**6, metavar="TOKENS",
+        help="leave out batches with more visual tokens than this")  # fmt: skip
     add("--image-size", type=_size, default="672x672", metavar="WxH", help="pixels of a picture")
     add("--text-tokens", type=int, default=64, help="all other tokens of a prompt")
     add("--new-tokens", type=int, default=32, help="tokens of an answer")
