@@ -1,0 +1,89 @@
+"""Command line of the accuracy experiment. Run it in benchmarks/.
+
+From nothing to all results of a seed: `python -m accuracy all --seed S`. Training goes on where it
+was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import recipe as recipes
+
+COMMANDS = {
+    "train": "train a model, or go on where a run was stopped",
+    "evaluate": "ask the test questions with every rule",
+    "analyze": "attention, dispersion, ablations",
+    "export": "put the model into the package",
+    "report": "tables and plots of the documentation, from all result files",
+    "all": "train, evaluate, analyze and report",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--recipe", default="cpu", help="name in recipes/, or path of a file")
+        if name == "report":
+            command.add_argument("--check", action="store_true", help="change nothing; 1 if stale")
+            continue
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument(
+            "--runs", type=Path, default=Path("runs"), help="directory of all checkpoints"
+        )
+        command.add_argument("--threads", type=int, help="CPU threads")
+        if name in ("evaluate", "analyze", "all"):
+            command.add_argument("--scenes", type=int, default=130, help="of each background")
+        if name == "export":
+            command.add_argument("-o", "--output", type=Path, help="instead of the package")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    recipe = recipes.load(options.recipe)
+    name = Path(options.recipe).stem
+    if options.command == "report":
+        from .report import report
+
+        return report(recipe, name, check=options.check)
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    directory = options.runs / f"{name}-{options.seed}"
+    everything = options.command == "all"
+    if everything or options.command == "train":
+        from .train import train
+
+        train(recipe, options.seed, directory)
+    if everything or options.command == "evaluate":
+        from .evaluation import evaluate
+
+        print(evaluate(recipe, name, options.seed, directory, options.scenes))
+    if everything or options.command == "analyze":
+        from .analyses import analyze
+
+        print(analyze(recipe, name, options.seed, directory, options.scenes))
+    if options.command == "export":
+        from .export import export
+
+        print(export(recipe, options.seed, directory, options.output))
+    if everything:
+        from .report import report
+
+        return report(recipe, name)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,51 @@
+"""Puts a trained model into the package: weights, configuration, processor, model card, example."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vispruner import embedded, scenes
+
+from . import guard
+from .model import processor
+from .recipe import Recipe
+from .train import load_model
+
+CARD = Path(__file__).with_name("model_card.md")
+LIMIT = 8_000_000  # bytes that the package may grow by
+EXAMPLE_SEED = 42
+EXAMPLE_SPLIT = "example"
+
+
+def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = None) -> Path:
+    """Writes the model after the subset stage to `target`, into the package where left out.
+
+    A model in the package brings its example and its entry in the quality guard with it.
+
+    Raises:
+        ValueError: it is larger than the package allows.
+    """
+    packaged = Path(embedded.path())
+    target = target or packaged
+    load_model(recipe, directory, "subset").half().save_pretrained(target)
+    processor(recipe).save_pretrained(target)
+    card = CARD.read_text()
+    (target / "README.md").write_text(card.replace("{seed}", str(seed)))
+    size = sum(file.stat().st_size for file in target.iterdir())
+    if size > LIMIT:
+        raise ValueError(f"{target} has {size} bytes, more than {LIMIT}")
+    for file in target.iterdir():
+        file.chmod(0o644)  # weights are written readable by their owner only
+    if target == packaged:
+        write_example(recipe, packaged.parent)
+        guard.record(str(packaged))
+    return target
+
+
+def write_example(recipe: Recipe, directory: Path) -> None:
+    """example.png and example.json."""
+    scene = scenes.draw(EXAMPLE_SEED, recipe.style, split=EXAMPLE_SPLIT, background="leaves")
+    scene.image.save(directory / "example.png", optimize=True)
+    text = json.dumps({"questions": scene.questions}, indent=1)
+    (directory / "example.json").write_text(text + "\n")

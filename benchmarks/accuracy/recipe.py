@@ -1,0 +1,102 @@
+"""What a training run is made of, read from recipes/NAME.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vispruner.scenes import Style
+
+DIRECTORY = Path(__file__).with_name("recipes")
+STAGES = ("tower", "language", "subset")
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Sizes of the vision tower or the language model; only a tower has a patch size."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    patch_size: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast one stage learns."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run, but for its seed.
+
+    Attributes:
+        style: the scenes.
+        questions: how many are packed behind an image.
+        workers: processes that draw scenes; 0 draws them in between.
+        compile: whether to compile the language model for its training (needs a C++ compiler).
+        subset_tokens: numbers of tokens that the subset stage shows.
+        subset_share: share of its steps that do not show all.
+        budgets: numbers of tokens that rules keep in the experiment, largest first.
+    """
+
+    style: Style
+    vision: Transformer
+    language: Transformer
+    stages: dict[str, Stage]
+    questions: int
+    workers: int
+    compile: bool
+    subset_tokens: tuple[int, ...]
+    subset_share: float
+    budgets: tuple[int, ...]
+
+    @property
+    def grid(self) -> int:
+        """Patches of a side."""
+        return self.style.image_size // self.vision.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    def matched_budget(self, k: int, after: int) -> int | None:
+        """Tokens to keep after layer `after`, having shown all N to the layers before.
+
+        The sum of visual tokens over the layers is then that of k tokens in every layer. None where
+        the first layers alone cost more.
+        """
+        layers = self.language.layers
+        kept = (layers * k - after * self.patches) // (layers - after)
+        return kept if kept > 0 else None
+
+
+def load(name: str) -> Recipe:
+    """The recipe of a file: a name in recipes/, or a path."""
+    path = Path(name) if name.endswith(".yaml") else DIRECTORY / f"{name}.yaml"
+    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    style: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in data.pop("style").items()
+    }
+    if set(data["stages"]) != set(STAGES):
+        raise ValueError(f"{path}: stages must be {', '.join(STAGES)}, got {list(data['stages'])}")
+    return Recipe(
+        style=Style(**style),
+        vision=Transformer(**data.pop("vision")),
+        language=Transformer(**data.pop("language")),
+        stages={stage: Stage(**values) for stage, values in data.pop("stages").items()},
+        subset_tokens=tuple(data.pop("subset_tokens")),
+        budgets=tuple(data.pop("budgets")),
+        **data,
+    )

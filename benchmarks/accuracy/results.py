@@ -1,0 +1,88 @@
+"""The result files of a recipe, all seeds together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import environment
+import numpy as np
+from numpy.typing import NDArray
+
+from .evaluation import Asked, from_bits, from_lines
+from .statistics import Mean, clustered_mean
+
+Filter = Callable[[Asked], bool]
+
+
+def _load(pattern: str) -> list[dict[str, Any]]:
+    paths = environment.RESULTS.glob(f"{pattern}_seed*.json")
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda data: data["seed"])
+
+
+def load_analyses(recipe: str) -> list[dict[str, Any]]:
+    """results/accuracy_analyses_RECIPE_seed*.json, by seed."""
+    return _load(f"accuracy_analyses_{recipe}")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Answers of the models of all seeds to the same questions.
+
+    Attributes:
+        runs: one result file for each seed.
+        asked: what is known of each question.
+    """
+
+    runs: tuple[dict[str, Any], ...]
+    asked: tuple[Asked, ...]
+
+    @staticmethod
+    def load(recipe: str) -> Results:
+        """results/accuracy_RECIPE_seed*.json.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: they hold answers to different questions.
+        """
+        runs = _load(f"accuracy_{recipe}")
+        if not runs:
+            raise FileNotFoundError(f"no accuracy_{recipe}_seed*.json in {environment.RESULTS}")
+        if any(run["asked"] != runs[0]["asked"] for run in runs):
+            raise ValueError("the result files hold answers to different questions")
+        return Results(tuple(runs), tuple(from_lines(runs[0]["asked"])))
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run["seed"] for run in self.runs]
+
+    def answers(self, stage: str, name: str, run: int | None = None) -> NDArray[np.float64]:
+        """(Q,) share of right answers over seeds, and over draws: "random@8" is all "random/I@8".
+
+        Args:
+            run: place of a single seed, all of them where left out.
+        """
+        rule, _, k = name.partition("@")
+        found = []
+        for data in self.runs if run is None else (self.runs[run],):
+            for key, bits in data["checkpoints"][stage]["answers"].items():
+                is_draw = key.startswith(f"{rule}/") and key.endswith(f"@{k}")
+                if key == name or (rule == "random" and is_draw):
+                    found.append(from_bits(bits, len(self.asked)))
+        if not found:
+            raise KeyError(name)
+        mean: NDArray[np.float64] = np.mean(found, 0)
+        return mean
+
+    def mean(
+        self, stage: str, name: str, where: Filter, minus: str | None = None, run: int | None = None
+    ) -> Mean:
+        """Accuracy of a rule, or of what it gains over the rule `minus`, on some questions."""
+        values = self.answers(stage, name, run)
+        if minus is not None:
+            values = values - self.answers(stage, minus, run)
+        chosen = np.array([where(asked) for asked in self.asked])
+        images = np.array([asked.image for asked in self.asked])
+        return clustered_mean(values[chosen], images[chosen])

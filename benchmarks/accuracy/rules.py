@@ -1,0 +1,113 @@
+"""The rules that are compared: which k of N tokens stay.
+
+VisPruner and its halves are the operators of this project, with the scores that `vispruner.apply`
+gives them. Every other rule is a few lines here. None of them was part of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vispruner_cuda
+from vispruner.taps import tower_tap
+
+from .data import normalize
+
+
+@dataclass(frozen=True)
+class Cues:
+    """What a rule may look at.
+
+    Attributes:
+        features: (B, N, C) patch features that the model projects.
+        scores: (B, N) attention of [CLS] in the layer that makes them.
+        owner: (B, N) 1 + index of the object a patch belongs to, 0 for background: the truth.
+        seed: for rules with chance; the same for the same images.
+    """
+
+    features: Tensor
+    scores: Tensor
+    owner: Tensor
+    seed: int
+
+
+Rule = Callable[[Cues, int], Tensor]  # (B, k) int64, ascending
+
+
+def read_cues(model: Any, pixels: Tensor, owner: Tensor, seed: int) -> Cues:
+    """Runs the tower in the model's own precision; pixels uint8."""
+    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+    # In earlier versions of transformers the layers are one module deeper.
+    attention = getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
+    with torch.no_grad(), tower_tap(attention, has_cls=True) as tap:
+        states = tower(normalize(pixels), output_hidden_states=True)
+        scores = tap.scores()
+    return Cues(states.hidden_states[layer][:, 1:], scores, owner, seed)
+
+
+def vispruner(important_ratio: float = 0.5, step: int = 8) -> Rule:
+    """The operator; ratio 1 keeps important tokens only, 0 diverse ones only."""
+
+    def rule(cues: Cues, k: int) -> Tensor:
+        return vispruner_cuda.prune(
+            cues.features, cues.scores, k, important_ratio=important_ratio, step=step
+        ).indices
+
+    return rule
+
+
+def highest(scores: Tensor, k: int) -> Tensor:
+    """(B, k) the tokens of the highest scores (B, N), ascending."""
+    return scores.topk(k).indices.sort().values
+
+
+def random(draw: int) -> Rule:
+    """Any k; a smaller k keeps a part of what a larger one keeps."""
+
+    def rule(cues: Cues, k: int) -> Tensor:
+        noise = torch.Generator().manual_seed(1000 * cues.seed + draw)
+        return highest(torch.rand(cues.scores.shape, generator=noise), k).to(cues.scores.device)
+
+    return rule
+
+
+def grid(cues: Cues, k: int) -> Tensor:
+    """Rows and columns as evenly spread as k allows; they look at no image."""
+    side = math.isqrt(cues.scores.shape[1])
+    rows = max(divisor for divisor in range(1, math.isqrt(k) + 1) if k % divisor == 0)
+
+    def spread(count: int) -> Tensor:
+        return ((torch.arange(count) + 0.5) * side / count).long()
+
+    cells = spread(rows)[:, None] * side + spread(k // rows)
+    return cells.flatten().expand(len(cues.scores), -1).to(cues.scores.device)
+
+
+def oracle(cues: Cues, k: int) -> Tensor:
+    """Knows the objects: a patch of each in turn, until there are none left; then background."""
+    noise = torch.Generator().manual_seed(1000 * cues.seed)
+    chance = torch.rand(cues.owner.shape, generator=noise)
+    turn = torch.full_like(chance, math.inf)
+    for thing in range(1, int(cues.owner.max()) + 1):
+        mine = (cues.owner == thing).cpu()
+        place = chance.masked_fill(~mine, math.inf).argsort().argsort()
+        turn = torch.where(mine, place + chance, turn)
+    background = torch.where(turn.isinf(), cues.owner.shape[1] + chance, turn)
+    return highest(-background, k).to(cues.scores.device)
+
+
+RANDOM_DRAWS = 5
+RULES: dict[str, Rule] = {
+    "vispruner": vispruner(),
+    "important": vispruner(important_ratio=1.0),
+    "diverse": vispruner(important_ratio=0.0),
+    "grid": grid,
+    "oracle": oracle,
+    **{f"random/{draw}": random(draw) for draw in range(RANDOM_DRAWS)},
+}

@@ -1,0 +1,258 @@
+"""The tables of the documentation, as Markdown, from the result files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vispruner.scenes import KINDS
+
+from .analyses import RATIOS, STEPS
+from .evaluation import UNSEEN, Asked
+from .recipe import Recipe
+from .results import Filter, Results
+from .rules import RANDOM_DRAWS
+
+SHOWN = {
+    "vispruner": "VisPruner",
+    "important": "important only",
+    "diverse": "diverse only",
+    "random": f"random ({RANDOM_DRAWS} draws)",
+    "grid": "uniform grid",
+    "fastv/2": "FastV after layer 2 (costs more)",
+    "fastv/1": "FastV after layer 1 (costs more)",
+    "matched": "FastV after layer 1, cost-matched",
+    "oracle": "objects first (oracle)",
+}
+SLICED = ("full", "vispruner", "important", "diverse", "random", "fastv/2", "oracle")
+SLICE_BUDGETS = (2, 3)  # places in the recipe's budgets
+
+
+def everything(asked: Asked) -> bool:
+    """All questions but those about pictures on unseen backgrounds."""
+    return asked.background != UNSEEN
+
+
+def _on(background: str) -> Filter:
+    return lambda asked: asked.background == background
+
+
+def _with_objects(low: int, high: int) -> Filter:
+    return lambda asked: everything(asked) and low <= asked.objects <= high
+
+
+def _with_distractors(some: bool) -> Filter:
+    return lambda asked: everything(asked) and (asked.distractors > 0) == some
+
+
+def _about_size(low: int, high: int) -> Filter:
+    return lambda asked: everything(asked) and asked.size is not None and low <= asked.size <= high
+
+
+def _of_kind(kind: str) -> Filter:
+    return lambda asked: everything(asked) and asked.kind == kind
+
+
+def _slices(backgrounds: Sequence[str]) -> dict[str, Filter]:
+    """Names to filters."""
+    return {
+        "all": everything,
+        **{f"background: {name}": _on(name) for name in backgrounds},
+        f"background: {UNSEEN} (not trained on)": _on(UNSEEN),
+        "objects: 1 or 2": _with_objects(1, 2),
+        "objects: 3 or 4": _with_objects(3, 4),
+        "objects: 5 or 6": _with_objects(5, 6),
+        "distractors: none": _with_distractors(False),
+        "distractors: some": _with_distractors(True),
+        "asked object: up to 13 pixels": _about_size(0, 13),
+        "asked object: 14 to 20 pixels": _about_size(14, 20),
+        "asked object: 21 to 32 pixels": _about_size(21, 32),
+        **{f"question: {kind}": _of_kind(kind) for kind in KINDS},
+    }
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """First column left, the others right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _seeds(results: Results) -> str:
+    seeds = results.seeds
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+
+
+def _asked(results: Results) -> int:
+    return sum(everything(asked) for asked in results.asked)
+
+
+class Tables:
+    """NAME to the text between `<!-- accuracy:NAME -->` and `<!-- /accuracy -->`."""
+
+    def __init__(
+        self, recipe: Recipe, results: Results, analyses: Sequence[dict[str, Any]]
+    ) -> None:
+        self._recipe, self._results, self._analyses = recipe, results, analyses
+        self.makers: dict[str, Callable[[], str]] = {
+            "rules": lambda: self._rules("subset"),
+            "rules-before": lambda: self._rules("language"),
+            "paired": self._paired,
+            "slices": self._sliced,
+            "seeds": self._by_seed,
+            "ratio": lambda: self._ablation([f"ratio {r}" for r in RATIOS]),
+            "step": lambda: self._ablation([f"step {s}" for s in STEPS]),
+            "by-attention": self._by_attention,
+            "dispersion": self._dispersion,
+            "settings": self._settings,
+        }
+
+    def _key(self, rule: str, k: int) -> str | None:
+        if rule == "full":
+            return "full"
+        if rule == "matched":
+            kept = self._recipe.matched_budget(k, 1)
+            return f"fastv/1@{kept}" if kept else None
+        return f"{rule}@{k}"
+
+    def _rules(self, stage: str) -> str:
+        budgets = self._recipe.budgets
+        full = self._results.mean(stage, "full", everything)
+        rows = []
+        for rule, name in SHOWN.items():
+            keys = (self._key(rule, k) for k in budgets)
+            cells = [
+                self._results.mean(stage, key, everything).percent() if key else "" for key in keys
+            ]
+            rows.append([name, *cells])
+        table = _markdown(["k =", *(str(k) for k in budgets)], rows)
+        return (
+            f"All {self._recipe.patches} tokens: {full.percent()} %. Accuracy (%) ± standard "
+            f"error, {_asked(self._results)} questions, {_seeds(self._results)}:\n\n{table}"
+        )
+
+    def _paired(self) -> str:
+        budgets = self._recipe.budgets
+        rows = []
+        for rule, name in SHOWN.items():
+            if rule == "vispruner":
+                continue
+            cells = []
+            for k in budgets:
+                key = self._key(rule, k)
+                gain = key and self._results.mean("subset", key, everything, minus=f"vispruner@{k}")
+                cells.append(f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}" if gain else "")
+            rows.append([name, *cells])
+        head = ["minus VisPruner, k =", *(str(k) for k in budgets)]
+        return (
+            "Difference to VisPruner in points ± standard error, on the same questions:\n\n"
+            f"{_markdown(head, rows)}"
+        )
+
+    def _sliced(self) -> str:
+        names = {"full": "all tokens", **SHOWN}
+        parts = []
+        for place in SLICE_BUDGETS:
+            k = self._recipe.budgets[place]
+            rows = []
+            for label, where in _slices(self._recipe.style.backgrounds).items():
+                cells = []
+                count = 0
+                for rule in SLICED:
+                    mean = self._results.mean("subset", str(self._key(rule, k)), where)
+                    cells.append(mean.percent())
+                    count = mean.count
+                rows.append([label, str(count), *cells])
+            head = [f"k = {k}", "questions", *(names[rule] for rule in SLICED)]
+            parts.append(_markdown(head, rows))
+        return "\n".join(parts)
+
+    def _by_seed(self) -> str:
+        budgets = self._recipe.budgets[1:5]
+        rows = []
+        for run, seed in enumerate(self._results.seeds):
+            cells = [self._results.mean("subset", "full", everything, run=run).percent()]
+            cells += [
+                self._results.mean("subset", f"vispruner@{k}", everything, run=run).percent()
+                for k in budgets
+            ]
+            rows.append([str(seed), *cells])
+        head = ["seed", f"{self._recipe.patches}", *(str(k) for k in budgets)]
+        return f"VisPruner, accuracy (%) ± standard error, tokens:\n\n{_markdown(head, rows)}"
+
+    def _analysis(self, part: str, name: str) -> tuple[float, float]:
+        """Mean over seeds of an accuracy, and its standard error within a seed."""
+        pairs = [run[part]["accuracy"][name] for run in self._analyses]
+        value, error = np.mean(pairs, 0)
+        return float(value), float(error)
+
+    def _ablation(self, names: Sequence[str]) -> str:
+        accuracy = self._analyses[0]["ablations"]["accuracy"]
+        budgets = sorted({int(key.split("@")[1]) for key in accuracy if "@" in key}, reverse=True)
+        rows = []
+        for name in names:
+            cells = [self._analysis("ablations", f"{name}@{k}") for k in budgets]
+            rows.append([name, *(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells)])
+        return _markdown(["k =", *(str(k) for k in budgets)], rows)
+
+    def _by_attention(self) -> str:
+        accuracy = self._analyses[0]["by_attention"]["accuracy"]
+        names = list(dict.fromkeys(key.split("@")[0] for key in accuracy))
+        rows = []
+        for name in names:
+            cells = [self._analysis("by_attention", f"{name}@{k}") for k in self._recipe.budgets]
+            label = "[CLS], tower" if name == "cls" else f"{name.replace('text', 'text, layer')}"
+            rows.append([label, *(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells)])
+        return _markdown(
+            ["top k by, k =", *(str(k) for k in self._recipe.budgets)],
+            rows,
+        )
+
+    def _dispersion(self) -> str:
+        found = [run["attention"] for run in self._analyses]
+        names = [key.partition("/")[2] for key in found[0] if key.startswith("entropy/")]
+
+        def average(key: str) -> float:
+            return float(np.mean([attention[key] for attention in found]))
+
+        rows = []
+        for name in names:
+            if name.endswith(", no decay"):
+                continue
+            half = np.mean([attention[f"cumulative/{name}"] for attention in found], 0)
+            rows.append(
+                [
+                    "[CLS], tower" if name == "cls" else f"text, layer {name.split()[1][:-1]}",
+                    f"{average(f'entropy/{name}'):.3f}",
+                    f"{100 * half[1]:.0f} %",
+                    f"{100 * average(f'mass on objects/{name}'):.0f} %",
+                    f"{float(np.mean([a['auroc'][name] for a in found])):.3f}",
+                ]
+            )
+        head = ["attention", "entropy", "on the top 10 %", "on objects", "AUROC of objects"]
+        area = average("area of objects")
+        return (
+            f"{_markdown(head, rows)}\nObjects cover {100 * area:.0f} % of the patches; entropy 1 "
+            "is attention spread evenly.\n"
+        )
+
+    def _settings(self) -> str:
+        """Where and how the numbers were made."""
+        run = self._results.runs[-1]
+        device, versions = run["device"], run["versions"]
+        minutes = [
+            sum(max(line["seconds"] for line in data["training"] if line["stage"] == stage)
+                for stage in self._recipe.stages) / 60
+            for data in self._results.runs
+        ]  # fmt: skip
+        agree = min(
+            run["checkpoints"]["subset"]["agrees_with_generate"]["share"]
+            for run in self._results.runs
+        )
+        return (
+            f"{device['processor']}, {device['cores']} cores; torch {versions['torch']}; "
+            f"{run['date']}. Training took {', '.join(f'{m:.0f}' for m in minutes)} minutes on a "
+            f"shared machine. `generate()` under `vispruner.apply` gave the same verdict as the "
+            f"quick evaluation for {100 * agree:.1f} % of the questions tried.\n"
+        )

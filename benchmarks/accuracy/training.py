@@ -1,0 +1,169 @@
+"""The training loop of every stage: AdamW with a cosine, checkpoints, a log and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .data import Batch, batches
+from .recipe import Recipe
+
+SAVE_SECONDS = 60
+EVALUATIONS = 16  # a stage, if it is long enough
+_SHORTEST_INTERVAL = 50
+_FINAL_RATE = 0.02  # of the highest learning rate
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where it is safe; the weights stay in float32."""
+    return torch.autocast(device().type, torch.bfloat16)
+
+
+class Task(ABC):
+    """What a stage trains.
+
+    Attributes:
+        name: the stage.
+        module: everything that a checkpoint holds; its parameters that require grad are trained.
+    """
+
+    name: str
+    module: nn.Module
+
+    @abstractmethod
+    def losses(self, batch: Batch, noise: torch.Generator) -> dict[str, Tensor]:
+        """Terms of the loss; `noise` is the only source of chance."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures for the log, from scenes that are not trained on."""
+
+
+def _optimizer(module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the highest learning rate."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1, (step + 1) / warmup) * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
+
+
+def checkpoint(directory: Path, stage: str) -> Path:
+    return directory / f"{stage}.pt"
+
+
+def load(directory: Path, stage: str) -> dict[str, Any]:
+    """The checkpoint of a stage; `finished` says whether the stage is over."""
+    found: dict[str, Any] = torch.load(
+        checkpoint(directory, stage), map_location=device(), weights_only=True
+    )
+    return found
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing: the run may be stopped at any time."""
+    partial = path.with_suffix(".partial")
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+class _Log:
+    """Means of what was added since the last line, in DIRECTORY/log.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sums: dict[str, float] = defaultdict(float)
+        self._count = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        for name, term in terms.items():
+            self._sums[name] += term.item()
+        self._count += 1
+
+    def write(self, **facts: Any) -> dict[str, Any]:
+        means = {name: round(total / self._count, 4) for name, total in self._sums.items()}
+        line = {**facts, "loss": means}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._sums.clear()
+        self._count = 0
+        return line
+
+
+def run(task: Task, recipe: Recipe, seed: int, directory: Path) -> None:
+    """Trains a stage, from its checkpoint in `directory` where there is one."""
+    stage = recipe.stages[task.name]
+    path = checkpoint(directory, task.name)
+    task.module.to(device())
+    optimizer = _optimizer(task.module, stage.weight_decay)
+    start, seconds = 0, 0.0
+    if path.exists():
+        found = load(directory, task.name)
+        task.module.load_state_dict(found["module"])
+        optimizer.load_state_dict(found["optimizer"])
+        start, seconds = found["step"], found["seconds"]
+    if start == stage.steps:
+        return
+
+    log = _Log(directory / "log.jsonl")
+    interval = max(_SHORTEST_INTERVAL, stage.steps // EVALUATIONS)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    begun = saved = time.monotonic()
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        shown = bar.add_task(task.name, total=stage.steps, completed=start)
+        for step, batch in enumerate(batches(recipe, task.name, seed, start), start):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * _rate(step, stage.steps, stage.warmup)
+            noise = torch.Generator().manual_seed(1_000_000_007 * seed + step)
+            terms = task.losses(batch.to(device()), noise)
+            optimizer.zero_grad()
+            sum(terms.values(), torch.zeros((), device=device())).backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            log.add(terms)
+            bar.advance(shown)
+
+            done, now = step + 1, time.monotonic()
+            evaluates = done % interval == 0 or done == stage.steps
+            if evaluates:
+                task.module.eval()
+                with torch.no_grad():
+                    figures = task.evaluate()
+                task.module.train()
+                elapsed = round(seconds + now - begun)
+                line = log.write(
+                    stage=task.name, seed=seed, step=done, seconds=elapsed, figures=figures
+                )
+                bar.console.print(json.dumps(line), soft_wrap=True, highlight=False)
+            if evaluates or now - saved > SAVE_SECONDS:
+                saved = now
+                _save(
+                    path,
+                    {
+                        "module": task.module.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": done,
+                        "seconds": seconds + now - begun,
+                        "finished": done == stage.steps,
+                    },
+                )

@@ -1,0 +1,94 @@
+"""Pruned models for lmms-eval, which finds them by itself where this package is installed.
+
+    lmms-eval --model vispruner_llava_hf \\
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,k=64 --tasks gqa,textvqa,pope
+
+Each is the harness's own model class of that name without the prefix, with `vispruner.apply` on the
+model that it loads, so that prompts, decoding and metrics are those of the unpruned run. Their
+`model_args` are the harness's, and those of `vispruner.apply`: k or ratio, important_ratio, step
+and, for LLaVA-NeXT, tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+from .pruner import Pruner, apply
+
+PREFIX = "vispruner_"
+
+
+class _Harness(NamedTuple):
+    """A class of the harness, in lmms_eval.models.INTERFACE.MODULE."""
+
+    name: str
+    interfaces: tuple[str, ...]
+
+
+_HARNESS = {
+    "llava_hf": _Harness("LlavaHf", ("simple", "chat")),  # LLaVA-1.5, -NeXT and -OneVision
+    "qwen2_vl": _Harness("Qwen2_VL", ("simple",)),
+    "qwen2_5_vl": _Harness("Qwen2_5_VL", ("simple", "chat")),
+    "qwen3_vl": _Harness("Qwen3_VL", ("simple", "chat")),
+}
+
+
+class _Pruned:
+    """Goes before a class of the harness and prunes the model that it loads.
+
+    Attributes:
+        pruner: `pruner.last` is the report of the last request.
+    """
+
+    pruner: Pruner
+
+    def __init__(
+        self,
+        *args: Any,
+        k: int | None = None,
+        ratio: float | None = None,
+        important_ratio: float = 0.5,
+        step: int = 8,
+        tiles: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self.model  # type: ignore[attr-defined]
+        options = {} if tiles is None else {"tiles": tiles}
+        self.pruner = apply(
+            model, k, ratio=ratio, important_ratio=important_ratio, step=step, **options
+        )
+
+
+@functools.cache
+def _pruned_class(interface: str, module: str) -> type:
+    """The harness's class with pruning; importing it may need what only that model needs."""
+    imported = importlib.import_module(f"lmms_eval.models.{interface}.{module}")
+    base = getattr(imported, _HARNESS[module].name)
+    about = {"__doc__": _Pruned.__doc__, "__module__": __name__}
+    return type(f"Pruned{base.__name__}", (_Pruned, base), about)
+
+
+def __getattr__(name: str) -> type:
+    """Classes by the names that `manifests` gives: INTERFACE_MODULE."""
+    interface, _, module = name.partition("_")
+    if module in _HARNESS and interface in _HARNESS[module].interfaces:
+        return _pruned_class(interface, module)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def manifests() -> list[Any]:
+    """What the harness loads from the entry point group `lmms_eval.models`."""
+    registry = importlib.import_module("lmms_eval.models.registry_v2")
+    return [
+        registry.ModelManifest(
+            model_id=PREFIX + module,
+            **{
+                f"{interface}_class_path": f"{__name__}.{interface}_{module}"
+                for interface in harness.interfaces
+            },
+        )
+        for module, harness in _HARNESS.items()
+    ]

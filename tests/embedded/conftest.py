@@ -1,0 +1,48 @@
+"""The embedded model needs transformers, Pillow and NumPy; the experiment lies in benchmarks/."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+NEEDED = ("PIL", "numpy", "rich", "transformers")
+if not all(importlib.util.find_spec(name) for name in NEEDED):
+    collect_ignore_glob = ["test_*.py"]
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+if str(BENCHMARKS) not in sys.path:
+    sys.path.append(str(BENCHMARKS))
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they give at the size of this model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="package")
+def model() -> Any:
+    """The embedded model as a user of a CPU loads it."""
+    from transformers import AutoModelForImageTextToText
+
+    from vispruner import embedded
+
+    return AutoModelForImageTextToText.from_pretrained(embedded.path(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="package")
+def processor() -> Any:
+    from transformers import AutoProcessor
+
+    from vispruner import embedded
+
+    return AutoProcessor.from_pretrained(embedded.path())

@@ -1,0 +1,161 @@
+"""The accuracy experiment: its statistics, its rules, and that its short cut is the real thing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("yaml")
+
+from accuracy import evaluation, fastv, language, recipe, rules
+from accuracy.data import owners, pack
+from accuracy.evaluation import Subject
+from accuracy.statistics import clustered_mean
+
+import vispruner
+from vispruner import scenes
+from vispruner.scenes import Scene
+
+RECIPE = recipe.load("cpu")
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Scene]:
+    return [scenes.draw(seed, split="tests", questions=4) for seed in range(24)]
+
+
+@pytest.fixture(scope="module")
+def subject(model: Any) -> Subject:
+    return Subject(model, RECIPE)
+
+
+def test_packed_questions_are_answered_as_generate_answers(
+    subject: Subject, processor: Any, drawn: list[Scene]
+) -> None:
+    """Questions packed behind selected features, against the processor and `vispruner.apply`."""
+    cues = subject.cues(drawn, 0)
+    asked = evaluation.describe(drawn)
+    first = [asked.index(next(a for a in asked if a.image == i)) for i in range(len(drawn))]
+    for k in (32, 8):
+        kept = rules.RULES["vispruner"](cues, k)
+        quick = evaluation.flat(subject.answers(cues.features, kept, subject.packed(drawn)), drawn)
+        assert [quick[i] for i in first] == evaluation.generated(subject.model, processor, drawn, k)
+
+
+def test_the_rule_is_what_apply_selects(
+    subject: Subject, processor: Any, drawn: list[Scene]
+) -> None:
+    inputs = processor(
+        images=[scene.image for scene in drawn],
+        text=["<image>\nwhere is it?"] * len(drawn),
+        return_tensors="pt",
+    )
+    with vispruner.apply(subject.model, k=16) as pruner, torch.no_grad():
+        subject.model(**inputs)
+    assert pruner.last is not None
+    kept = rules.RULES["vispruner"](subject.cues(drawn, 0), 16)
+    assert torch.equal(torch.stack([item.indices for item in pruner.last.items]), kept)
+
+
+@pytest.mark.parametrize("name", list(rules.RULES))
+@pytest.mark.parametrize("k", [96, 5, 1])
+def test_rules_keep_k_different_tokens_in_order(
+    name: str, k: int, subject: Subject, drawn: list[Scene]
+) -> None:
+    kept = rules.RULES[name](subject.cues(drawn, 0), k)
+    assert kept.shape == (len(drawn), k)
+    assert (kept.diff(dim=1) > 0).all()
+    assert ((kept >= 0) & (kept < RECIPE.patches)).all()
+
+
+def test_the_oracle_takes_a_patch_of_every_object_first(
+    subject: Subject, drawn: list[Scene]
+) -> None:
+    owner = owners(drawn, RECIPE.vision.patch_size)
+    kept = rules.oracle(subject.cues(drawn, 0), 6)
+    for row, truth in zip(kept, owner, strict=True):
+        assert set(truth[row].tolist()) >= set(truth.tolist()) - {0}
+
+
+def test_fastv_that_drops_nothing_changes_nothing(subject: Subject, drawn: list[Scene]) -> None:
+    cues, packed = subject.cues(drawn, 0), subject.single(drawn)
+    rows = torch.tensor([i for i, scene in enumerate(drawn) for _ in scene.asked])
+    features = cues.features[rows]
+    with torch.no_grad():
+        found = fastv.right_answers(subject.model, features, packed, (1, 2), (RECIPE.patches,))
+        whole = language.right_answers(subject.model, features, packed)
+    for right in found.values():
+        assert torch.equal(right, whole[:, 0])
+
+
+def test_matched_budgets_cost_the_same() -> None:
+    layers, patches = RECIPE.language.layers, RECIPE.patches
+    for k in (96, 64):
+        kept = RECIPE.matched_budget(k, 1)
+        assert kept is not None
+        assert patches + (layers - 1) * kept <= layers * k < patches + (layers - 1) * (kept + 1)
+    assert RECIPE.matched_budget(16, 1) is None
+
+
+def test_questions_do_not_see_each_other(subject: Subject, drawn: list[Scene]) -> None:
+    """An answer's logits are the same alone and behind other questions."""
+    some = [replace(drawn[0], asked=drawn[0].asked[1:2])]
+    features = subject.cues(drawn[:1], 0).features
+    with torch.no_grad():
+        alone = language.text_logits(subject.model, features, subject.packed(some))
+        packed = subject.packed(drawn[:1])
+        among = language.text_logits(subject.model, features, packed)
+    labeled = packed.block[packed.labels >= 0] == 1
+    torch.testing.assert_close(among[labeled], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_packing_labels_answers_and_their_end() -> None:
+    from accuracy.model import EOS, word_tokenizer
+
+    tokenizer = word_tokenizer(RECIPE.style)
+    scene = scenes.draw(1)
+    packed = pack([scene.asked[:2], scene.asked[:1]], tokenizer)
+    words = [
+        tokenizer.encode(question.answer, add_special_tokens=False).ids
+        for question in scene.asked[:2]
+    ]
+    assert packed.labels[0][packed.labels[0] >= 0].tolist() == [*words[0], EOS, *words[1], EOS]
+    assert packed.labels[1][packed.labels[1] >= 0].tolist() == [*words[0], EOS]
+    assert packed.block[1].min() == -1
+
+
+def test_clusters_make_the_error() -> None:
+    values = np.array([1.0, 1.0, 0.0, 0.0])
+    together = clustered_mean(values, np.array([0, 0, 1, 1]))
+    apart = clustered_mean(values, np.arange(4))
+    assert together.value == apart.value == 0.5
+    assert together.error == pytest.approx(apart.error * 2**0.5)
+    assert np.isnan(clustered_mean(values[:0], np.arange(0)).value)
+
+
+def test_answers_and_questions_survive_the_file(drawn: list[Scene]) -> None:
+    asked = evaluation.describe(drawn)
+    assert evaluation.from_lines(evaluation.to_lines(asked)) == asked
+    answers = [bool(i % 3) for i in range(len(asked))]
+    assert evaluation.from_bits(evaluation.to_bits(answers), len(asked)).tolist() == answers
+
+
+def test_training_scenes_are_not_tested() -> None:
+    from accuracy.data import Training
+
+    stages = [Training(RECIPE, stage, seed=0)[0].pixels for stage in recipe.STAGES]
+    tested = {scene.pixels.tobytes() for scene in evaluation.test_scenes(RECIPE, 4)}
+    seen = [picture.permute(1, 2, 0).numpy().tobytes() for stage in stages for picture in stage]
+    assert len(set(seen)) == len(seen)
+    assert not tested & set(seen)
+
+
+def test_the_documents_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from accuracy.report import report
+
+    assert report(RECIPE, "cpu", check=True) == 0, capsys.readouterr().out
