@@ -33,7 +33,10 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _where(data: Any) -> str:
+    """Where and when a result was measured: on the GPU if there was one."""
     device, versions = data["device"], data["versions"]
+    if gpu := device.get("gpu"):
+        return f"{gpu['name']}, driver {gpu['driver']}; torch {versions['torch']}; {data['date']}."
     return (
         f"{device['processor']}, {device['threads']} threads, {device['instruction_set']}; "
         f"torch {versions['torch']}; {data['date']}."
@@ -192,11 +195,9 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
             ]
         )
     head = ["work", "goal (aim)", "measured", "whole call", "best peer", "floor"]
-    gpu = data["device"]["gpu"]
     return (
         f"{_markdown(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
-        f"{gpu['name']}, driver {gpu['driver']}; torch {data['versions']['torch']}; "
-        f"{data['date']}; csrc tree `{data['csrc_tree'][:12]}`.\n"
+        f"csrc tree `{data['csrc_tree'][:12]}`. {_where(data)}\n"
     )
 
 
@@ -245,18 +246,11 @@ def _end_to_end(data: Any) -> str:
     if all(not row[-1] for row in rows):  # not on the CPU
         head, rows = head[:-1], [row[:-1] for row in rows]
     setup = data["setup"]
-    where = _where(data)
-    if data["device"]["gpu"]:
-        gpu = data["device"]["gpu"]
-        where = (
-            f"{gpu['name']}, driver {gpu['driver']}; torch {data['versions']['torch']}; "
-            f"{data['date']}."
-        )
     return (
         f"{_markdown(head, rows)}\nRandom weights"
         f"{' at a small size' if setup['small'] else ''}, {setup['dtype']}; "
         f"{setup['text_tokens']} other tokens in the prompt, {setup['new_tokens']} in the answer; "
-        f"medians of {setup['runs']} runs in turn. {where}\n"
+        f"medians of {setup['runs']} runs in turn. {_where(data)}\n"
     )
 
 

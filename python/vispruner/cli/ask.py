@@ -17,6 +17,7 @@ from .common import (
     add_budget,
     add_device,
     add_model,
+    apply_budget,
     budget_of,
     device_of,
     load_model,
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .. import apply, embedded
+    from .. import embedded
     from ..phases import unpruned
 
     budget = budget_of(options)
@@ -101,13 +102,7 @@ def run(options: argparse.Namespace) -> int:
         return str(processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
 
     def pruned() -> tuple[str, dict[str, float], Any]:
-        with apply(
-            model,
-            budget.k,
-            ratio=budget.ratio,
-            important_ratio=budget.important_ratio,
-            step=budget.step,
-        ) as pruner:
+        with apply_budget(model, budget) as pruner:
             text = answer()
             assert pruner.last is not None
             return text, _phases(pruner.last.milliseconds), pruner.last

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..budget import Budget
+from ..pruner import Pruner, apply
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -211,6 +212,17 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
     if options.device != "auto":
         model = model.to(device)
     return model.eval(), processor
+
+
+def apply_budget(model: Any, budget: Budget) -> Pruner:
+    """`vispruner.apply` with what the command line asked for."""
+    return apply(
+        model,
+        budget.k,
+        ratio=budget.ratio,
+        important_ratio=budget.important_ratio,
+        step=budget.step,
+    )
 
 
 def model_inputs(processor: Any, image: Image.Image, question: str, device: torch.device) -> Any:

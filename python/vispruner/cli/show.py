@@ -20,6 +20,7 @@ from .common import (
     add_budget,
     add_device,
     add_model,
+    apply_budget,
     budget_of,
     check_picture_path,
     device_of,
@@ -130,20 +131,14 @@ def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> l
 def _by_model(
     options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
 ) -> list[_Picture]:
-    from .. import apply, prepare
+    from .. import prepare
 
     model, processor = load_model(options, device)
     found = []
     try:
         with (
             torch.no_grad(),
-            apply(
-                model,
-                budget.k,
-                ratio=budget.ratio,
-                important_ratio=budget.important_ratio,
-                step=budget.step,
-            ) as pruner,
+            apply_budget(model, budget) as pruner,
         ):
             for image in images:
                 inputs = model_inputs(processor, image, "", device)

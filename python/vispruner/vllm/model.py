@@ -12,7 +12,6 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 
-from ..models import UnsupportedModelError
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning
 
@@ -157,7 +156,6 @@ def counts_of(retained: Any) -> list[int]:
 __all__ = [
     "AttentionTap",
     "PrunedModel",
-    "UnsupportedModelError",
     "counts_of",
     "encoder_batches",
     "over_all_heads",

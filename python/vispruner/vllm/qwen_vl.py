@@ -30,11 +30,11 @@ from vllm.platforms import current_platform
 
 from .. import scores as attention_scores
 from ..budget import Budget
+from ..models import UnsupportedModelError
 from .config import KEY
 from .model import (
     AttentionTap,
     PrunedModel,
-    UnsupportedModelError,
     counts_of,
     encoder_batches,
     over_all_heads,

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from .. import scores as attention_scores
+from ..models import UnsupportedModelError
 from .config import KEY
-from .model import AttentionTap, PrunedModel, UnsupportedModelError, over_all_heads
+from .model import AttentionTap, PrunedModel, over_all_heads
 
 
 class PrunedTowerModel(PrunedModel):
