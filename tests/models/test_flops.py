@@ -63,15 +63,9 @@ def test_costs_are_those_torch_counts(tiny: Tiny) -> None:
         pruned = counted(model.generate, **inputs, **answer, max_new_tokens=1)
     assert pruner.last is not None
     kept = pruner.last.tokens_after
-    early = not tiny.name.startswith(("qwen", "llava-onevision"))
-    patches = sum(len(item.indices) for item in pruner.last.items)
-    if tiny.name.startswith("llava-next"):  # projected before their padding is cut off
-        patches = sum(K * len(item.lengths) for item in pruner.last.items)
-    if tiny.name == "llava-full":
-        patches += 1
     cost = flops.cost(
         model.config, media, [kept], text=prompt - sum(visual),
-        projected=patches if early else None,
+        projected=family.projected("image", media),
     )  # fmt: skip
     assert cost.vision + cost.prefill == pytest.approx(pruned, rel=2e-3)
 

@@ -93,8 +93,10 @@ def run(options: argparse.Namespace) -> int:
         inputs = shapes.picture(config, height, width)
         model = shapes.empty_model(config)
         family = family_of(model)
-        counted = [(budget, family(model, budget).kept("image", inputs)[0]) for budget in budgets]
-        before = family(model, budgets[0]).placeholders("image", inputs)[0]
+        pruned = [family(model, budget) for budget in budgets]
+        kept = [one.kept("image", inputs)[0] for one in pruned]
+        projected = [one.projected("image", inputs) for one in pruned]
+        before = pruned[0].placeholders("image", inputs)[0]
     except ValueError as error:
         raise CommandError(one_line(error)) from error
 
@@ -134,10 +136,9 @@ def run(options: argparse.Namespace) -> int:
         table.add_row(name, str(one.visual), *cells)
 
     row("unpruned", whole)
-    projects_kept = config.model_type in ("llava", "llava_next", "video_llava")
-    for budget, kept in counted:
+    for budget, visual, patches in zip(budgets, kept, projected, strict=True):
         name = f"k = {budget.k}" if budget.k is not None else f"ratio {budget.ratio}"
-        row(name, cost(kept, kept if projects_kept else None))
+        row(name, cost(visual, patches))
     Console().print(table)
     return 0
 

@@ -140,6 +140,10 @@ class Family(ABC):
         An upper bound where the number depends on which tokens are kept.
         """
 
+    def projected(self, modality: str, inputs: Mapping[str, Any]) -> int | None:
+        """Patches that reach the projector, None where pruning comes after it."""
+        return None
+
     @abstractmethod
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         """Runs the encoder and keeps the tokens that the budget allows.

@@ -34,6 +34,9 @@ class Llava(TowerFamily):
         count = self.extra(modality, inputs) + self.budget.count(rows * columns)
         return [pictures * count] * len(pixels)
 
+    def projected(self, modality: str, inputs: Mapping[str, Any]) -> int:
+        return sum(self.kept(modality, inputs))
+
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         indices = scores = torch.empty(0)  # of the pictures of all items: (P, k), (P, N)
 

@@ -119,16 +119,23 @@ class LlavaNext(TiledFamily):
                     )
         return lengths
 
+    def _chosen(self, tiles: list[int]) -> list[int]:
+        """Patches of each image that are chosen, those on padding included."""
+        rows, columns = self.patches()
+        return [count * self.budget.count(rows * columns) for count in tiles]
+
     def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
-        patches = self.patches()[0] * self.patches()[1]
         tiles = self.tiles(inputs)
-        counts = [count * self.budget.count(patches) for count in tiles]
+        counts = self._chosen(tiles)
         if self.chosen["tiles"] == "all":
             return counts
         lengths = self.packed_lengths(tiles, inputs)
         ends = self.line_ends(tiles, inputs)
         # What lies on padding is cut off, whether it was kept or not.
         return [min(n + end, length) for n, end, length in zip(counts, ends, lengths, strict=True)]
+
+    def projected(self, modality: str, inputs: Mapping[str, Any]) -> int:
+        return sum(self._chosen(self.tiles(inputs)))
 
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         patches = self.patches()[0] * self.patches()[1]
