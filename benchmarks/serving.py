@@ -18,21 +18,16 @@ import importlib.metadata
 import io
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import environment
 import numpy as np
-import openai
 import torch
 from PIL import Image
 from rich.console import Console
@@ -41,6 +36,7 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 # The tests know how to write a whole checkpoint, and what vLLM's CPU build needs beside itself.
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "support" / "engine_site")]
+from support import engine_models, engine_process, engine_server  # noqa: E402
 
 SIDE = 336
 START = 600  # seconds that a server may take to start
@@ -48,8 +44,6 @@ START = 600  # seconds that a server may take to start
 
 def random_llava(folder: Path) -> Path:
     """LLaVA-1.5's tower input and token count, with few and narrow layers."""
-    from support import engine_models
-
     vision = engine_models.clip(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=4,
         image_size=SIDE, patch_size=14,
@@ -64,14 +58,12 @@ def random_llava(folder: Path) -> Path:
 def server_environment() -> dict[str, str]:
     if torch.cuda.is_available():
         return dict(os.environ)
-    from support import engine_process
-
     threads = str(len(os.sched_getaffinity(0)))
     return engine_process.environment(OMP_NUM_THREADS=threads, VLLM_CPU_KVCACHE_SPACE="2")
 
 
 @dataclass
-class Server:
+class Measured:
     """A server and what was measured of it.
 
     Attributes:
@@ -82,57 +74,26 @@ class Server:
 
     name: str
     pruning: dict[str, Any] | None
-    port: int = 0
     seconds: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
 
-    @contextlib.contextmanager
-    def running(self, options: argparse.Namespace, log: Path) -> Iterator[None]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model,
-            "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port),
+    def options(self, options: argparse.Namespace) -> list[str]:
+        """Of the server's command line."""
+        pruning = json.dumps({"vispruner": self.pruning})
+        return [
+            "--model", options.model, "--served-model-name", "model",
             "--no-enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1}',
             *options.server_options,
+            *(() if self.pruning is None else ("--hf-overrides", pruning)),
         ]  # fmt: skip
-        if self.pruning is not None:
-            command += ["--hf-overrides", json.dumps({"vispruner": self.pruning})]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, env=server_environment(), stdout=output, stderr=subprocess.STDOUT
-            )
-        try:
-            until = time.monotonic() + START
-            while not self._healthy():
-                if process.poll() is not None or time.monotonic() > until:
-                    raise SystemExit(f"the {self.name} server did not start:\n{log.read_text()}")
-                time.sleep(0.5)
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
-    def _healthy(self) -> bool:
-        with contextlib.suppress(OSError):
-            url = f"http://127.0.0.1:{self.port}/health"
-            with urllib.request.urlopen(url, timeout=5) as response:
-                return bool(response.status == 200)
-        return False
-
-    async def round(self, requests: list[dict[str, Any]], concurrency: int) -> None:
+    async def round(
+        self, server: engine_server.Server, requests: list[dict[str, Any]], concurrency: int
+    ) -> None:
         """Sends the requests, `concurrency` of them at a time."""
         gate = asyncio.Semaphore(concurrency)
-        url = f"http://127.0.0.1:{self.port}/v1"
-        async with openai.AsyncOpenAI(
-            base_url=url, api_key="none", max_retries=0, timeout=3600
-        ) as client:
+        async with server.async_client(timeout=3600) as client:
 
             async def one(request: dict[str, Any]) -> None:
                 async with gate:
@@ -188,26 +149,30 @@ def request_of(number: int, tokens: int) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[dict[str, Any]]:
-    servers = [Server("stock", None), Server(f"k = {options.k}", {"k": options.k})]
+    measured = [Measured("stock", None), Measured(f"k = {options.k}", {"k": options.k})]
+    servers: list[tuple[Measured, engine_server.Server]] = []
     with contextlib.ExitStack() as stack, Progress(console=console) as progress:
-        steps = len(servers) * (2 + options.rounds)
+        steps = len(measured) * (2 + options.rounds)
         task = progress.add_task("", total=steps)
-        for index, server in enumerate(servers):
-            progress.update(task, description=f"starting {server.name:<12}")
-            stack.enter_context(server.running(options, logs / f"{index}.log"))
+        for index, one in enumerate(measured):
+            progress.update(task, description=f"starting {one.name:<12}")
+            serving = engine_server.running(
+                one.options(options), logs / f"{index}.log", server_environment(), START
+            )
+            servers.append((one, stack.enter_context(serving)))
             progress.advance(task)
         number = 0
         for turn in range(1 + options.rounds):  # the first one warms up
             count = options.requests if turn else options.concurrency
             requests = [request_of(number + i, options.output_tokens) for i in range(count)]
             number += count
-            for server in servers if turn % 2 else reversed(servers):
-                progress.update(task, description=f"round {turn}: {server.name:<12}")
-                asyncio.run(server.round(requests, options.concurrency))
+            for one, server in servers if turn % 2 else reversed(servers):
+                progress.update(task, description=f"round {turn}: {one.name:<12}")
+                asyncio.run(one.round(server, requests, options.concurrency))
                 if not turn:
-                    server.forget()
+                    one.forget()
                 progress.advance(task)
-    return [server.result(options.requests) for server in servers]
+    return [one.result(options.requests) for one in measured]
 
 
 def main() -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.one_thread import one_thread as one_thread
 
 NEEDED = ("PIL", "numpy", "rich", "transformers")
 if not all(importlib.util.find_spec(name) for name in NEEDED):
@@ -18,15 +18,6 @@ if not all(importlib.util.find_spec(name) for name in NEEDED):
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they give at the size of this model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="package")

@@ -12,23 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.engine_process import SITE, Engine
+from support.one_thread import one_thread as one_thread
 
 if importlib.util.find_spec("vllm") is not None:
     sys.path.append(str(SITE))
     import engine_shims
 
     engine_shims.install()
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they give at the size of these models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

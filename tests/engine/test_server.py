@@ -6,13 +6,7 @@ import asyncio
 import base64
 import io
 import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +17,7 @@ pytest.importorskip("vllm")
 import openai
 from support.engine_process import environment
 from support.engine_requests import picture
+from support.engine_server import Server, running
 
 pytestmark = pytest.mark.engine
 
@@ -31,60 +26,20 @@ PATCHES = 64
 START = 300  # seconds that a busy machine may take to start a server
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running server: where, and its process."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
 @pytest.fixture(scope="module")
 def server(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+    options = [
         "--model", str(checkpoint("llava")), "--served-model-name", "llava",
-        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--seed", "0",
+        "--dtype", "float32", "--seed", "0",
         "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager",
         "--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs",
         "--hf-overrides", json.dumps({"vispruner": {"k": K, "max_k": MOST}}),
     ]  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environment(), stdout=output, stderr=subprocess.STDOUT
-        )
-    running = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        until = time.monotonic() + START
-        while not healthy(running):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < until, log.read_text()[-4000:]
-            time.sleep(0.5)
-        yield running
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def healthy(server: Server) -> bool:
-    try:
-        with urllib.request.urlopen(f"{server.url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running(options, log, environment(), START) as server:
+        yield server
 
 
 def image_part(number: int) -> dict[str, Any]:
@@ -155,7 +110,7 @@ def test_a_bad_k_is_the_clients_fault(server: Server, k: Any, message: str) -> N
     with pytest.raises(openai.BadRequestError, match=message) as error:
         client.chat.completions.create(**chat(1, k=k))
     assert error.value.status_code == 400
-    assert healthy(server)
+    assert server.healthy()
     assert client.chat.completions.create(**chat(1, k=K)).choices[0].message.content
 
 
@@ -172,10 +127,7 @@ def test_many_users_at_once(server: Server) -> None:
             return error
 
     async def everyone() -> list[Any]:
-        url = f"{server.url}/v1"
-        async with openai.AsyncOpenAI(
-            base_url=url, api_key="none", max_retries=0, timeout=300
-        ) as client:
+        async with server.async_client(timeout=300) as client:
             return await asyncio.gather(*(ask(client, *kind) for kind in kinds))
 
     answers = asyncio.run(everyone())
@@ -189,4 +141,4 @@ def test_many_users_at_once(server: Server) -> None:
         # Equal requests have equal answers, whatever they were batched with.
         own = texts.setdefault((number % 16, k), answer.choices[0].message.content)
         assert answer.choices[0].message.content == own
-    assert healthy(server)
+    assert server.healthy()

@@ -1,0 +1,80 @@
+"""vLLM's OpenAI server in a process of its own, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it listens."""
+
+    url: str
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def async_client(self, timeout: float) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout
+        )
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def running(
+    options: Sequence[str], log: Path, environment: Mapping[str, str], patience: float
+) -> Iterator[Server]:
+    """Serves on a free port for the duration of the block.
+
+    Args:
+        options: of the server, the model among them.
+        log: file for all that it prints.
+        environment: of its process.
+        patience: seconds that it may take to start.
+
+    Raises:
+        RuntimeError: it did not start; the message ends with the end of the log.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--host", "127.0.0.1", "--port", str(port), *options,
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    server = Server(f"http://127.0.0.1:{port}")
+    try:
+        until = time.monotonic() + patience
+        while not server.healthy():
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
