@@ -23,7 +23,8 @@ _BLOCK = re.compile(r"(<!-- accuracy:(?P<name>[\w-]+) -->\n).*?(<!-- /accuracy -
 
 def documents() -> list[Path]:
     """Every file that may have a table."""
-    return [*sorted(DOCS.glob("*.md")), Path(embedded.path()) / "README.md"]
+    root = environment.ROOT
+    return [root / "README.md", *sorted(DOCS.glob("*.md")), Path(embedded.path()) / "README.md"]
 
 
 def render(text: str, tables: Tables) -> str:

@@ -59,22 +59,24 @@ class Results:
         return [run["seed"] for run in self.runs]
 
     def answers(self, stage: str, name: str, run: int | None = None) -> NDArray[np.float64]:
-        """(Q,) share of right answers over seeds, and over draws: "random@8" is all "random/I@8".
+        """(S, Q) right answers of each seed, shares over draws: "random@8" is all "random/I@8".
 
         Args:
             run: place of a single seed, all of them where left out.
         """
         rule, _, k = name.partition("@")
-        found = []
+        shares = []
         for data in self.runs if run is None else (self.runs[run],):
-            for key, bits in data["checkpoints"][stage]["answers"].items():
-                is_draw = key.startswith(f"{rule}/") and key.endswith(f"@{k}")
-                if key == name or (rule == "random" and is_draw):
-                    found.append(from_bits(bits, len(self.asked)))
-        if not found:
-            raise KeyError(name)
-        mean: NDArray[np.float64] = np.mean(found, 0)
-        return mean
+            found = [
+                from_bits(bits, len(self.asked))
+                for key, bits in data["checkpoints"][stage]["answers"].items()
+                if key == name
+                or (rule == "random" and key.startswith("random/") and key.endswith(f"@{k}"))
+            ]
+            if not found:
+                raise KeyError(name)
+            shares.append(np.mean(found, 0))
+        return np.stack(shares)
 
     def mean(
         self, stage: str, name: str, where: Filter, minus: str | None = None, run: int | None = None
@@ -85,4 +87,4 @@ class Results:
             values = values - self.answers(stage, minus, run)
         chosen = np.array([where(asked) for asked in self.asked])
         images = np.array([asked.image for asked in self.asked])
-        return clustered_mean(values[chosen], images[chosen])
+        return clustered_mean(values[:, chosen], images[chosen])

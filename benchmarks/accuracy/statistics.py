@@ -1,7 +1,8 @@
-"""Means of right answers with the uncertainty that their scenes bring.
+"""Means of right answers with the uncertainty that their scenes, and the training, bring.
 
-Questions about one image are not independent, so standard errors are clustered by image. All seeds
-answer the same questions about the same images: their answers are averaged for each question first.
+Questions about one image are not independent, nor are the answers of one model, so standard errors
+are clustered by image and by training seed (two-way: Cameron, Gelbach and Miller, J. Business &
+Economic Statistics 29, 2011). One seed alone says nothing about the spread between seeds.
 """
 
 from __future__ import annotations
@@ -25,13 +26,23 @@ class Mean:
 
 
 def clustered_mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> Mean:
-    """Mean of values, (Q,), whose clusters, (Q,), are independent of each other.
+    """Mean of values whose clusters, and whose seeds, are independent of each other.
 
     Paired differences are the same with differences for values.
+
+    Args:
+        values: (S, Q) of S seeds, or (Q,) of one.
+        clusters: (Q,) image of each question.
     """
-    count = len(values)
+    values = np.atleast_2d(values)
+    seeds, count = values.shape
     if count == 0:
         return Mean(float("nan"), float("nan"), 0)
     mean = float(values.mean())
-    sums = np.bincount(clusters, values - mean)
-    return Mean(mean, float(np.sqrt(np.square(sums).sum())) / count, count)
+    cells = np.stack([np.bincount(clusters, row - mean) for row in values])  # (S, images)
+    variance = by_image = float(np.square(cells.sum(0)).sum())
+    if seeds > 1:
+        by_seed = float(np.square(cells.sum(1)).sum()) * seeds / (seeds - 1)
+        variance += by_seed - float(np.square(cells).sum())
+    # The difference of estimates can be too small, but seeds cannot make a mean more certain.
+    return Mean(mean, float(np.sqrt(max(variance, by_image))) / values.size, count)

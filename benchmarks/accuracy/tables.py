@@ -14,6 +14,7 @@ from .evaluation import UNSEEN, Asked
 from .recipe import Recipe
 from .results import Filter, Results
 from .rules import RANDOM_DRAWS
+from .statistics import Mean
 
 SHOWN = {
     "vispruner": "VisPruner",
@@ -28,6 +29,8 @@ SHOWN = {
 }
 SLICED = ("full", "vispruner", "important", "diverse", "random", "fastv/2", "oracle")
 SLICE_BUDGETS = (2, 3)  # places in the recipe's budgets
+EMBEDDED = 0  # seed of the model in the package
+COMPARED = ("important", "diverse", "fastv/2")  # seed by seed
 
 
 def everything(asked: Asked) -> bool:
@@ -79,8 +82,11 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _seeds(results: Results) -> str:
-    seeds = results.seeds
+def _points(mean: Mean) -> str:
+    return f"{100 * mean.value:+.1f} ± {100 * mean.error:.1f}"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
 
 
@@ -96,8 +102,11 @@ class Tables:
     ) -> None:
         self._recipe, self._results, self._analyses = recipe, results, analyses
         self.makers: dict[str, Callable[[], str]] = {
+            "summary": self._summary,
             "rules": lambda: self._rules("subset"),
             "rules-before": lambda: self._rules("language"),
+            "embedded": lambda: self._rules("subset", self._results.seeds.index(EMBEDDED)),
+            "kinds": self._by_kind,
             "paired": self._paired,
             "slices": self._sliced,
             "seeds": self._by_seed,
@@ -116,20 +125,36 @@ class Tables:
             return f"fastv/1@{kept}" if kept else None
         return f"{rule}@{k}"
 
-    def _rules(self, stage: str) -> str:
+    def _summary(self) -> str:
+        """The short table of the README."""
+        budgets = self._recipe.budgets[1:5]
+        whole = self._results.mean("subset", "full", everything).percent()
+        rows = []
+        for rule in ("vispruner", "random", "oracle"):
+            means = (self._results.mean("subset", f"{rule}@{k}", everything) for k in budgets)
+            rows.append([SHOWN[rule], whole, *(mean.percent() for mean in means)])
+        head = ["visual tokens kept", f"{self._recipe.patches} (all)", *map(str, budgets)]
+        return (
+            f"{_markdown(head, rows)}\nRight answers (%) ± standard error, "
+            f"{_asked(self._results)} questions, {_seeds(self._results.seeds)}.\n"
+        )
+
+    def _rules(self, stage: str, run: int | None = None) -> str:
         budgets = self._recipe.budgets
-        full = self._results.mean(stage, "full", everything)
+        full = self._results.mean(stage, "full", everything, run=run)
         rows = []
         for rule, name in SHOWN.items():
             keys = (self._key(rule, k) for k in budgets)
             cells = [
-                self._results.mean(stage, key, everything).percent() if key else "" for key in keys
+                self._results.mean(stage, key, everything, run=run).percent() if key else ""
+                for key in keys
             ]
             rows.append([name, *cells])
         table = _markdown(["k =", *(str(k) for k in budgets)], rows)
+        seeds = self._results.seeds if run is None else [self._results.seeds[run]]
         return (
             f"All {self._recipe.patches} tokens: {full.percent()} %. Accuracy (%) ± standard "
-            f"error, {_asked(self._results)} questions, {_seeds(self._results)}:\n\n{table}"
+            f"error, {_asked(self._results)} questions, {_seeds(seeds)}:\n\n{table}"
         )
 
     def _paired(self) -> str:
@@ -142,7 +167,7 @@ class Tables:
             for k in budgets:
                 key = self._key(rule, k)
                 gain = key and self._results.mean("subset", key, everything, minus=f"vispruner@{k}")
-                cells.append(f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}" if gain else "")
+                cells.append(_points(gain) if gain else "")
             rows.append([name, *cells])
         head = ["minus VisPruner, k =", *(str(k) for k in budgets)]
         return (
@@ -168,6 +193,18 @@ class Tables:
             parts.append(_markdown(head, rows))
         return "\n".join(parts)
 
+    def _by_kind(self) -> str:
+        """Points that VisPruner costs, by how much is kept and what is asked."""
+        rows = []
+        for k in self._recipe.budgets:
+            cells = [
+                _points(self._results.mean("subset", f"vispruner@{k}", where, minus="full"))
+                for where in (everything, *map(_of_kind, KINDS))
+            ]
+            before = self._results.mean("language", f"vispruner@{k}", everything, minus="full")
+            rows.append([f"{k} ({100 * k / self._recipe.patches:.0f} %)", *cells, _points(before)])
+        return _markdown(["tokens kept", "all", *KINDS, "all, before the subset stage"], rows)
+
     def _by_seed(self) -> str:
         budgets = self._recipe.budgets[1:5]
         rows = []
@@ -177,15 +214,30 @@ class Tables:
                 self._results.mean("subset", f"vispruner@{k}", everything, run=run).percent()
                 for k in budgets
             ]
-            rows.append([str(seed), *cells])
-        head = ["seed", f"{self._recipe.patches}", *(str(k) for k in budgets)]
-        return f"VisPruner, accuracy (%) ± standard error, tokens:\n\n{_markdown(head, rows)}"
+            rows.append([f"VisPruner, seed {seed}", *cells])
+        for rule in COMPARED:
+            for run, seed in enumerate(self._results.seeds):
+                gains = [
+                    self._results.mean(
+                        "subset", f"{rule}@{k}", everything, minus=f"vispruner@{k}", run=run
+                    )
+                    for k in budgets
+                ]
+                rows.append([f"{SHOWN[rule]}, minus it, seed {seed}", "", *map(_points, gains)])
+        head = ["tokens", f"{self._recipe.patches}", *(str(k) for k in budgets)]
+        return (
+            f"Accuracy (%) and differences in points ± standard error:\n\n{_markdown(head, rows)}"
+        )
 
     def _analysis(self, part: str, name: str) -> tuple[float, float]:
-        """Mean over seeds of an accuracy, and its standard error within a seed."""
-        pairs = [run[part]["accuracy"][name] for run in self._analyses]
-        value, error = np.mean(pairs, 0)
-        return float(value), float(error)
+        """Mean over seeds of an accuracy, and its standard error: of its scenes and of its seeds.
+
+        The files hold means alone, so the part of the scenes is that of a single seed, an upper
+        bound.
+        """
+        values, errors = np.transpose([run[part]["accuracy"][name] for run in self._analyses])
+        between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
+        return float(values.mean()), float(np.sqrt(np.square(errors).mean() + between))
 
     def _ablation(self, names: Sequence[str]) -> str:
         accuracy = self._analyses[0]["ablations"]["accuracy"]

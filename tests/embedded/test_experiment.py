@@ -137,6 +137,18 @@ def test_clusters_make_the_error() -> None:
     assert np.isnan(clustered_mean(values[:0], np.arange(0)).value)
 
 
+def test_seeds_make_the_error() -> None:
+    images = np.arange(400) // 4
+    right = np.random.default_rng(0).random((3, 400)) < 0.8
+    alike = clustered_mean(np.repeat(right[:1], 3, 0).astype(float), images)
+    assert alike.error == pytest.approx(clustered_mean(right[0].astype(float), images).error)
+    # Three models that differ by far more than their scenes do: the mean is as sure as three are.
+    levels = np.array([0.2, 0.5, 0.8])
+    apart = clustered_mean(np.broadcast_to(levels[:, None], (3, 400)), images)
+    assert apart.error == pytest.approx(levels.std(ddof=1) / 3**0.5, rel=0.05)
+    assert (alike.count, apart.count) == (400, 400)
+
+
 def test_answers_and_questions_survive_the_file(drawn: list[Scene]) -> None:
     asked = evaluation.describe(drawn)
     assert evaluation.from_lines(evaluation.to_lines(asked)) == asked
