@@ -9,8 +9,8 @@ this project, all on the same features, and compares what they keep:
 - coverage: the mean over dropped tokens of the best cosine to a kept one (float64), which is what
   the loop is for, against a random choice of the diverse half.
 
-Features are random, clustered, smooth, and those of photographs under a CLIP-shaped tower with
-random weights (the demo's).
+Features are random, clustered, smooth, and those of drawn scenes under the embedded model's tower.
+A ninth of the tokens is kept, as 64 of LLaVA-1.5's 576.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 import vispruner_cuda
 
 RATIO = 0.5
+SHARE = 1 / 9  # of the tokens is kept
 BASE = "loop, float64"
 
 
@@ -109,17 +110,20 @@ def synthetic(kind: str, images: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield feats, workloads.make_attention(1, 576, seed=image)[0].mean(dim=0)
 
 
-def photographs() -> Iterator[tuple[Tensor, Tensor]]:
-    """Patch features and scores of scikit-image's photographs under a random CLIP tower."""
-    from PIL import Image
-    from skimage import data
+def drawn_scenes(images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Patch features and scores of scenes in the embedded model's trained tower."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    from vispruner import embedded, scenes
     from vispruner.clip import ClipTower
 
-    tower = ClipTower.random(seed=0)
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
-        cues = tower.encode(tower.preprocess([Image.fromarray(getattr(data, name)())]))
-        yield cues.feats[0].float(), cues.scores[0]
+    model: Any = LlavaForConditionalGeneration.from_pretrained(embedded.path(), dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(embedded.path()).image_processor
+    tower = ClipTower(model.model.vision_tower.eval(), model.config.vision_feature_layer)
+    for seed in range(images):
+        scene = scenes.draw(seed, split="numerics").image
+        cues = tower.encode(processor(images=scene, return_tensors="pt")["pixel_values"])
+        yield cues.feats[0], cues.scores[0]
 
 
 def mean(rows: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
@@ -135,28 +139,27 @@ def mean(rows: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--images", type=int, default=32, help="synthetic images of each kind")
-    parser.add_argument("--quick", action="store_true", help="2 images, no photographs, no file")
+    parser.add_argument("--images", type=int, default=32, help="images of each kind")
+    parser.add_argument("--quick", action="store_true", help="2 images of each kind, no file")
     options = parser.parse_args()
     images = 2 if options.quick else options.images
-    sources: dict[str, tuple[int, Iterator[tuple[Tensor, Tensor]]]] = {
-        kind: (images, synthetic(kind, images)) for kind in workloads.KINDS
-    }
-    if not options.quick:
-        sources["photographs"] = (4, photographs())
+    sources = {kind: synthetic(kind, images) for kind in workloads.KINDS}
+    sources["drawn scenes"] = drawn_scenes(images)
 
     console = Console(stderr=True)
     results = []
     with Progress(console=console) as progress:
-        task = progress.add_task("", total=sum(count for count, _ in sources.values()))
-        for kind, (_, source) in sources.items():
+        task = progress.add_task("", total=images * len(sources))
+        for kind, source in sources.items():
             progress.update(task, description=f"{kind:<12}")
             rows = []
             for image, (feats, scores) in enumerate(source):
-                rows.append(compare(feats, scores, options.k, seed=image))
+                tokens, channels = feats.shape
+                k = round(tokens * SHARE)
+                rows.append(compare(feats, scores, k, seed=image))
                 progress.advance(task)
-            results.append({"features": kind, "images": len(rows), "variants": mean(rows)})
+            shape = {"tokens": tokens, "channels": channels, "k": k}
+            results.append({"features": kind, "images": len(rows), **shape, "variants": mean(rows)})
     for result in results:
         console.print(f"{result['features']}, {result['images']} images")
         variants: Any = result["variants"]
@@ -164,7 +167,7 @@ def main() -> int:
             numbers = "  ".join(f"{x:6.3f}" for x in row.values() if isinstance(x, float))
             console.print(f"  {row['variant']:<46}{numbers}")
     if not options.quick:
-        setup = {"tokens": 576, "channels": 1024, "k": options.k, "important_ratio": RATIO}
+        setup = {"important_ratio": RATIO}
         path = environment.write("numerics_chaos", {"setup": setup, "results": results})
         console.print(f"wrote {path}")
     return 0

@@ -107,7 +107,8 @@ def chaos(results: Callable[[str], Any]) -> str:
     for result in data["results"]:
         row = {variant["variant"]: variant for variant in result["variants"]}
         chance = row["random diverse half"]
-        label = f"{result['features']} ({result['images']} images)"
+        shape = f"{result['tokens']} x {result['channels']}, k = {result['k']}"
+        label = f"{result['features']} ({result['images']} images, {shape})"
         agreement.append(
             [
                 label,
@@ -124,7 +125,6 @@ def chaos(results: Callable[[str], Any]) -> str:
                 f"{chance['coverage']:.3f}",
             ]
         )
-    setup = data["setup"]
     head = [
         "features",
         *(f"{x} and float64 loop" for x in _LOOPS),
@@ -137,8 +137,7 @@ def chaos(results: Callable[[str], Any]) -> str:
         f"{_markdown(head, agreement)}\n"
         "Coverage of the dropped tokens:\n\n"
         f"{_markdown(kinds, coverage)}\n"
-        f"{setup['tokens']} tokens, {setup['channels']} channels, k = {setup['k']}, "
-        f"ratio {setup['important_ratio']}. {_where(data)}\n"
+        f"Tokens x channels; ratio {data['setup']['important_ratio']}. {_where(data)}\n"
     )
 
 
