@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .budget import Budget
 from .handover import Handover, Method
-from .layout import Layout, identity, rows_of_items, shorten
+from .layout import Layout, rows_of_items, shorten
 from .models import UnsupportedModelError, family_of
+from .past import Past
 from .phases import Clock, Prefill
 from .report import Kept, Report
 
@@ -335,7 +336,7 @@ class Pruner:
             raise ValueError(
                 f"attention_mask must have shape (B, L) to be pruned, got {tuple(mask.shape)}"
             )
-        past = _Past.of(layout, cached, ids, mask, whole=whole, offset=family.offset())
+        past = Past.of(layout, cached, ids, mask, whole=whole, offset=family.offset())
         new_ids, new_mask = past.new(ids), past.new_mask(ids, mask)
         if not visual and not whole:  # a step of somebody's own decoding loop
             knows_the_cache = past.mask_is_short if mask is not None else not past.layout.padded
@@ -346,38 +347,25 @@ class Pruner:
 
         # 2. Which image belongs to which row, before anything is computed.
         slots = {m: new_ids == family.token_id(m) for m in family.encoders}
-        columns = [new_mask.sum(1), new_mask[:, -1].long(), *(s.sum(1) for s in slots.values())]
-        if past.columns and whole:
-            old = past.old(ids)
-            columns += [(old == family.token_id(m)).sum(1) for m in family.encoders]
-        stats = torch.stack(columns).tolist()  # the one time that the host waits
-        valid, last = stats[0], stats[1]
-        counts: dict[str, list[int]] = {}
+        old_ids = past.old(ids) if whole else ids[:, :0]
+        stats = [new_mask.sum(1), new_mask[:, -1].long(), *(s.sum(1) for s in slots.values())]
+        stats += [(old_ids == family.token_id(m)).sum(1) for m in family.encoders]
+        valid, last, *found = torch.stack(stats).tolist()  # the one time that the host waits
         rows: dict[str, list[int]] = {}
         for i, modality in enumerate(family.encoders):
-            here = stats[2 + i]
-            cached_here = sum(stats[2 + len(slots) + i]) if past.columns and whole else 0
-            if modality not in visual:
-                # (In a decoding loop the model itself may have said one.)
-                if sum(here) and (whole or not cached):
-                    raise ValueError(
-                        f"the prompt has {sum(here)} {modality} placeholders but no {modality}s "
-                        "were passed"
-                    )
-                continue
-            sizes = family.placeholders(modality, visual[modality])
-            if cached_here and sum(sizes) == cached_here + sum(here):
-                # All images of the conversation: those in the cache need no encoding.
-                every = [a + b for a, b in zip(stats[2 + len(slots) + i], here, strict=True)]
-                whose = rows_of_items(sizes, every, modality)
-                fresh = _fresh_items(sizes, whose, stats[2 + len(slots) + i])
-                visual[modality] = family.take(modality, visual[modality], fresh)
-                sizes = [sizes[item] for item in fresh]
-            elif cached_here and not sum(here):
-                sizes = []  # the same images again, in another form
-            counts[modality], rows[modality] = sizes, rows_of_items(sizes, here, modality)
-            if not sizes:
-                del visual[modality]
+            here, before = found[i], found[len(slots) + i]
+            if modality in visual:
+                visual[modality], rows[modality] = self._assign(
+                    modality, visual[modality], here, before
+                )
+                if not rows[modality]:
+                    del visual[modality]
+            # (In a decoding loop the model itself may have said one.)
+            elif sum(here) and (whole or not cached):
+                raise ValueError(
+                    f"the prompt has {sum(here)} {modality} placeholders but no {modality}s "
+                    "were passed"
+                )
 
         # 3. The encoders.
         clock = Clock(self.model.device)
@@ -428,6 +416,29 @@ class Pruner:
             clock,
         )
 
+    def _assign(
+        self, modality: str, inputs: dict[str, Any], here: list[int], before: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The images that need encoding, and the row that each of them belongs to.
+
+        Args:
+            inputs: the encoder's arguments.
+            here: placeholders in the new columns of each row; before: in those of the cache.
+
+        Raises:
+            ValueError: placeholders and images disagree.
+        """
+        sizes = self._family.placeholders(modality, inputs)
+        if sum(before) and sum(sizes) == sum(before) + sum(here):
+            # All images of the conversation: those in the cache need no encoding.
+            every = [a + b for a, b in zip(before, here, strict=True)]
+            fresh = _fresh_items(sizes, rows_of_items(sizes, every, modality), before)
+            inputs = self._family.take(modality, inputs, fresh)
+            sizes = [sizes[item] for item in fresh]
+        elif sum(before) and not sum(here):
+            sizes = []  # the same images again, in another form
+        return inputs, rows_of_items(sizes, here, modality)
+
     def _no_placeholders(self, ids: Tensor) -> None:
         """A fresh prompt without pixels has no placeholders."""
         if torch.compiler.is_compiling():  # looking would break the graph
@@ -442,7 +453,7 @@ class Pruner:
     def _arranged(
         self,
         call: Mapping[str, Any],
-        past: _Past,
+        past: Past,
         new: Layout,
         new_ids: Tensor,
         dropped: Tensor,
@@ -478,7 +489,7 @@ class Pruner:
     def _positions(
         self,
         call: Mapping[str, Any],
-        past: _Past,
+        past: Past,
         new: Layout,
         new_ids: Tensor,
         new_mask: Tensor,
@@ -517,113 +528,6 @@ def _fresh_items(sizes: list[int], rows: list[int], cached: list[int]) -> list[i
             fresh.append(item)
         seen[row] += size
     return fresh
-
-
-@dataclass(frozen=True)
-class _Past:
-    """What the cache holds of a prompt.
-
-    Attributes:
-        layout: columns of the last shortened prompt, none for an empty cache.
-        gap: columns after it, one token each.
-        mask: (B, P) attention mask of the cache's columns.
-        full_ids: input_ids begin with what the cache holds.
-        mask_is_short: the caller's mask counts the cache's columns, not those of the prompt.
-    """
-
-    layout: Layout
-    gap: int
-    mask: Tensor
-    full_ids: bool
-    mask_is_short: bool
-
-    @property
-    def columns(self) -> int:
-        """Columns of the unpruned conversation that the cache stands for."""
-        return self.layout.width + self.gap
-
-    @classmethod
-    def of(
-        cls,
-        layout: Layout | None,
-        cached: int,
-        ids: Tensor,
-        mask: Tensor | None,
-        *,
-        whole: bool,
-        offset: Tensor | None,
-    ) -> _Past:
-        batch, length = ids.shape
-        if layout is None:
-            ones = torch.ones((batch, cached), dtype=torch.bool, device=ids.device)
-            if mask is not None and mask.shape[1] >= cached:
-                ones = mask[:, :cached].bool()
-            layout = identity(ones)
-            if cached:
-                following = ones.sum(1)
-                if offset is not None and len(offset) == batch:
-                    following = following + offset.to(ids.device)[:, 0]
-                layout = replace(layout, next_position=following)
-        if layout.index.shape[0] != batch:
-            raise ValueError(
-                f"the cache holds a batch of {layout.index.shape[0]}, input_ids one of {batch}"
-            )
-        gap = cached - layout.columns
-        if gap < 0:
-            raise ValueError(
-                f"the cache was cut to {cached} columns, inside its pruned prompt of "
-                f"{layout.columns}: cut it after the prompt or start anew"
-            )
-        columns = layout.width + gap
-        full = whole and (mask is None or mask.shape[1] == length)
-        total = length if full else columns + length
-        if full and cached and length <= columns:
-            raise ValueError(
-                f"input_ids have {length} columns, the cache holds the first {columns} of the "
-                "prompt already: pass the whole conversation, or the new tokens and a mask of all"
-            )
-        short = mask is not None and mask.shape[1] == cached + length and not full
-        if mask is not None and mask.shape[1] != total and not short:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, expected {total}: those of the "
-                f"conversation so far ({columns}) and of the new tokens"
-            )
-        between = torch.ones((batch, gap), dtype=torch.bool, device=ids.device)
-        if mask is None:
-            past = torch.cat([layout.mask, between], 1)
-        elif short:
-            past = mask[:, :cached].bool()
-        else:
-            past = layout.mask & layout.take(mask[:, : layout.width].bool())
-            past = torch.cat([past, mask[:, layout.width : columns].bool()], 1)
-        return cls(layout, gap, past, full, short)
-
-    def new(self, x: Tensor) -> Tensor:
-        """The new columns of something shaped like input_ids."""
-        return x[..., self.columns :] if self.full_ids else x
-
-    def new_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, S) attention mask of the new columns."""
-        length = self.new(ids).shape[1]
-        if mask is None:
-            return torch.ones_like(self.new(ids))
-        return mask[:, mask.shape[1] - length :]
-
-    def old(self, x: Tensor) -> Tensor:
-        """The columns of x that the cache stands for; none if x does not hold them."""
-        return x[..., : self.columns] if self.full_ids else x[..., :0]
-
-    def shorten(self, x: Tensor) -> Tensor:
-        """(B, columns) to the cache's columns."""
-        return torch.cat(
-            [self.layout.take(x[:, : self.layout.width]), x[:, self.layout.width :]], 1
-        )
-
-    def next_position(self) -> Tensor | None:
-        """(B,) the position of the first new token."""
-        if self.layout.next_position is None:
-            return None
-        return self.layout.next_position + self.mask[:, self.layout.columns :].sum(1)
 
 
 def apply(
