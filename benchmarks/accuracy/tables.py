@@ -30,6 +30,7 @@ SHOWN = {
 SLICED = ("full", "vispruner", "important", "diverse", "random", "fastv/2", "oracle")
 SLICE_BUDGETS = (2, 3)  # places in the recipe's budgets
 EMBEDDED = 0  # seed of the model in the package
+DECAYS = ("decay", "no decay")
 COMPARED = ("important", "diverse", "fastv/2")  # seed by seed
 
 
@@ -113,6 +114,7 @@ class Tables:
             "ratio": lambda: self._ablation([f"ratio {r}" for r in RATIOS]),
             "step": lambda: self._ablation([f"step {s}" for s in STEPS]),
             "by-attention": self._by_attention,
+            "shift": self._shift,
             "dispersion": self._dispersion,
             "settings": self._settings,
         }
@@ -261,6 +263,32 @@ class Tables:
             rows,
         )
 
+    def _shift(self) -> str:
+        """Share of the selected tokens that lie in the lowest two rows, seed by seed."""
+
+        def lowest(rows: Sequence[float]) -> str:
+            return f"{100 * sum(rows[-2:]) / sum(rows):.0f} %"
+
+        layers = [f"text {layer + 1}" for layer in range(self._recipe.language.layers)]
+        rows = []
+        for run in self._analyses:
+            attention = run["attention"]
+            cells = [
+                "{} ({})".format(
+                    *(lowest(attention[f"selected rows/{layer}, {decay}"]) for decay in DECAYS)
+                )
+                for layer in layers
+            ]
+            ends = (lowest(attention[f"selected rows/{name}"]) for name in ("cls", "vispruner"))
+            rows.append([str(run["seed"]), *cells, *ends, lowest(attention["rows/objects"])])
+        names = [name.replace("text", "text, layer") for name in layers]
+        head = ["seed", *names, "[CLS]", "VisPruner", "objects"]
+        k = self._analyses[0]["attention"]["k"]
+        return (
+            f"Share of the {k} selected tokens in the lowest 2 of {self._recipe.grid} rows; in "
+            f"brackets with one position for all:\n\n{_markdown(head, rows)}"
+        )
+
     def _dispersion(self) -> str:
         found = [run["attention"] for run in self._analyses]
         names = [key.partition("/")[2] for key in found[0] if key.startswith("entropy/")]
@@ -291,20 +319,19 @@ class Tables:
 
     def _settings(self) -> str:
         """Where and how the numbers were made."""
-        run = self._results.runs[-1]
-        device, versions = run["device"], run["versions"]
-        minutes = [
-            sum(max(line["seconds"] for line in data["training"] if line["stage"] == stage)
-                for stage in self._recipe.stages) / 60
-            for data in self._results.runs
-        ]  # fmt: skip
+        lines = []
+        for run in self._results.runs:
+            last = {line["stage"]: line["seconds"] for line in run["training"]}
+            minutes = sum(last[stage] for stage in self._recipe.stages) / 60
+            lines.append(
+                f"- Seed {run['seed']}: trained in {minutes:.0f} minutes; "
+                f"{run['device']['processor']}, torch {run['versions']['torch']}, {run['date']}.\n"
+            )
         agree = min(
             run["checkpoints"]["subset"]["agrees_with_generate"]["share"]
             for run in self._results.runs
         )
         return (
-            f"{device['processor']}, {device['cores']} cores; torch {versions['torch']}; "
-            f"{run['date']}. Training took {', '.join(f'{m:.0f}' for m in minutes)} minutes on a "
-            f"shared machine. `generate()` under `vispruner.apply` gave the same verdict as the "
+            f"{''.join(lines)}\n`generate()` under `vispruner.apply` gave the same verdict as the "
             f"quick evaluation for {100 * agree:.1f} % of the questions tried.\n"
         )
