@@ -32,10 +32,21 @@ std::vector<float> load_rows(const HeadsView& view, DType dtype, int64_t image, 
   return rows;
 }
 
-// weights = exp(logits - max), which may be in place; returns their sum.
-template <typename T>
-double exponentials(const T* logits, int count, float* weights) {
-  const T highest = *std::max_element(logits, logits + count);
+// Rows of `dim` floats to panels of kPanelKeys keys (isa.h), padded with zeros.
+std::vector<float> to_panels(const std::vector<float>& rows, int tokens, int dim) {
+  const int64_t padded = round_up(tokens, kPanelKeys);
+  std::vector<float> panels(static_cast<size_t>(padded * dim));
+  for (int t = 0; t < tokens; ++t) {
+    const float* row = rows.data() + int64_t{t} * dim;
+    float* to = panels.data() + int64_t{t / kPanelKeys} * dim * kPanelKeys + t % kPanelKeys;
+    for (int d = 0; d < dim; ++d) to[int64_t{d} * kPanelKeys] = row[d];
+  }
+  return panels;
+}
+
+// weights = exp(logits - max); returns their sum.
+double exponentials(const double* logits, int count, float* weights) {
+  const double highest = *std::max_element(logits, logits + count);
   double sum = 0.0;  // thousands of terms
   for (int t = 0; t < count; ++t) {
     weights[t] = std::exp(static_cast<float>(logits[t] - highest));
@@ -71,8 +82,7 @@ void cls_attention(const ClsAttentionArgs& args, float* out, const Threads& thre
 }
 
 void received_attention(const ReceivedAttentionArgs& args, float* out, const Threads& threads) {
-  constexpr int kBlock =
-      32;  // queries whose weights are added in float32 before float64 takes over
+  constexpr int kBlock = 32;  // queries whose weights are added in float32 before float64 does
   const int64_t rows = args.rows();
   std::vector<double> sums(static_cast<size_t>(args.heads * rows));  // (heads, rows)
   for_each(threads, args.images * args.heads, [&](int64_t task) {
@@ -81,24 +91,24 @@ void received_attention(const ReceivedAttentionArgs& args, float* out, const Thr
     const int64_t first = args.bounds[image];
     const auto tokens = static_cast<int>(args.bounds[image + 1] - first);
     if (tokens == 0) return;
-    const auto q = load_rows(args.q, args.dtype, 0, first, head, tokens, args.head_dim);
-    const auto k = load_rows(args.k, args.dtype, 0, first, head, tokens, args.head_dim);
     const auto dim = static_cast<int>(round_up(args.head_dim, kDimAlign));
+    auto q = load_rows(args.q, args.dtype, 0, first, head, tokens, args.head_dim);
+    q.resize(static_cast<size_t>(round_up(tokens, kQueryTile) * dim));
+    const auto k = to_panels(load_rows(args.k, args.dtype, 0, first, head, tokens, args.head_dim),
+                             tokens, dim);
     double* total = sums.data() + head * rows + first;
-    std::vector<float> weights(static_cast<size_t>(tokens)), block(static_cast<size_t>(tokens));
+    const auto width = static_cast<size_t>(round_up(tokens, kPanelKeys));
+    std::vector<float> block(width), scratch(kQueryTile * width);
     for (int begin = 0; begin < tokens; begin += kBlock) {
       std::fill(block.begin(), block.end(), 0.0f);
-      for (int i = begin; i < std::min(begin + kBlock, tokens); ++i) {
-        isa().logits(q.data() + int64_t{i} * dim, k.data(), tokens, dim, args.scale,
-                     weights.data());
-        if (args.lse) {
-          const float lse =
-              args.lse[head * args.lse_head_stride + (first + i) * args.lse_token_stride];
-          for (size_t t = 0; t < weights.size(); ++t) block[t] += std::exp(weights[t] - lse);
-        } else {
-          const auto sum = static_cast<float>(exponentials(weights.data(), tokens, weights.data()));
-          for (size_t t = 0; t < weights.size(); ++t) block[t] += weights[t] / sum;
+      for (int i = begin; i < std::min(begin + kBlock, tokens); i += kQueryTile) {
+        const int queries = std::min(kQueryTile, tokens - i);
+        float lse[kQueryTile];
+        for (int j = 0; args.lse && j < queries; ++j) {
+          lse[j] = args.lse[head * args.lse_head_stride + (first + i + j) * args.lse_token_stride];
         }
+        isa().add_weights(q.data() + int64_t{i} * dim, queries, k.data(), tokens, dim, args.scale,
+                          args.lse ? lse : nullptr, scratch.data(), block.data());
       }
       for (int t = 0; t < tokens; ++t)
         total[t] += static_cast<double>(block[static_cast<size_t>(t)]);

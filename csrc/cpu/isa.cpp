@@ -293,14 +293,14 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
 }
 
 // ---- attention ----------------------------------------------------------------------------------
-template <typename Sum>
-void logits(const float* q, const float* keys, int tokens, int dim, Sum scale, Sum* out) {
-  constexpr int kLanes = 16;  // partial sums: what a compiler may keep in one or two vectors
+void exact_logits(const float* q, const float* keys, int tokens, int dim, double scale,
+                  double* out) {
+  constexpr int kLanes = 16;  // partial sums: what a compiler may keep in a few vectors
   for (int t = 0; t < tokens; ++t) {
     const float* k = keys + int64_t{t} * dim;
-    Sum sums[kLanes] = {};
+    double sums[kLanes] = {};
     for (int d = 0; d < dim; d += kLanes) {
-      for (int l = 0; l < kLanes; ++l) sums[l] += static_cast<Sum>(q[d + l]) * k[d + l];
+      for (int l = 0; l < kLanes; ++l) sums[l] += static_cast<double>(q[d + l]) * k[d + l];
     }
     for (int width = kLanes / 2; width > 0; width /= 2) {
       for (int l = 0; l < width; ++l) sums[l] += sums[l + width];
@@ -309,10 +309,146 @@ void logits(const float* q, const float* keys, int tokens, int dim, Sum scale, S
   }
 }
 
+// One vector of this instruction set.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+Floats all(float x) { return Floats{} + x; }
+Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// a * b + c, of which only scores depend: one rounding or two are both good.
+Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x to about one unit in the last place; 0 below -87, NaN for NaN.
+Floats exponential(Floats x) {
+  const Ints tiny = x < -87.0f;
+  x = tiny ? all(-87.0f) : x;
+  x = x > 88.0f ? all(88.0f) : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats n = (x * 1.44269504f + kRound) - kRound;
+  // ln 2 in two parts, the first of so few bits that its product is exact.
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  // Minimax polynomial of (e^r - 1 - r) / r^2 (Cephes, expf).
+  Floats p = all(1.9875691500e-4f);
+  p = multiply_add(p, r, all(1.3981999507e-3f));
+  p = multiply_add(p, r, all(8.3334519073e-3f));
+  p = multiply_add(p, r, all(4.1665795894e-2f));
+  p = multiply_add(p, r, all(1.6666665459e-1f));
+  p = multiply_add(p, r, all(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return tiny ? Floats{} : p * reinterpret_cast<Floats>(power);
+}
+
+// A tile has as many sums as there are registers for.
+#if defined(__AVX512F__)
+constexpr int kTileQueries = kQueryTile;
+#else
+constexpr int kTileQueries = kQueryTile / 2;
+#endif
+constexpr int kTileVectors = 2;
+static_assert(kPanelKeys % kLanes == 0 && kQueryTile % kTileQueries == 0);
+
+// out[i][t] = scale * (q_i . k_t) of kTileQueries queries and kVectors vectors of keys from `first`
+// on. A sum runs over the channels in order, whatever stands beside it.
+template <int kVectors>
+void logit_tile(const float* q, const float* panels, int64_t first, int dim, float scale,
+                int64_t stride, float* out) {
+  const float* keys[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t key = first + v * kLanes;
+    keys[v] = panels + key / kPanelKeys * kPanelKeys * dim + key % kPanelKeys;
+  }
+  Floats sums[kTileQueries][kVectors] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats k = load(keys[v] + d * kPanelKeys);
+      for (int i = 0; i < kTileQueries; ++i) {
+        sums[i][v] = multiply_add(all(q[i * dim + d]), k, sums[i][v]);
+      }
+    }
+  }
+  for (int i = 0; i < kTileQueries; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      store(out + i * stride + first + v * kLanes, sums[i][v] * scale);
+    }
+  }
+}
+
+void add_weights(const float* q, int queries, const float* panels, int tokens, int dim, float scale,
+                 const float* lse, float* scratch, float* columns) {
+  constexpr int kFloatSums = 64;  // terms of a float32 sum before float64 takes over
+  constexpr int kTileKeys = kTileVectors * kLanes;
+  const int64_t width = int64_t{(tokens + kPanelKeys - 1) / kPanelKeys} * kPanelKeys;
+  for (int i = 0; i < kQueryTile; i += kTileQueries) {
+    const float* rows = q + int64_t{i} * dim;
+    float* out = scratch + i * width;
+    int64_t t = 0;
+    for (; t + kTileKeys <= width; t += kTileKeys) {
+      logit_tile<kTileVectors>(rows, panels, t, dim, scale, width, out);
+    }
+    for (; t < width; t += kLanes) logit_tile<1>(rows, panels, t, dim, scale, width, out);
+  }
+  for (int i = 0; i < queries; ++i) {
+    float* row = scratch + i * width;
+    for (int64_t t = tokens; t < width; ++t) row[t] = -__builtin_inff();  // weight 0
+    if (lse) {
+      for (int64_t t = 0; t < width; t += kLanes) {
+        store(columns + t, load(columns + t) + exponential(load(row + t) - lse[i]));
+      }
+      continue;
+    }
+    Floats high = load(row);
+    for (int64_t t = kLanes; t < width; t += kLanes) {
+      const Floats x = load(row + t);
+      high = x > high ? x : high;
+    }
+    float highest = high[0];
+    for (int l = 1; l < kLanes; ++l) highest = high[l] > highest ? high[l] : highest;
+    double sum = 0.0;
+    for (int64_t begin = 0; begin < width; begin += kFloatSums * kLanes) {
+      const int64_t end = begin + kFloatSums * kLanes;
+      Floats partial = {};
+      for (int64_t t = begin; t < (end < width ? end : width); t += kLanes) {
+        const Floats weight = exponential(load(row + t) - highest);
+        store(row + t, weight);
+        partial += weight;
+      }
+      for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(partial[l]);
+    }
+    const auto share = static_cast<float>(1.0 / sum);
+    for (int64_t t = 0; t < width; t += kLanes) {
+      store(columns + t, load(columns + t) + load(row + t) * share);
+    }
+  }
+}
+
 }  // namespace
 
 extern const IsaKernels kKernels;
-const IsaKernels kKernels = {VP_STRING(VP_ISA), quantize_token, gram_tile,     neighbours,
-                             load_row,          logits<float>,  logits<double>};
+const IsaKernels kKernels = {VP_STRING(VP_ISA), quantize_token, gram_tile,  neighbours,
+                             load_row,          exact_logits,   add_weights};
 
 }  // namespace vispruner::cpu::VP_ISA

@@ -18,6 +18,11 @@ constexpr int kTileCols = 32;
 // Neighbour lists: kListStride - 1 entries at most, best first, then the sentinel.
 constexpr int kListStride = 32;
 
+// Received attention: queries that go through the keys together, and keys side by side in a panel:
+// panel[channel][key % 16], float32.
+constexpr int kQueryTile = 8;
+constexpr int kPanelKeys = 16;
+
 struct IsaKernels {
   const char* name;
 
@@ -40,11 +45,16 @@ struct IsaKernels {
   // Upcasts `count` elements.
   void (*load)(const void* from, DType dtype, int64_t count, float* to);
 
-  // out[t] = scale * (q . keys[t]) for rows of `dim` floats, dim % 16 == 0.
-  void (*logits)(const float* q, const float* keys, int tokens, int dim, float scale, float* out);
-  // The same in float64.
+  // out[t] = scale * (q . keys[t]) in float64, for rows of `dim` floats, dim % 16 == 0.
   void (*exact_logits)(const float* q, const float* keys, int tokens, int dim, double scale,
                        double* out);
+
+  // columns[t] += sum over `queries` of softmax(scale * (q . k_t)), the softmax over all `tokens`
+  // keys; with lse, of exp(scale * (q . k_t) - lse[query]). `q` has kQueryTile rows of `dim`
+  // floats, `panels` and `columns` are padded to whole panels (with zeros, with anything), and
+  // `scratch` holds kQueryTile such rows of columns.
+  void (*add_weights)(const float* q, int queries, const float* panels, int tokens, int dim,
+                      float scale, const float* lse, float* scratch, float* columns);
 };
 
 // The kernels for this processor.

@@ -1,11 +1,12 @@
-"""Every instruction set that this processor has returns the same; each in a process of its own,
-because the choice is made once."""
+"""Every instruction set that this processor has: the same tokens, and scores as good. Each in a
+process of its own, because the choice is made once."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +68,14 @@ def test_instruction_set(isa: str) -> None:
     if done.stdout.startswith("unsupported"):
         pytest.skip(f"this processor has no {isa}: {done.stdout.strip()}")
     assert done.stdout.startswith("equal")
+
+
+@pytest.mark.parametrize("isa", INFO["cpu_isas"])
+def test_scores_of_instruction_set(isa: str) -> None:
+    tests = Path(__file__).with_name("test_attention.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    done = subprocess.run(
+        command, env=environment(VISPRUNER_CPU_ISA=isa), capture_output=True, text=True,
+        cwd=tests.parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
