@@ -21,6 +21,7 @@ from typing import Any
 import environment
 import peers
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from workloads import CASES, Case
@@ -38,6 +39,8 @@ MEMORY_CASES = (
 
 def candidates(case: Case) -> dict[str, Callable[[], Any]]:
     """The operator and its peers as functions without arguments."""
+    if case.op.endswith("attention"):
+        return _score_candidates(case)
     feats, attn = case.tensors()
     k = case.k
     if case.op == "prune":
@@ -64,10 +67,27 @@ def candidates(case: Case) -> dict[str, Callable[[], Any]]:
     }
 
 
+def _score_candidates(case: Case) -> dict[str, Callable[[], Any]]:
+    scale = case.channels**-0.5
+    q, k = case.queries_and_keys()
+    own, peer = (getattr(module, case.op) for module in (vispruner_cuda, peers))
+    found = {OPERATOR: lambda: own(q, k, scale), "softmax of q k": lambda: peer(q, k, scale)}
+    if case.op == "received_attention":
+        # Not the scores, but what the tower's own attention costs.
+        q4, k4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+        found["one SDPA forward"] = lambda: F.scaled_dot_product_attention(q4, k4, k4)
+    return found
+
+
 def check(case: Case) -> None:
-    """The operator against the reference, bit for bit."""
-    feats, attn = case.tensors()
+    """The operator against the reference: bit for bit, or as near as scores are."""
     reference = vispruner_cuda.reference
+    if case.op.endswith("attention"):
+        q, k = case.queries_and_keys()
+        scores = [getattr(m, case.op)(q, k, 0.1) for m in (vispruner_cuda, reference)]
+        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-7)
+        return
+    feats, attn = case.tensors()
     got: Any
     want: Any
     if case.op == "prune":

@@ -212,10 +212,10 @@ def simple_peers(row: Row, x: dict[str, Tensor]) -> dict[str, Call]:
             "normalize and torch.bmm": lambda: peers.pairwise_cosine(x["feats"]),
         }
     if row.op == "cls_attention":
-        q, k = x["q"].unsqueeze(2), x["k"]
+        q, k = x["q"], x["k"]
         copy = torch.empty_like(k)
         return {
-            "eager softmax": lambda: (q @ k.transpose(2, 3) * 0.125).softmax(-1).mean(1),
+            "eager softmax": lambda: peers.cls_attention(q, k, row.channels**-0.5),
             "copy of the keys": lambda: copy.copy_(k),
         }
     if row.op.startswith("received"):

@@ -108,3 +108,15 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
     order = torch.arange(feats.shape[1], device=feats.device)
     kept = [dedup_list(F.normalize(x, dim=-1), order, k, step).sort().values for x in feats]
     return torch.stack(kept)
+
+
+def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(B, N) scores from q_cls (B, H, D) and k (B, H, 1 + N, D)."""
+    logits = q_cls.unsqueeze(2) @ k.transpose(2, 3) * scale
+    return logits.softmax(-1)[:, :, 0, 1:].float().mean(1)
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(T,) scores of one image from q and k (T, H, D), through the whole attention matrix."""
+    logits = q.transpose(0, 1) @ k.permute(1, 2, 0) * scale
+    return logits.softmax(-1).float().mean((0, 1))

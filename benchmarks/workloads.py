@@ -56,7 +56,8 @@ class Case:
     """One comparison: an operator against its peers on the same tensors.
 
     Attributes:
-        op: prune, topk, pairwise_cosine or dedup.
+        op: prune, topk, pairwise_cosine, dedup, cls_attention or received_attention.
+        channels: of the features; of a head, for the attention scores.
         rounds: timed rounds, fewer where the peer takes seconds.
     """
 
@@ -72,7 +73,7 @@ class Case:
     def name(self) -> str:
         shape = f"{self.images}x{self.tokens}"
         shape += "" if self.op == "topk" else f"x{self.channels}"
-        k = "" if self.op == "pairwise_cosine" else f" k={self.k}"
+        k = f" k={self.k}" if self.op in ("prune", "topk", "dedup") else ""
         return f"{self.op} {shape} {self.dtype}{k}"
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,16 @@ class Case:
         dtype = getattr(torch, self.dtype)
         feats = make_feats("random", self.images, self.tokens, self.channels).to(dtype)
         return feats, make_attention(self.images, self.tokens, dtype=dtype)
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """q and k of an attention score: (T, H, D) both, or (B, H, D) and (B, H, 1 + N, D)."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.images, 1 + self.tokens, HEADS, self.channels)
+        q, k = (torch.randn(shape, generator=generator) for _ in range(2))
+        dtype = getattr(torch, self.dtype)
+        if self.op == "cls_attention":
+            return q[:, 0].to(dtype), k.to(dtype).transpose(1, 2)
+        return q[0, 1:].to(dtype), k[0, 1:].to(dtype)
 
 
 CASES = (
@@ -95,4 +106,7 @@ CASES = (
     Case("pairwise_cosine", 1, 576),
     Case("pairwise_cosine", 1, 2880, rounds=11),
     Case("dedup", 1, 576),
+    Case("cls_attention", 8, 576, channels=64),
+    Case("received_attention", 1, 2304, channels=80, rounds=11),
+    Case("received_attention", 1, 2304, "bfloat16", channels=80, rounds=11),
 )
