@@ -347,7 +347,7 @@ class Pruner:
 
         # 2. Which image belongs to which row, before anything is computed.
         slots = {m: new_ids == family.token_id(m) for m in family.encoders}
-        old_ids = past.old(ids) if whole else ids[:, :0]
+        old_ids = past.old(ids)
         stats = [new_mask.sum(1), new_mask[:, -1].long(), *(s.sum(1) for s in slots.values())]
         stats += [(old_ids == family.token_id(m)).sum(1) for m in family.encoders]
         valid, last, *found = torch.stack(stats).tolist()  # the one time that the host waits

@@ -43,7 +43,7 @@ def test_no_weak_symbols(objects, tool):
 
 
 def test_fused_multiply_add_in_scores_alone(objects, tool):
-    """What decides which tokens stay rounds every operation; the scores may be fused."""
+    """The choice of tokens rounds every operation; attention scores, its input, may be fused."""
     for isa, path in objects.items():
         code = tool("objdump", "-d", "-C", path)
         functions = re.split(r"^[0-9a-f]+ <(.*)>:$", code, flags=re.MULTILINE)
