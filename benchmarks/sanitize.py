@@ -36,8 +36,11 @@ def main() -> None:
     )
     for plan in ("lists_shared", "state_shared", "workspace"):
         os.environ["VISPRUNER_DEDUP_PLAN"] = plan
-        vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
-        vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)  # merges
+        for rank in ("buckets", "counting"):  # the long one is merged if it has no buckets
+            os.environ["VISPRUNER_RANK_PLAN"] = rank
+            vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
+            vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)
+    del os.environ["VISPRUNER_RANK_PLAN"]
     os.environ["VISPRUNER_LAUNCH"] = "dependent"
     for plan in ("tiles_32", "tiles_64"):
         os.environ["VISPRUNER_GRAM_PLAN"] = plan

@@ -23,40 +23,38 @@ struct WorkspaceLayout {
   int64_t ld;
 };
 
-// Arrays of the dedup loop. They live in shared memory, or else in the workspace.
-constexpr int kMostCounting = 512;  // tokens of A that are ranked by counting, not by merging
-VP_HD int half_up(int n) { return (n + 1) / 2; }
-
-struct DedupState {
-  uint64_t* sorted[2];  // (A) for merging
-  uint32_t* keys;       // (A) ordered keys of the redundancies
-  uint16_t* list[2];    // (R) the list of this round and of the next
-  uint8_t* in_b;        // (R)
-};
-
-VP_HD int64_t carve(DedupState* state, unsigned char* base, int residual) {
-  int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    unsigned char* p = base ? base + used : nullptr;
-    used += round_up(bytes, 16);
-    return p;
-  };
-  const int a = half_up(residual);
-  const int merged = a > kMostCounting ? a : 0;
-  for (int i = 0; i < 2; ++i) {
-    state->sorted[i] = reinterpret_cast<uint64_t*>(take(int64_t{merged} * 8));
-  }
-  state->keys = reinterpret_cast<uint32_t*>(take(int64_t{a} * 4));
-  for (int i = 0; i < 2; ++i) {
-    state->list[i] = reinterpret_cast<uint16_t*>(take(int64_t{residual} * 2));
-  }
-  state->in_b = take(residual);
-  return used;
+// Where entry `entry` of a token's neighbour list lies. Rows are permuted, each in its own way: the
+// lanes of a warp read the first entries of different tokens, and shall meet different banks.
+VP_HD int id_slot(int token, int entry) {  // four entries (8 bytes) stay together
+  return token * kNeighbours + (entry ^ (token / 2 * 4 % kNeighbours));
+}
+VP_HD int key_slot(int token, int entry) {
+  return token * kNeighbours + (entry ^ (token % kNeighbours));
 }
 
-VP_HD int64_t dedup_state_bytes(int residual) {
-  DedupState state{};
-  return carve(&state, nullptr, residual);
+// Arrays of the dedup loop. They live in shared memory, or else in the workspace.
+constexpr int kMostCounting = 512;  // tokens of A that are never ranked by merging
+VP_HD int half_up(int n) { return (n + 1) / 2; }
+
+struct DedupLayout {  // byte offsets
+  int64_t sorted[2];  // uint64 (A) for merging
+  int64_t keys;       // uint32 (A) ordered keys of the redundancies
+  int64_t chain;      // uint16 (A) next token of the same bucket
+  int64_t lists;      // uint16 (2, R) the list of this round and of the next
+  int64_t bytes;
+};
+
+VP_HD DedupLayout dedup_layout(int residual) {
+  const int64_t a = half_up(residual);
+  const int64_t merged = a > kMostCounting ? a : 0;
+  DedupLayout at{};
+  at.sorted[0] = 0;
+  at.sorted[1] = at.sorted[0] + round_up(merged * 8, 16);
+  at.keys = at.sorted[1] + round_up(merged * 8, 16);
+  at.chain = at.keys + round_up(a * 4, 16);
+  at.lists = at.chain + round_up(a * 2, 16);
+  at.bytes = at.lists + round_up(int64_t{residual} * 4, 16);
+  return at;
 }
 
 VP_HD WorkspaceLayout workspace_layout(int tokens, int residual, int64_t channels,
@@ -72,7 +70,7 @@ VP_HD WorkspaceLayout workspace_layout(int tokens, int residual, int64_t channel
   w.ids = w.gram + (own_gram ? round_up(residual * w.ld * 4, kAlign) : 0);
   w.keys = w.ids + round_up(int64_t{own_gram ? residual : 0} * kNeighbours * 2, kAlign);
   w.state = w.keys + round_up(int64_t{own_gram ? residual : 0} * kNeighbours * 4, kAlign);
-  w.bytes = w.state + (own_gram ? round_up(dedup_state_bytes(residual), kAlign) : 0);
+  w.bytes = w.state + (own_gram ? round_up(dedup_layout(residual).bytes, kAlign) : 0);
   return w;
 }
 

@@ -1,15 +1,18 @@
 // The dedup loop and the selection: one block an image, one launch for all rounds.
 //
-// A round: (1) each token of A, one warp a token, looks for the first of its 32 neighbours that is
-// in B now (one lane an entry, one vote; where there is none, the warp scans B); (2) A is sorted
-// by redundancy, the r most redundant are dropped, and the next list is written. Two barriers a
-// round while the list is short: ranks come from counting who beats whom. A longer list is sorted
-// by warps and merged, a barrier a level.
+// A round: (1) each token of A looks for the first of its 32 neighbours that is in B now; one to
+// eight lanes share a token, a lane probes four entries at once. (2) Where there is none, a warp
+// scans B. (3) A is sorted by redundancy, the r most redundant are dropped, and the next list is
+// written. A short A is ranked by counting who beats whom. A longer one goes through buckets, whose
+// widths follow the spread of the round before, so that each holds a few tokens. Only where many
+// redundancies agree to the last bits, so that buckets are crowded, is it counted or merged.
 //
-// Steps at N = 576, k = 64: 64 dependent rounds of 136 tokens in A on average, each about 150
-// cycles of latency for the look-up and 25k compares for the ranks.
+// A round waits for two to five barriers. What bounds it is latency, and the shared memory's one
+// access of a warp a cycle: counting takes A^2 / 32 of them, 2300 for the 272 tokens of a first
+// round, and that is why there are buckets (docs/performance.md).
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "batch.cuh"
 #include "vispruner/cuda.h"
@@ -18,103 +21,273 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kMostThreads = 1024;
-constexpr int kWords = kMaxTokens / 32;
+constexpr int kProbes = 4;         // entries of a neighbour list that a lane looks at together
+constexpr int kFewTokens = 96;     // up to which A is counted: buckets take a barrier more
+constexpr int kBuckets = 1024;     // 64 an octave of distance from the most redundant token
+constexpr int kMostInBucket = 32;  // more in one, and the buckets are given up
+constexpr int kOctaves = 16;
+
+// What the block always has in shared memory.
+struct Shared {
+  uint32_t* counts;    // (kBuckets) tokens; zero outside of a ranking
+  uint32_t* heads;     // (kBuckets) A position of the token that came last
+  uint32_t* spans;     // (kBuckets) tokens << 16 | tokens in the buckets of its 32 before it
+  uint32_t* totals;    // (32) tokens of 32 buckets
+  uint32_t* extremes;  // (2, 2) highest and lowest key: of the round before, and of this one
+  uint32_t* missing;   // (1) tokens of A that have no neighbour in B
+  uint32_t* in_b;      // (2, R / 32) which tokens are in B: in this round, and in the next
+  uint32_t* keep;      // (N / 32) which tokens are selected
+};
+
+struct SharedLayout {  // 32-bit words
+  int64_t heads, spans, totals, extremes, missing, in_b, keep, bytes;
+};
+
+VP_HD int words(int bits) { return (bits + 31) / 32; }
+
+VP_HD SharedLayout shared_layout(int tokens, int residual) {
+  SharedLayout at{};
+  at.heads = kBuckets;
+  at.spans = at.heads + kBuckets;
+  at.totals = at.spans + kBuckets;
+  at.extremes = at.totals + kBuckets / 32;
+  at.missing = at.extremes + 4;
+  at.in_b = at.missing + 1;
+  at.keep = at.in_b + 2 * words(residual);
+  at.bytes = round_up((at.keep + words(tokens)) * 4, 16);
+  return at;
+}
+
+struct DedupState {  // DedupLayout
+  uint64_t* sorted[2];
+  uint32_t* keys;
+  uint16_t* chain;
+  uint16_t* lists;
+};
 
 VP_HD int64_t list_bytes(int residual) {
   return round_up(int64_t{residual} * kNeighbours * 2, 16) + int64_t{residual} * kNeighbours * 4;
 }
 
-__device__ __forceinline__ void copy_words(void* to, const void* from, int64_t bytes) {
-  auto* out = static_cast<uint32_t*>(to);
-  const auto* in = static_cast<const uint32_t*>(from);
-  for (int64_t w = threadIdx.x; w < bytes / 4; w += blockDim.x) out[w] = in[w];
-}
-
 // What the rounds read of the stages before.
 struct Similarity {
-  const uint16_t* ids;   // (R, 32) neighbour lists, best first
-  const uint32_t* keys;  // (R, 32) ordered keys of the redundancies they give
+  const uint16_t* ids;   // (R, 32) neighbour lists, best first (id_slot)
+  const uint32_t* keys;  // (R, 32) ordered keys of the redundancies they give (key_slot)
   const float* matrix;   // (R, ld) for tokens none of whose neighbours is in B
   int ld;
   const float* inv;  // (R)
 };
 
-// (1) keys[p] of the tokens at even list positions 2p; a warp has kLookups tokens in flight.
-template <int kLookups>
-__device__ __forceinline__ void look_up(const DedupState& state, const Similarity& similarity,
-                                        const uint16_t* list, int n) {
+struct Round {
+  const uint16_t* list;  // (n) tokens: A at even positions, B at odd ones
+  uint16_t* next;        // the list after this round
+  const uint32_t* in_b;
+  uint32_t* next_in_b;
+  const uint32_t* extremes;
+  uint32_t* next_extremes;
+  int n, a_count, r;
+  bool buckets;  // A is to be ranked by them
+};
+
+// Which bucket a key falls into: by its distance from the highest key of the round before, on a
+// logarithmic scale (the bits of a float are its logarithm, linear between powers of two) that
+// ends at twice the distance of the lowest. Any rule that never falls with the key would give the
+// same ranks; redundancies bunch near the highest, and this one still spreads them.
+struct BucketRule {
+  float high;
+  int first;
+
+  __device__ __forceinline__ explicit BucketRule(const uint32_t* extremes)
+      : high(key_float(extremes[0])), first(distance(extremes[1]) - ((kOctaves - 1) << 23)) {}
+
+  __device__ __forceinline__ int operator()(uint32_t key) const {
+    constexpr int kShift = 23 + 4 - 10;  // bits of an octave, times octaves, over buckets
+    static_assert(kOctaves == 1 << 4 && kBuckets == 1 << 10, "");
+    return min(max((distance(key) - first) >> kShift, 0), kBuckets - 1);
+  }
+
+  // The bits; redundancies are within [-1, 1] and a rounding error, so that sums stay in range.
+  __device__ __forceinline__ int distance(uint32_t key) const {
+    return static_cast<int>(float_bits(max(high - key_float(key), 0.0f)));
+  }
+};
+
+// The redundancy of the token at A position p is known.
+__device__ __forceinline__ void store_key(const Shared& shared, const DedupState& state,
+                                          const Round& round, const BucketRule& bucket, int p,
+                                          uint32_t key) {
+  state.keys[p] = key;
+  if (!round.buckets) return;
+  const int b = bucket(key);
+  atomicAdd(&shared.counts[b], 1u);
+  // The first token of a bucket gets what the head was before; its count ends the chain there.
+  state.chain[p] = static_cast<uint16_t>(atomicExch(&shared.heads[b], static_cast<uint32_t>(p)));
+}
+
+// (1) The keys of A, as far as the neighbour lists tell them; the other positions are left in
+// `next`. Returns whether this thread left one.
+__device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& state,
+                                        const Similarity& similarity, const Round& round) {
+  struct alignas(2 * kProbes) Ids {
+    uint16_t of[kProbes];
+  };
+  const BucketRule bucket(round.extremes);
   const int lane = threadIdx.x % kWarp;
-  const int warps = blockDim.x / kWarp;
-  const int a_count = half_up(n);
-  for (int p0 = threadIdx.x / kWarp; p0 < a_count; p0 += warps * kLookups) {
-    // Loads of several tokens overlap; the warp as a whole takes the same way through here.
-    int token[kLookups];
-    bool hit[kLookups];
+  int shift = 3;  // lanes of a token: as many as there are threads for
+  static_assert(kProbes << 3 == kNeighbours, "eight lanes see the whole list");
+  while (shift > 0 && static_cast<int>(blockDim.x >> shift) < round.a_count) --shift;
+  const int lanes = 1 << shift, own = lane & (lanes - 1);
+  const unsigned team = ((1u << lanes) - 1) << (lane - own);
+  bool left = false;
+  for (int p0 = threadIdx.x / kWarp * (kWarp >> shift); p0 < round.a_count;
+       p0 += blockDim.x >> shift) {
+    const int p = p0 + (lane >> shift);
+    bool open = p < round.a_count;
+    const int token = round.list[2 * (open ? p : p0)];
+    for (int first = 0; first < kNeighbours; first += lanes * kProbes) {
+      const int entry = first + own * kProbes;
+      const Ids ids = *reinterpret_cast<const Ids*>(similarity.ids + id_slot(token, entry));
+      unsigned hits = 0;
 #pragma unroll
-    for (int u = 0; u < kLookups; ++u) {
-      const int p = p0 + u * warps;
-      token[u] = list[2 * (p < a_count ? p : p0)];
-    }
-#pragma unroll
-    for (int u = 0; u < kLookups; ++u) {
-      hit[u] = state.in_b[similarity.ids[token[u] * kNeighbours + lane]] != 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kLookups; ++u) {
-      const int p = p0 + u * warps;
-      if (p >= a_count) break;
-      const unsigned hits = __ballot_sync(kAllLanes, hit[u]);
-      uint32_t key;
-      if (hits) {
-        key = similarity.keys[token[u] * kNeighbours + __ffs(static_cast<int>(hits)) - 1];
-      } else {
-        uint32_t best = 0;
-        const float* row = similarity.matrix + int64_t{token[u]} * similarity.ld;
-#pragma unroll 1  // rare: not worth the registers
-        for (int b = 2 * lane + 1; b < n; b += 2 * kWarp)
-          best = max(best, ordered_key(row[list[b]]));
-        best = __reduce_max_sync(kAllLanes, best);
-        key = ordered_key(key_float(best) * similarity.inv[token[u]]);
+      for (int i = 0; i < kProbes; ++i) {
+        const uint32_t id = ids.of[i];
+        hits |= (round.in_b[id / 32] >> (id % 32) & 1u) << i;
       }
-      if (lane == 0) state.keys[p] = key;
+      const unsigned votes = __ballot_sync(kAllLanes, open && hits) & team;
+      if (votes) {
+        open = false;
+        if (lane == __ffs(static_cast<int>(votes)) - 1) {
+          const int best = entry + __ffs(static_cast<int>(hits)) - 1;
+          store_key(shared, state, round, bucket, p, similarity.keys[key_slot(token, best)]);
+        }
+      }
+      if (!__ballot_sync(kAllLanes, open)) break;
     }
+    if (open && own == 0) {
+      left = true;
+      round.next[atomicAdd(shared.missing, 1u)] = static_cast<uint16_t>(p);
+    }
+  }
+  return left;
+}
+
+// (2) The keys that look_up left, one warp a token.
+__device__ __forceinline__ void scan_missing(const Shared& shared, const DedupState& state,
+                                             const Similarity& similarity, const Round& round) {
+  const BucketRule bucket(round.extremes);
+  const int lane = threadIdx.x % kWarp;
+  const auto missing = static_cast<int>(*shared.missing);
+  for (int m = threadIdx.x / kWarp; m < missing; m += blockDim.x / kWarp) {
+    const int p = round.next[m];
+    const int token = round.list[2 * p];
+    const float* row = similarity.matrix + int64_t{token} * similarity.ld;
+    uint32_t best = 0;
+#pragma unroll 4
+    for (int b = 2 * lane + 1; b < round.n; b += 2 * kWarp) {
+      best = max(best, ordered_key(row[round.list[b]]));
+    }
+    best = __reduce_max_sync(kAllLanes, best);
+    if (lane == 0) {
+      const float redundancy = key_float(best) * similarity.inv[token];
+      store_key(shared, state, round, bucket, p, ordered_key(redundancy));
+    }
+  }
+}
+
+// The token comes to this place of the next list.
+__device__ __forceinline__ void put(const Round& round, int slot, int token) {
+  round.next[slot] = static_cast<uint16_t>(token);
+  if (slot & 1) atomicOr(&round.next_in_b[token / 32], 1u << (token % 32));
+}
+
+// B follows the survivors of A, in its old order.
+__device__ __forceinline__ void move_b(const Round& round) {
+  // From the last thread on: the first ones have more to do in the rankings.
+  for (int b = blockDim.x - 1 - threadIdx.x; b < round.n / 2; b += blockDim.x) {
+    put(round, round.a_count - round.r + b, round.list[2 * b + 1]);
   }
 }
 
 // Where the token at A position p, which has rank `rank`, goes: out, or on the next list.
-__device__ __forceinline__ void place(const DedupState& state, const uint16_t* list, uint16_t* next,
-                                      int p, int rank, int r) {
-  const int token = list[2 * p];
-  if (rank < r) {
-    state.in_b[token] = 0;
-  } else {
-    next[rank - r] = static_cast<uint16_t>(token);
-    state.in_b[token] = (rank - r) & 1;
-  }
+__device__ __forceinline__ void place(const DedupState& state, const Round& round, int p,
+                                      int rank) {
+  if (rank == 0) round.next_extremes[0] = state.keys[p];
+  if (rank == round.a_count - 1) round.next_extremes[1] = state.keys[p];
+  if (rank >= round.r) put(round, rank - round.r, round.list[2 * p]);
 }
 
-// (2) for a short A: a group of lanes counts who beats a token.
-__device__ __forceinline__ void sort_by_counting(const DedupState& state, const uint16_t* list,
-                                                 uint16_t* next, int a_count, int r) {
+// Beaten by a higher key, or by an equal one of a lower position (keys are below 2^32 - 1).
+__device__ __forceinline__ bool beats(const DedupState& state, int other, uint32_t key, int p) {
+  return state.keys[other] >= key + (other >= p ? 1u : 0u);
+}
+
+// The sum over the lanes below.
+__device__ __forceinline__ uint32_t sum_before(uint32_t value) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t sum = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const uint32_t left = __shfl_up_sync(kAllLanes, sum, offset);
+    if (lane >= offset) sum += left;
+  }
+  return sum - value;
+}
+
+// (3) for a longer A: a token's rank is the tokens in the buckets before its own and those of its
+// own that beat it. False, and nothing done, where a bucket is crowded.
+__device__ __forceinline__ bool sort_by_buckets(const Shared& shared, const DedupState& state,
+                                                const Round& round) {
+  const int lane = threadIdx.x % kWarp;
+  bool crowded = false;
+  for (int b = threadIdx.x; b < kBuckets; b += blockDim.x) {
+    const uint32_t count = shared.counts[b];
+    shared.counts[b] = 0;
+    crowded = crowded || count > kMostInBucket;
+    const uint32_t before = sum_before(count);
+    shared.spans[b] = count << 16 | before;
+    if (lane == kWarp - 1) shared.totals[b / kWarp] = before + count;
+  }
+  if (__syncthreads_or(crowded)) return false;
+
+  const BucketRule bucket(round.extremes);
+  const uint32_t before = sum_before(shared.totals[lane]);
+  static_assert(kBuckets / kWarp == kWarp, "one lane a total");
+  for (int p0 = threadIdx.x - lane; p0 < round.a_count; p0 += blockDim.x) {
+    const int p = p0 + lane;
+    const uint32_t key = state.keys[min(p, round.a_count - 1)];
+    const int b = bucket(key);
+    auto rank = static_cast<int>(__shfl_sync(kAllLanes, before, b / kWarp));
+    if (p >= round.a_count) continue;
+    const uint32_t span = shared.spans[b];
+    rank += static_cast<int>(span & 0xffffu);
+    auto other = static_cast<int>(shared.heads[b]);
+    for (int left = static_cast<int>(span >> 16); left > 0; --left) {
+      rank += beats(state, other, key, p);
+      other = state.chain[other];
+    }
+    place(state, round, p, rank);
+  }
+  return true;
+}
+
+// (3) for a short A: a group of lanes counts who beats a token.
+__device__ __forceinline__ void sort_by_counting(const DedupState& state, const Round& round) {
   int shift = 5;
-  while (shift > 0 && static_cast<int>(blockDim.x >> shift) < a_count) --shift;
+  while (shift > 0 && static_cast<int>(blockDim.x >> shift) < round.a_count) --shift;
   const int lanes = 1 << shift, groups = blockDim.x >> shift;
   const int lane = threadIdx.x & (lanes - 1);
   // Every thread makes every turn, so that whole warps meet in the shuffles.
-  for (int p0 = 0; p0 < a_count; p0 += groups) {
+  for (int p0 = 0; p0 < round.a_count; p0 += groups) {
     const int p = p0 + (threadIdx.x >> shift);
     int rank = 0;
-    if (p < a_count) {
-      // Beaten by a higher key, or by an equal one of a lower position (keys are below 2^32 - 1).
+    if (p < round.a_count) {
       const uint32_t key = state.keys[p];
-      for (int j = lane; j < a_count; j += lanes) {
-        rank += state.keys[j] >= key + (j >= p ? 1u : 0u);
-      }
+      for (int j = lane; j < round.a_count; j += lanes) rank += beats(state, j, key, p);
     }
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       rank += __shfl_xor_sync(kAllLanes, rank, offset);
     }
-    if (p < a_count && lane == 0) place(state, list, next, p, rank, r);
+    if (p < round.a_count && lane == 0) place(state, round, p, rank);
   }
 }
 
@@ -123,10 +296,11 @@ __device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
   return (uint64_t{~key} << 32) | static_cast<uint32_t>(p);
 }
 
-// (2) for a long A: warps sort 32 words each, then sorted runs are merged in pairs; a word's
-// place in the merged run is its own place plus the number of smaller words in the other run.
-__device__ __forceinline__ void sort_by_merging(const DedupState& state, const uint16_t* list,
-                                                uint16_t* next, int a_count, int r) {
+// (3) for a long A of crowded buckets: warps sort 32 words each, then sorted runs are merged in
+// pairs; a word's place in the merged run is its own place plus the number of smaller words in the
+// other run.
+__device__ __forceinline__ void sort_by_merging(const DedupState& state, const Round& round) {
+  const int a_count = round.a_count;
   const int lane = threadIdx.x % kWarp;
   uint64_t* from = state.sorted[0];
   uint64_t* to = state.sorted[1];
@@ -166,7 +340,7 @@ __device__ __forceinline__ void sort_by_merging(const DedupState& state, const u
     from = swapped;
   }
   for (int rank = threadIdx.x; rank < a_count; rank += blockDim.x) {
-    place(state, list, next, static_cast<int>(static_cast<uint32_t>(from[rank])), rank, r);
+    place(state, round, static_cast<int>(static_cast<uint32_t>(from[rank])), rank);
   }
 }
 
@@ -195,49 +369,61 @@ __device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, 
 }
 
 // All rounds; returns the list that is left.
-template <int kLookups>
-__device__ __forceinline__ const uint16_t* run_rounds(const DedupState& state,
+__device__ __forceinline__ const uint16_t* run_rounds(const Shared& shared, const DedupState& state,
                                                       const Similarity& similarity, int residual,
-                                                      int diverse, int step) {
-  uint16_t* list = state.list[0];
-  uint16_t* next = state.list[1];
+                                                      int diverse, int step, int few_tokens) {
   for (int i = threadIdx.x; i < residual; i += blockDim.x) {
-    list[i] = static_cast<uint16_t>(i);
-    state.in_b[i] = i & 1;
+    state.lists[i] = static_cast<uint16_t>(i);
+  }
+  for (int w = threadIdx.x; w < words(residual); w += blockDim.x) shared.in_b[w] = 0xaaaaaaaau;
+  for (int b = threadIdx.x; b < kBuckets; b += blockDim.x) shared.counts[b] = 0;
+  if (threadIdx.x == 0) {
+    *shared.missing = 0;
+    shared.extremes[0] = ordered_key(1.0f);
+    shared.extremes[1] = ordered_key(-1.0f);
   }
   __syncthreads();
-  for (int n = residual; n > diverse;) {
-    look_up<kLookups>(state, similarity, list, n);
-    __syncthreads();
-    const int a_count = half_up(n);
-    const int r = min(min(step, n - diverse), a_count);
-    if (a_count <= kMostCounting) {
-      sort_by_counting(state, list, next, a_count, r);
-    } else {
-      sort_by_merging(state, list, next, a_count, r);
+  int now = 0;
+  for (int n = residual; n > diverse; now ^= 1) {
+    Round round{};
+    round.list = state.lists + now * residual;
+    round.next = state.lists + (now ^ 1) * residual;
+    round.in_b = shared.in_b + now * words(residual);
+    round.next_in_b = shared.in_b + (now ^ 1) * words(residual);
+    round.extremes = shared.extremes + now * 2;
+    round.next_extremes = shared.extremes + (now ^ 1) * 2;
+    round.n = n;
+    round.a_count = half_up(n);
+    round.r = min(min(step, n - diverse), round.a_count);
+    round.buckets = round.a_count > few_tokens;
+
+    const bool left = look_up(shared, state, similarity, round);
+    for (int w = threadIdx.x; w < words(residual); w += blockDim.x) round.next_in_b[w] = 0;
+    if (__syncthreads_or(left)) {
+      scan_missing(shared, state, similarity, round);
+      __syncthreads();
+      if (threadIdx.x == 0) *shared.missing = 0;
     }
-    for (int b = threadIdx.x; b < n / 2; b += blockDim.x) {
-      const int token = list[2 * b + 1];
-      const int slot = a_count - r + b;
-      next[slot] = static_cast<uint16_t>(token);
-      state.in_b[token] = slot & 1;
+    move_b(round);
+    if (!round.buckets || !sort_by_buckets(shared, state, round)) {
+      if (round.a_count <= kMostCounting) {
+        sort_by_counting(state, round);
+      } else {
+        sort_by_merging(state, round);
+      }
     }
     __syncthreads();
-    uint16_t* swapped = list;
-    list = next;
-    next = swapped;
-    n -= r;
+    n -= round.r;
   }
-  return list;
+  return state.lists + now * residual;
 }
 
 template <bool kListsShared, bool kStateShared>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    dedup_kernel(Batch batch, int64_t channels, int step, int64_t* indices,
+    dedup_kernel(Batch batch, int64_t channels, int step, int few_tokens, int64_t* indices,
                  unsigned char* workspace) {
   begin_dependent();
-  VP_SHARED_MEMORY(shared);
-  __shared__ uint32_t keep[kWords];
+  VP_SHARED_MEMORY(memory);
   __shared__ int warp_sums[kMostThreads / kWarp];
 
   const Image image = batch[blockIdx.x];
@@ -245,39 +431,63 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, residual, channels);
   unsigned char* own = workspace + image.workspace;
   const auto* order = reinterpret_cast<const uint16_t*>(own + at.order);
+  const SharedLayout shared_at = shared_layout(image.shape.tokens, residual);
+  auto* shared_words = reinterpret_cast<uint32_t*>(memory);
+  const Shared shared{shared_words,
+                      shared_words + shared_at.heads,
+                      shared_words + shared_at.spans,
+                      shared_words + shared_at.totals,
+                      shared_words + shared_at.extremes,
+                      shared_words + shared_at.missing,
+                      shared_words + shared_at.in_b,
+                      shared_words + shared_at.keep};
+  int64_t used = shared_at.bytes;
 
-  for (int w = threadIdx.x; w < kWords; w += blockDim.x) keep[w] = 0;
+  for (int w = threadIdx.x; w < words(image.shape.tokens); w += blockDim.x) shared.keep[w] = 0;
   __syncthreads();
   const auto mark = [&](int rank) {
     const int token = order[rank];
-    atomicOr(&keep[token / 32], 1u << (token % 32));
+    atomicOr(&shared.keep[token / 32], 1u << (token % 32));
   };
   for (int r = threadIdx.x; r < image.shape.important; r += blockDim.x) mark(r);
 
   if (residual > 0) {
-    DedupState state{};
-    const int64_t used = carve(&state, kStateShared ? shared : own + at.state, residual);
+    const DedupLayout state_at = dedup_layout(residual);
+    unsigned char* base = kStateShared ? memory + used : own + at.state;
+    const DedupState state{{reinterpret_cast<uint64_t*>(base + state_at.sorted[0]),
+                            reinterpret_cast<uint64_t*>(base + state_at.sorted[1])},
+                           reinterpret_cast<uint32_t*>(base + state_at.keys),
+                           reinterpret_cast<uint16_t*>(base + state_at.chain),
+                           reinterpret_cast<uint16_t*>(base + state_at.lists)};
+    if (kStateShared) used += state_at.bytes;
     Similarity similarity{reinterpret_cast<const uint16_t*>(own + at.ids),
                           reinterpret_cast<const uint32_t*>(own + at.keys),
                           reinterpret_cast<const float*>(own + at.gram), static_cast<int>(at.ld),
                           reinterpret_cast<const float*>(own + at.inv)};
     if constexpr (kListsShared) {
+      const auto bring = [&](const void* from, int64_t bytes) {
+        unsigned char* to = memory + used;
+        for (int64_t i = int64_t{threadIdx.x} * 16; i < bytes; i += int64_t{blockDim.x} * 16) {
+          copy_async_16(to + i, static_cast<const unsigned char*>(from) + i);
+        }
+        used += bytes;
+        return to;
+      };
       const int64_t ids_bytes = int64_t{residual} * kNeighbours * 2;
-      auto* ids = reinterpret_cast<uint16_t*>(shared + used);
-      auto* keys = reinterpret_cast<uint32_t*>(shared + used + round_up(ids_bytes, 16));
-      copy_words(ids, similarity.ids, ids_bytes);
-      copy_words(keys, similarity.keys, 2 * ids_bytes);
-      similarity.ids = ids;
-      similarity.keys = keys;
+      similarity.ids = reinterpret_cast<const uint16_t*>(bring(similarity.ids, ids_bytes));
+      similarity.keys = reinterpret_cast<const uint32_t*>(bring(similarity.keys, 2 * ids_bytes));
+      copy_async_commit();
+      copy_async_wait<0>();  // run_rounds begins with a barrier
     }
     const uint16_t* survivors =
-        run_rounds<kStateShared ? 4 : 2>(state, similarity, residual, image.shape.diverse, step);
+        run_rounds(shared, state, similarity, residual, image.shape.diverse, step, few_tokens);
     for (int i = threadIdx.x; i < image.shape.diverse; i += blockDim.x) {
       mark(image.shape.important + survivors[i]);
     }
   }
   __syncthreads();
-  write_indices(keep, image.shape.tokens, image.index_base, indices + image.first_kept, warp_sums);
+  write_indices(shared.keep, image.shape.tokens, image.index_base, indices + image.first_kept,
+                warp_sums);
 }
 
 // Where the loop's arrays live: as near to the threads as they fit.
@@ -288,23 +498,32 @@ struct DedupPlan {
 
 // VISPRUNER_DEDUP_PLAN=lists_shared|state_shared|workspace asks for a plan; one that does not fit
 // gives way to the next.
-DedupPlan choose_plan(int residual, int shared_limit) {
-  constexpr int64_t kReserved = 8 * 1024;  // static shared memory, and what the driver takes
-  const int64_t room = shared_limit - kReserved;
-  const int64_t state = dedup_state_bytes(residual);
-  const int64_t all = state + list_bytes(residual);
+DedupPlan choose_plan(const WaveSize& size, int shared_limit) {
+  constexpr int64_t kReserved = 1024;  // static shared memory
+  const int64_t least = shared_layout(size.tokens, size.residual).bytes;
+  const int64_t state = least + dedup_layout(size.residual).bytes;
+  const int64_t all = state + list_bytes(size.residual);
   const char* wanted = std::getenv("VISPRUNER_DEDUP_PLAN");
   const auto allowed = [&](const char* name, int64_t bytes) {
-    return bytes <= room && (!wanted || std::strcmp(wanted, name) == 0);
+    return bytes <= shared_limit - kReserved && (!wanted || std::strcmp(wanted, name) == 0);
   };
   if (allowed("lists_shared", all)) return {DedupPlan::kListsShared, static_cast<int>(all)};
   if (wanted && std::strcmp(wanted, "lists_shared") == 0) wanted = "state_shared";
   if (allowed("state_shared", state)) return {DedupPlan::kStateShared, static_cast<int>(state)};
-  return {DedupPlan::kWorkspace, 0};
+  return {DedupPlan::kWorkspace, static_cast<int>(least)};
+}
+
+// VISPRUNER_RANK_PLAN=buckets|counting: how A is ranked, whatever its length (without buckets, a
+// long A is merged).
+int choose_few_tokens() {
+  const char* wanted = std::getenv("VISPRUNER_RANK_PLAN");
+  if (wanted && std::strcmp(wanted, "buckets") == 0) return 0;
+  if (wanted && std::strcmp(wanted, "counting") == 0) return kMaxTokens;
+  return kFewTokens;
 }
 
 int threads_for(const WaveSize& size) {
-  // Enough lanes for the ranks of A, and one thread a word of the selection.
+  // Four lanes a token of A in the first round, and one thread a word of the selection.
   const int wanted = size.residual * 2 > size.tokens / 32 ? size.residual * 2 : size.tokens / 32;
   for (int threads = 128; threads < kMostThreads; threads *= 2) {
     if (threads >= wanted) return threads;
@@ -318,19 +537,19 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
                      int64_t* indices, void* workspace, void* stream) {
   int limit = 0;
   if (const int error = shared_memory_limit(&limit)) return error;
-  const DedupPlan plan = choose_plan(size.residual, limit);
+  const DedupPlan plan = choose_plan(size, limit);
   const int threads = threads_for(size);
+  const int few_tokens = choose_few_tokens();
   auto* ws = static_cast<unsigned char*>(workspace);
+  const auto run = [&](auto lists_shared, auto state_shared) {
+    return launch_dependent<dedup_kernel<lists_shared(), state_shared()>>(
+        size.images, threads, plan.shared_bytes, stream, batch, channels, step, few_tokens, indices,
+        ws);
+  };
   switch (plan.kind) {
-    case DedupPlan::kListsShared:
-      return launch_dependent<dedup_kernel<true, true>>(size.images, threads, plan.shared_bytes,
-                                                        stream, batch, channels, step, indices, ws);
-    case DedupPlan::kStateShared:
-      return launch_dependent<dedup_kernel<false, true>>(
-          size.images, threads, plan.shared_bytes, stream, batch, channels, step, indices, ws);
-    default:
-      return launch_dependent<dedup_kernel<false, false>>(size.images, threads, 0, stream, batch,
-                                                          channels, step, indices, ws);
+    case DedupPlan::kListsShared: return run(std::true_type{}, std::true_type{});
+    case DedupPlan::kStateShared: return run(std::false_type{}, std::true_type{});
+    default: return run(std::false_type{}, std::false_type{});
   }
 }
 

@@ -2,19 +2,19 @@
 // best first, with the redundancy each would give.
 //
 // The list is complete above its last value, so "the first entry that is in B now" is the largest
-// similarity to any token of B (ties change nothing: only the value counts). It may be shorter
-// than 32: any threshold that 16 to 32 tokens reach will do, which a bisection finds in a few
+// similarity to any token of B (ties change nothing: only the value counts). Any threshold that 32
+// to 64 tokens reach yields candidates, of which the best 32 stay; a bisection finds one in a few
 // steps. Where a value ties across the limit, some of its ties are taken.
 //
 // A block takes one row; the row stays in registers. Bytes: 4 R^2 read, 192 R written. Steps:
-// about 8 counts of R values, one barrier each.
+// about 8 counts of R values, one barrier each, and the ranking of the candidates.
 #include "batch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kEnough = kNeighbours / 2;
+constexpr int kCandidates = 2 * kNeighbours;
 constexpr int kValueProbes = 16;  // bisect between values first, then between their bit patterns
 
 // Sum over the block, known to every thread. `slots` alternates between two arrays, so that one
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kWarps = kThreads / kWarp;
   __shared__ int slots[2][kWarps];
   __shared__ uint32_t lows[kWarps], highs[kWarps];
-  __shared__ uint32_t found_keys[kNeighbours];
-  __shared__ uint16_t found_ids[kNeighbours];
+  __shared__ uint32_t found_keys[kCandidates];
+  __shared__ uint16_t found_ids[kCandidates];
   __shared__ int found, ties_left;
 
   const Image image = batch[blockIdx.y];
@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(kThreads)
     return block_sum<kWarps>(count, slots[turn & 1]);
   };
 
-  // More than 32 keys are >= low, fewer than 16 are > high, until the answer is between them.
+  // More than 64 keys are >= low, fewer than 32 are > high, until the answer is between them.
   uint32_t threshold = 1;  // few tokens: all of them
   uint32_t tied = 0;
   int ties = 0;
-  if (rows - 1 > kNeighbours) {
+  if (rows - 1 > kCandidates) {
     for (int turn = 0;; ++turn) {
       if (low == high) {
         threshold = low + 1;
@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(kThreads)
       if (turn < kValueProbes) probe = ordered_key(0.5f * key_float(low) + 0.5f * key_float(high));
       if (probe <= low || probe > high) probe = low + (high - low + 1) / 2;
       const int count = count_from(probe, turn);
-      if (count > kNeighbours) {
+      if (count > kCandidates) {
         low = probe;
-      } else if (count < kEnough) {
+      } else if (count < kNeighbours) {
         high = probe - 1;
       } else {
         threshold = probe;
@@ -121,13 +121,14 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  if (threadIdx.x >= kNeighbours) return;
+  if (threadIdx.x >= kCandidates) return;
   const int entry = threadIdx.x;
-  auto* ids = reinterpret_cast<uint16_t*>(own + at.ids) + int64_t{self} * kNeighbours;
-  auto* redundancies = reinterpret_cast<uint32_t*>(own + at.keys) + int64_t{self} * kNeighbours;
+  auto* ids = reinterpret_cast<uint16_t*>(own + at.ids);
+  auto* redundancies = reinterpret_cast<uint32_t*>(own + at.keys);
   if (entry >= found) {  // an unused entry: a token is never in B when its own list is read
-    ids[entry] = static_cast<uint16_t>(self);
-    redundancies[entry] = 0;
+    if (entry >= kNeighbours) return;
+    ids[id_slot(self, entry)] = static_cast<uint16_t>(self);
+    redundancies[key_slot(self, entry)] = 0;
     return;
   }
   const uint32_t key = found_keys[entry];
@@ -136,9 +137,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int other = 0; other < found; ++other) {
     place += found_keys[other] > key || (found_keys[other] == key && found_ids[other] < id);
   }
+  if (place >= kNeighbours) return;
   const float inv = reinterpret_cast<const float*>(own + at.inv)[self];
-  ids[place] = static_cast<uint16_t>(id);
-  redundancies[place] = ordered_key(key_float(key) * inv);
+  ids[id_slot(self, place)] = static_cast<uint16_t>(id);
+  redundancies[key_slot(self, place)] = ordered_key(key_float(key) * inv);
 }
 
 }  // namespace

@@ -43,12 +43,14 @@ def compare(
 
 
 @settings(max_examples=share(0.5))
-@given(problem=problems())
+@given(problem=problems(), rank=st.sampled_from(["by length", "buckets"]))
 def test_prune(
-    problem: Problem, implementations: dict[str, Any], count_equal: Counter[str]
+    problem: Problem, rank: str, implementations: dict[str, Any], count_equal: Counter[str]
 ) -> None:
     feats, attn = problem.tensors()
-    compare(implementations, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISPRUNER_RANK_PLAN", rank)  # these are too short for buckets by themselves
+        compare(implementations, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
 
 
 @settings(max_examples=share(0.2))
@@ -108,7 +110,8 @@ LARGE = [
     Problem(1, 577, 129, 3, 63, features="smooth"),
     Problem(1, 729, 96, None, 128, features="duplicates"),
     Problem(1, 1025, 40, 2, 100, step=16, features="few_values"),  # lists in two blocks' rows
-    Problem(1, 1300, 24, None, 32, 0.25, 64, features="clustered"),  # merging instead of counting
+    Problem(1, 1300, 24, None, 32, 0.25, 64, features="clustered"),
+    Problem(1, 1500, 8, None, 32, 0.25, 64, features="few_values"),  # crowded buckets: merging
     Problem(1, 2500, 16, None, 300, 0.5, 200, features="smooth", attention="ties"),
     Problem(1, 4200, 8, None, 2048, 0.0, 500, features="constant"),
     Problem(1, 100, 5000, None, 10, features="outliers"),  # sums beyond 32 bits
@@ -129,6 +132,7 @@ PLANS = ("lists_shared", "state_shared", "workspace")
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("rank", ["by length", "buckets", "counting"])
 @pytest.mark.parametrize("schedule", [0, 1, 11])
 @pytest.mark.parametrize(
     "problem",
@@ -141,13 +145,16 @@ PLANS = ("lists_shared", "state_shared", "workspace")
 def test_every_plan(
     problem: Problem,
     schedule: int,
+    rank: str,
     plan: str,
     host_kernels_default: host_kernels.Kernels,
     implementations: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neighbour lists in shared memory or not, the loop's state in shared memory or not."""
+    """Neighbour lists in shared memory or not, the loop's state in shared memory or not; ranking
+    in every way."""
     monkeypatch.setenv("VISPRUNER_DEDUP_PLAN", plan)
+    monkeypatch.setenv("VISPRUNER_RANK_PLAN", rank)
     host_kernels_default.schedule = schedule
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())

@@ -104,6 +104,7 @@ std::vector<int> turns(kMostThreads);  // collectives each thread has entered: t
 Context scheduler;
 const std::function<void()>* body = nullptr;
 int current = 0, count = 0, at_barrier = 0, done = 0;
+bool votes = false, voted = false;  // of the barrier that threads come to, of the one they left
 const char* failure = nullptr;
 
 void fiber_main() {
@@ -168,6 +169,7 @@ std::vector<int> resume_order() {
 
 void run_block(const std::vector<int>& order) {
   at_barrier = done = 0;
+  votes = false;
   failure = nullptr;
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = fibers[static_cast<size_t>(i)];
@@ -205,6 +207,16 @@ void block_barrier() {
     return;
   }
   pause(State::kAtBlockBarrier);
+}
+
+bool block_barrier_or(bool vote) {
+  votes = votes || vote;
+  if (at_barrier + 1 == count) {  // the last one: its barrier is left by all with what they said
+    voted = votes;
+    votes = false;
+  }
+  block_barrier();
+  return voted;
 }
 
 const unsigned char* exchange(unsigned mask, const void* value, int bytes) {

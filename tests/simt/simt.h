@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
 
 #include "vispruner/numerics.h"
 
@@ -42,6 +43,7 @@ extern int64_t begun;
 void check_begun(int64_t threads);
 
 void block_barrier();
+bool block_barrier_or(bool vote);
 
 // Every lane hands in `bytes` and gets all 32 lanes' values back, kSlotBytes apart.
 constexpr int kSlotBytes = 32;
@@ -72,11 +74,16 @@ T reduce(unsigned mask, T value, const Fold& fold) {
 #define blockDim simt::block_size
 
 inline void __syncthreads() { simt::block_barrier(); }
+inline int __syncthreads_or(int vote) { return simt::block_barrier_or(vote != 0); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int offset) {
   const int from = simt::lane() ^ offset;
   return simt::from_lane<T>(simt::exchange(mask, &value, sizeof value), from);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return simt::from_lane<T>(simt::exchange(mask, &value, sizeof value), from % 32);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int offset) {
@@ -111,6 +118,10 @@ T atomicSub(T* at, T value) {
   const T old = *at;
   *at -= value;
   return old;
+}
+template <typename T>
+T atomicExch(T* at, T value) {
+  return std::exchange(*at, value);
 }
 template <typename T>
 T atomicOr(T* at, T value) {

@@ -71,20 +71,50 @@ MUTATIONS = [
     Mutation(
         "neighbours: no barrier before the list is read",
         "cuda/neighbours.cu",
-        f"  {BARRIER}\n  if (threadIdx.x >= kNeighbours) return;",
-        "  if (threadIdx.x >= kNeighbours) return;",
+        f"  {BARRIER}\n  if (threadIdx.x >= kCandidates) return;",
+        "  if (threadIdx.x >= kCandidates) return;",
     ),
     Mutation(
         "dedup: no barrier between look-up and sorting",
         "cuda/dedup.cu",
-        f"    {BARRIER}\n    const int a_count",
-        "    const int a_count",
+        "if (__syncthreads_or(left)) {",
+        "if (left) {",
+    ),
+    Mutation(
+        "dedup: sorting does not wait for the scans",
+        "cuda/dedup.cu",
+        f"      {BARRIER}\n      if (threadIdx.x == 0) *shared.missing = 0;",
+        "      if (threadIdx.x == 0) *shared.missing = 0;",
+    ),
+    Mutation(
+        "dedup: tokens stay in B that were there two rounds ago",
+        "cuda/dedup.cu",
+        "round.next_in_b[w] = 0;",
+        "round.next_in_b[w] |= 0;",
     ),
     Mutation(
         "dedup: ties are not stable",
         "cuda/dedup.cu",
-        "(j >= p ? 1u : 0u)",
-        "(j <= p ? 1u : 0u)",
+        "(other >= p ? 1u : 0u)",
+        "(other <= p ? 1u : 0u)",
+    ),
+    Mutation(
+        "dedup: the tokens of a bucket are not told apart",
+        "cuda/dedup.cu",
+        "rank += beats(state, other, key, p);\n      other",
+        "rank += other < p;\n      other",
+    ),
+    Mutation(
+        "dedup: buckets do not wait for their counts to be summed",
+        "cuda/dedup.cu",
+        "if (__syncthreads_or(crowded)) return false;",
+        "if (crowded) return false;",
+    ),
+    Mutation(
+        "dedup: a lower key falls into an earlier bucket",
+        "cuda/dedup.cu",
+        "max(high - key_float(key), 0.0f)",
+        "max(key_float(key), 0.0f)",
     ),
     Mutation(
         "dedup: merging forgets stability",
@@ -95,7 +125,7 @@ MUTATIONS = [
     Mutation(
         "dedup: B is not scanned when the list runs out",
         "cuda/dedup.cu",
-        "for (int b = 2 * lane + 1; b < n; b += 2 * kWarp)",
+        "for (int b = 2 * lane + 1; b < round.n; b += 2 * kWarp)",
         "for (int b = 2 * lane + 1; b < 2; b += 2 * kWarp)",
     ),
     Mutation(
