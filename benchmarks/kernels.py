@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import environment
 import peers
@@ -124,12 +125,18 @@ CURVES: dict[str, tuple[Row, ...]] = {
 PEERED_CURVES = ("tokens", "images")
 
 # Launch plans to force in turn (docs/performance.md), and the rows to do it for.
-PLANS = [
-    {"VISPRUNER_LAUNCH": launch, "VISPRUNER_GRAM_PLAN": tiles}
-    for launch in ("ordered", "dependent")
-    for tiles in ("tiles_64", "tiles_32")
+PLANS: list[dict[str, str]] = [
+    {},
+    {"VISPRUNER_LAUNCH": "dependent"},
+    {"VISPRUNER_RANK_PLAN": "tokens_8"},
+    {"VISPRUNER_RANK_PLAN": "tokens_32"},
+    {"VISPRUNER_GRAM_PLAN": "tiles_32"},
+    {"VISPRUNER_GRAM_PLAN": "tiles_64"},
+    {"VISPRUNER_GRAM_PLAN": "tiles_128"},
+    {"VISPRUNER_SORT_PLAN": "buckets"},
+    {"VISPRUNER_SORT_PLAN": "counting"},
 ]
-PLANNED_ROWS = ("1 image", "5 tiles (LLaVA-NeXT)", "64 images")
+PLANNED_ROWS = ("1 image", "64 images", "4096 tokens (Qwen)")
 
 
 # ------------------------------------------------------------------------------------- the floor
@@ -378,10 +385,8 @@ def plan_times(row: Row, device: str, seconds: float) -> list[dict[str, Any]]:
     times: list[list[float]] = [[] for _ in PLANS]
     for _ in range(3):
         for plan, own in zip(PLANS, times, strict=True):
-            os.environ.update(plan)  # read when a call is made, or captured
-            own.append(gpu_or_cpu_time(calls, device, seconds))
-    for name in PLANS[0]:
-        del os.environ[name]
+            with mock.patch.dict(os.environ, plan):  # read when a call is made, or captured
+                own.append(gpu_or_cpu_time(calls, device, seconds))
     return [
         {"plan": plan, "us": statistics.median(own)} for plan, own in zip(PLANS, times, strict=True)
     ]

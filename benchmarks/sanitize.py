@@ -37,13 +37,14 @@ def main() -> None:
     for plan in ("lists_shared", "state_shared", "workspace"):
         os.environ["VISPRUNER_DEDUP_PLAN"] = plan
         for rank in ("buckets", "counting"):  # the long one is merged if it has no buckets
-            os.environ["VISPRUNER_RANK_PLAN"] = rank
+            os.environ["VISPRUNER_SORT_PLAN"] = rank
             vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
             vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)
-    del os.environ["VISPRUNER_RANK_PLAN"]
+    del os.environ["VISPRUNER_SORT_PLAN"]
     os.environ["VISPRUNER_LAUNCH"] = "dependent"
-    for plan in ("tiles_32", "tiles_64"):
-        os.environ["VISPRUNER_GRAM_PLAN"] = plan
+    for tokens, tiles in (("8", "32"), ("32", "64"), ("32", "128")):
+        os.environ["VISPRUNER_RANK_PLAN"] = f"tokens_{tokens}"
+        os.environ["VISPRUNER_GRAM_PLAN"] = f"tiles_{tiles}"
         vispruner_cuda.prune(random(2, 161, 200), random(2, 161), 20)
         vispruner_cuda.pairwise_cosine(random(2, 161, 200))
     torch.cuda.synchronize()

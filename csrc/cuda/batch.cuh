@@ -6,14 +6,15 @@
 namespace vispruner::cuda {
 
 constexpr int kNeighbours = 32;    // entries of a neighbour list: one a lane
-constexpr int kDigitPlanes = 3;    // high, low, high + low
+constexpr int kDigitPlanes = 2;    // high, low
 constexpr int kChannelAlign = 64;  // digit rows are padded with zeros to whole Gram k-steps
+constexpr int kFewBlocks = 64;     // so few leave the smallest GPUs idle: make more, smaller ones
 
 // Byte offsets of one image's arrays in its workspace.
 struct WorkspaceLayout {
   int64_t order;   // uint16 (N): token of each rank
   int64_t inv;     // float (R): inverse norms
-  int64_t digits;  // int8 (3, R, padded C), in ranking order
+  int64_t digits;  // int8 (2, R, padded C), in ranking order
   int64_t gram;    // float (R, ld): similarities G_ij * inv_j
   int64_t ids;     // uint16 (R, 32): neighbour lists
   int64_t keys;    // uint32 (R, 32): ordered keys of their redundancies

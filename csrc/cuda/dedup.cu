@@ -10,8 +10,6 @@
 // A round waits for two to five barriers. What bounds it is latency, and the shared memory's one
 // access of a warp a cycle: counting takes A^2 / 32 of them, 2300 for the 272 tokens of a first
 // round, and that is why there are buckets (docs/performance.md).
-#include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
 #include "batch.cuh"
@@ -500,25 +498,25 @@ struct DedupPlan {
 // gives way to the next.
 DedupPlan choose_plan(const WaveSize& size, int shared_limit) {
   constexpr int64_t kReserved = 1024;  // static shared memory
+  constexpr const char* kPlan = "VISPRUNER_DEDUP_PLAN";
   const int64_t least = shared_layout(size.tokens, size.residual).bytes;
   const int64_t state = least + dedup_layout(size.residual).bytes;
   const int64_t all = state + list_bytes(size.residual);
-  const char* wanted = std::getenv("VISPRUNER_DEDUP_PLAN");
-  const auto allowed = [&](const char* name, int64_t bytes) {
-    return bytes <= shared_limit - kReserved && (!wanted || std::strcmp(wanted, name) == 0);
-  };
-  if (allowed("lists_shared", all)) return {DedupPlan::kListsShared, static_cast<int>(all)};
-  if (wanted && std::strcmp(wanted, "lists_shared") == 0) wanted = "state_shared";
-  if (allowed("state_shared", state)) return {DedupPlan::kStateShared, static_cast<int>(state)};
+  const auto fits = [&](int64_t bytes) { return bytes <= shared_limit - kReserved; };
+  if (fits(all) && !plan_asked(kPlan, "state_shared") && !plan_asked(kPlan, "workspace")) {
+    return {DedupPlan::kListsShared, static_cast<int>(all)};
+  }
+  if (fits(state) && !plan_asked(kPlan, "workspace")) {
+    return {DedupPlan::kStateShared, static_cast<int>(state)};
+  }
   return {DedupPlan::kWorkspace, static_cast<int>(least)};
 }
 
-// VISPRUNER_RANK_PLAN=buckets|counting: how A is ranked, whatever its length (without buckets, a
+// VISPRUNER_SORT_PLAN=buckets|counting: how A is sorted, whatever its length (without buckets, a
 // long A is merged).
 int choose_few_tokens() {
-  const char* wanted = std::getenv("VISPRUNER_RANK_PLAN");
-  if (wanted && std::strcmp(wanted, "buckets") == 0) return 0;
-  if (wanted && std::strcmp(wanted, "counting") == 0) return kMaxTokens;
+  if (plan_asked("VISPRUNER_SORT_PLAN", "buckets")) return 0;
+  if (plan_asked("VISPRUNER_SORT_PLAN", "counting")) return kMaxTokens;
   return kFewTokens;
 }
 

@@ -3,11 +3,19 @@
 // the host shim (tests/simt/simt.h), with plain C++ twins of the instructions.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "vispruner/numerics.h"
 
 namespace vispruner::cuda {
 constexpr int kTooMuchSharedMemory = -1;  // beside the cudaError_t that launches return
+
+// Whether an environment variable asks for this launch plan (docs/performance.md).
+inline bool plan_asked(const char* variable, const char* plan) {
+  const char* value = std::getenv(variable);
+  return value && std::strcmp(value, plan) == 0;
+}
 }  // namespace vispruner::cuda
 
 #if defined(VP_SIMT)
@@ -16,8 +24,6 @@ constexpr int kTooMuchSharedMemory = -1;  // beside the cudaError_t that launche
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 
 namespace vispruner::cuda {
 
@@ -27,8 +33,7 @@ namespace vispruner::cuda {
 // Whether launch_dependent overlaps kernels: VISPRUNER_LAUNCH=dependent, on compute capability 9.0
 // and later. Not the default until it has been measured.
 inline int overlap_kernels(bool* overlap) {
-  const char* wanted = std::getenv("VISPRUNER_LAUNCH");
-  *overlap = wanted && std::strcmp(wanted, "dependent") == 0;
+  *overlap = plan_asked("VISPRUNER_LAUNCH", "dependent");
   if (!*overlap) return cudaSuccess;
   int device = 0, major = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
@@ -119,6 +124,11 @@ __device__ __forceinline__ void copy_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from using these values before this place.
+__device__ __forceinline__ void not_before(int& a, int& b, int& c) {
+  asm volatile("" : "+r"(a), "+r"(b), "+r"(c)::"memory");
 }
 
 // ---- int8 tensor cores ------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 // Exact integer Gram matrix on int8 tensor cores, and from it similarities or cosines.
 //
-// q = 64 hi + lo. With the digit planes hi, lo and hi + lo, three int8 products give the exact
-// 12-bit inner product (numerics.h: gram_from_digits); int32 accumulators hold any C below 2^19.
-// Only tiles on or above the diagonal are computed; the epilogue writes both halves.
+// q = 64 hi + lo. Three int8 products, of the digits hi, of the digits lo and of their sums
+// hi + lo, give the exact 12-bit inner product (numerics.h: gram_from_digits); int32 accumulators
+// hold any C below 2^19. The sums are made in registers: what is scarce in a batch is not
+// arithmetic but bytes from L2. Only tiles on or above the diagonal are computed; the epilogue
+// writes both halves.
 //
-// Operations: 3 R^2 C / 2 multiply-adds an image. Bytes: 3 R C digits read R / 64 times from L2,
+// Operations: 3 R^2 C / 2 multiply-adds an image. Bytes: 2 R C digits, read R / 64 times from L2,
 // 4 R^2 written. A block: 64 x 64 outputs, 4 warps of 32 x 32 with 96 accumulators a lane, 64
-// channels a step, three steps in flight. Where that leaves most of a GPU idle, twice as many
-// blocks take 32 x 64 outputs each.
-#include <cstdlib>
-#include <cstring>
+// channels a step, four steps in flight. Where that leaves most of a GPU idle, twice as many
+// blocks take 32 x 64 outputs each, with more steps in flight. Blocks of 128 x 64 read a quarter
+// less from L2 and are there to be measured.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -18,23 +19,26 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kTile = 64;       // columns of a block
-constexpr int kFewBlocks = 64;  // so few blocks are halved: the smallest GPUs have that many SMs
-constexpr int kStep = 64;       // channels a stage
-constexpr int kStages = 3;
+constexpr int kTile = 64;   // columns of a block
+constexpr int kStep = 64;   // channels a stage
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kChunks = kStep / kChunk;
 constexpr int kOutStride = kTile + 1;  // no bank conflicts down a column either
 static_assert(kChannelAlign % kStep == 0, "digit rows are whole steps");
 
-// Bytes of a stage: rows or columns of one plane, of all planes, of both sides.
-VP_HD constexpr int plane_bytes(int rows) { return rows * kStep; }
-VP_HD constexpr int side_bytes(int rows) { return kDigitPlanes * plane_bytes(rows); }
-VP_HD constexpr int stage_bytes(int rows) { return side_bytes(rows) + side_bytes(kTile); }
-VP_HD constexpr int shared_bytes(int rows) { return kStages * stage_bytes(rows); }
-static_assert(shared_bytes(32) >= 32 * kOutStride * 4, "the epilogue reuses the pipeline's memory");
-static_assert(shared_bytes(64) >= 64 * kOutStride * 4, "the epilogue reuses the pipeline's memory");
+// What a block of so many rows is made of.
+template <int kRows_>
+struct Shape {
+  static constexpr int kRows = kRows_;
+  static constexpr int kRowTiles = kRows == 32 ? 1 : 2;  // 16-row tiles of a warp
+  static constexpr int kThreads = kRows / (16 * kRowTiles) * (kTile / 32) * kWarp;
+  static constexpr int kBlocks = kRows == 64 ? 3 : 1;  // side by side on a multiprocessor
+  static constexpr int kStages = kRows == 32 ? 6 : 4;
+  static constexpr int kRowBytes = kDigitPlanes * kRows * kStep;  // of a stage
+  static constexpr int kStageBytes = kRowBytes + kDigitPlanes * kTile * kStep;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kSharedBytes >= kRows * kOutStride * 4, "the epilogue reuses the memory");
+};
 
 // Where chunk `chunk` of row `row` lies in a plane: eight rows of one chunk, which one matrix load
 // reads, fall into eight different groups of banks.
@@ -42,70 +46,115 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * kStep + (chunk ^ ((row >> 1) & (kChunks - 1))) * kChunk;
 }
 
-template <int kRows>
-__device__ __forceinline__ void load_side(unsigned char* shared, const int8_t* digits,
-                                          int64_t plane, int64_t padded_channels, int first_row,
-                                          int rows, int64_t channel) {
-  constexpr int kCopies = kDigitPlanes * kRows * kChunks;
-#pragma unroll
-  for (int i = threadIdx.x; i < kCopies; i += kThreads) {
-    const int p = i / (kRows * kChunks), row = i / kChunks % kRows, chunk = i % kChunks;
-    const int from = min(first_row + row, rows - 1);  // rows past the last one are not used
-    copy_async_16(shared + p * plane_bytes(kRows) + chunk_offset(row, chunk),
-                  digits + p * plane + from * padded_channels + channel + chunk * kChunk);
-  }
-}
+// Copies of one side of a stage, kRows rows of both planes, which a thread makes: each time of the
+// same chunk of 16 bytes of the same rows, kStep channels further on.
+template <int kRows, int kThreads>
+struct SideCopies {
+  static constexpr int kEach = kRows * kChunks / kThreads;  // of a plane
+  static_assert(kRows * kChunks % kThreads == 0 && kThreads % kChunks == 0, "");
+  uint32_t from[kEach];  // in 16 bytes: 32 bits are enough for any image
 
-// Products of one plane: sums[m][n] += rows . columns, kRowTiles x 4 tiles of 16 x 8 a warp.
-template <int kRowTiles>
-__device__ __forceinline__ void multiply_plane(const unsigned char* rows,
-                                               const unsigned char* columns, int row0, int column0,
-                                               int half, int (&sums)[kRowTiles][4][4]) {
-  const int lane = threadIdx.x % kWarp;
-  uint32_t a[kRowTiles][4], b[2][4];
+  __device__ __forceinline__ SideCopies(int first_row, int rows, int64_t padded_channels) {
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-    const int row = row0 + 16 * m + lane % 16;
-    load_matrices(a[m], rows + chunk_offset(row, 2 * half + lane / 16));
-  }
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int column = column0 + 16 * n + lane % 8 + lane / 16 * 8;
-    load_matrices(b[n], columns + chunk_offset(column, 2 * half + lane / 8 % 2));
-  }
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      multiply_add_s8(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+    for (int i = 0; i < kEach; ++i) {
+      const int row = min(first_row + row_of(i), rows - 1);  // those past the last are not used
+      from[i] = static_cast<uint32_t>(row * (padded_channels / kChunk)) + threadIdx.x % kChunks;
     }
   }
+
+  __device__ __forceinline__ static int row_of(int i) {
+    return (threadIdx.x + i * kThreads) / kChunks;
+  }
+
+  __device__ __forceinline__ void start(unsigned char* shared, const int8_t* digits, int64_t plane,
+                                        int step) const {
+#pragma unroll
+    for (int p = 0; p < kDigitPlanes; ++p) {
+      const int8_t* channels = digits + p * plane + step * kStep;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        copy_async_16(shared + p * kRows * kStep + chunk_offset(row_of(i), threadIdx.x % kChunks),
+                      channels + uint64_t{from[i]} * kChunk);
+      }
+    }
+  }
+};
+
+// Four int8 sums in a word; none of them overflows.
+__device__ __forceinline__ uint32_t add_bytes(uint32_t a, uint32_t b) {
+  constexpr uint32_t kSigns = 0x80808080u;
+  return ((a & ~kSigns) + (b & ~kSigns)) ^ ((a ^ b) & kSigns);
 }
 
-// The part of the matrix that block `t` computes: column by column of 64, `kParts` blocks for each
-// 64 x 64 tile on or above the diagonal.
-template <int kParts>
-__device__ __forceinline__ void tile_of(int t, int* row_part, int* column) {
-  const int pair = t / kParts;
-  int c = static_cast<int>((sqrtf(8.0f * pair + 1.0f) - 1.0f) * 0.5f);
-  while (c * (c + 1) / 2 > pair) --c;
-  while ((c + 1) * (c + 2) / 2 <= pair) ++c;
-  *column = c;
-  *row_part = (pair - c * (c + 1) / 2) * kParts + t % kParts;
+// A warp's operands of one plane: 32 channels of its rows and of its 32 columns.
+template <int kRowTiles>
+struct Operands {
+  uint32_t rows[kRowTiles][4];
+  uint32_t columns[2][4];
+
+  __device__ __forceinline__ void load(const unsigned char* row_plane,
+                                       const unsigned char* column_plane, int row0, int column0,
+                                       int half) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      const int row = row0 + 16 * m + lane % 16;
+      load_matrices(rows[m], row_plane + chunk_offset(row, 2 * half + lane / 16));
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int column = column0 + 16 * n + lane % 8 + lane / 16 * 8;
+      load_matrices(columns[n], column_plane + chunk_offset(column, 2 * half + lane / 8 % 2));
+    }
+  }
+
+  __device__ __forceinline__ void add(const Operands& other) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) rows[m][e] = add_bytes(rows[m][e], other.rows[m][e]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) columns[n][e] = add_bytes(columns[n][e], other.columns[n][e]);
+    }
+  }
+
+  // sums[m][n] += rows . columns, kRowTiles x 4 tiles of 16 x 8
+  __device__ __forceinline__ void multiply(int (&sums)[kRowTiles][4][4]) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        multiply_add_s8(sums[m][n], rows[m], columns[n / 2][n % 2 * 2],
+                        columns[n / 2][n % 2 * 2 + 1]);
+      }
+    }
+  }
+};
+
+// Blocks of a column of the matrix: down to the diagonal.
+template <int kRows>
+VP_HD int blocks_of_column(int column) {
+  return ((column + 1) * kTile + kRows - 1) / kRows;
 }
 
-// kRowTiles: 16-row tiles of a warp, of which two are above each other in a block.
-template <bool kCosine, int kRowTiles>
-__global__ void __launch_bounds__(kThreads)
+// The part of the matrix that block `t` computes.
+template <int kRows>
+__device__ __forceinline__ void tile_of(int t, int* row0, int* column0) {
+  int column = 0;
+  for (; t >= blocks_of_column<kRows>(column); ++column) t -= blocks_of_column<kRows>(column);
+  *row0 = t * kRows;
+  *column0 = column * kTile;
+}
+
+template <bool kCosine, typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     gram_kernel(Batch batch, int64_t channels, float* cosines, unsigned char* workspace) {
   begin_dependent();
   VP_SHARED_MEMORY(shared);
-  constexpr int kRows = 32 * kRowTiles;  // of the block
   const Image image = batch[blockIdx.y];
   const int rows = image.shape.residual();
-  int row_part, tile_column;
-  tile_of<kTile / kRows>(blockIdx.x, &row_part, &tile_column);
-  const int row0 = row_part * kRows, column0 = tile_column * kTile;
+  int row0, column0;
+  tile_of<S::kRows>(blockIdx.x, &row0, &column0);
   if (column0 >= rows || row0 >= rows) return;
 
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, rows, channels, !kCosine);
@@ -114,37 +163,41 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t plane = rows * at.padded_channels;
   const auto steps = static_cast<int>(at.padded_channels / kStep);
 
+  const SideCopies<S::kRows, S::kThreads> row_copies(row0, rows, at.padded_channels);
+  const SideCopies<kTile, S::kThreads> column_copies(column0, rows, at.padded_channels);
   const auto load_stage = [&](int step) {
-    unsigned char* stage = shared + step % kStages * stage_bytes(kRows);
-    const int64_t channel = int64_t{step} * kStep;
-    load_side<kRows>(stage, digits, plane, at.padded_channels, row0, rows, channel);
-    load_side<kTile>(stage + side_bytes(kRows), digits, plane, at.padded_channels, column0, rows,
-                     channel);
+    unsigned char* stage = shared + step % S::kStages * S::kStageBytes;
+    row_copies.start(stage, digits, plane, step);
+    column_copies.start(stage + S::kRowBytes, digits, plane, step);
   };
 
   const int warp = threadIdx.x / kWarp;
-  const int warp_row = warp / 2 * 16 * kRowTiles, warp_column = warp % 2 * 32;
-  int sums[kDigitPlanes][kRowTiles][4][4] = {};
+  const int warp_row = warp / 2 * 16 * S::kRowTiles, warp_column = warp % 2 * 32;
+  int high_sums[S::kRowTiles][4][4] = {}, low_sums[S::kRowTiles][4][4] = {};
+  int both_sums[S::kRowTiles][4][4] = {};
 
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
+  for (int step = 0; step < S::kStages - 1; ++step) {
     if (step < steps) load_stage(step);
     copy_async_commit();
   }
   for (int step = 0; step < steps; ++step) {
-    copy_async_wait<kStages - 2>();
+    copy_async_wait<S::kStages - 2>();
     __syncthreads();  // the stage is here for all, and the one before it is free
-    if (step + kStages - 1 < steps) load_stage(step + kStages - 1);
+    if (step + S::kStages - 1 < steps) load_stage(step + S::kStages - 1);
     copy_async_commit();
-    const unsigned char* stage = shared + step % kStages * stage_bytes(kRows);
+    const unsigned char* row_planes = shared + step % S::kStages * S::kStageBytes;
+    const unsigned char* column_planes = row_planes + S::kRowBytes;
 #pragma unroll
     for (int half = 0; half < kChunks / 2; ++half) {
-#pragma unroll
-      for (int p = 0; p < kDigitPlanes; ++p) {
-        multiply_plane(stage + p * plane_bytes(kRows),
-                       stage + side_bytes(kRows) + p * plane_bytes(kTile), warp_row, warp_column,
-                       half, sums[p]);
-      }
+      Operands<S::kRowTiles> high, low;
+      high.load(row_planes, column_planes, warp_row, warp_column, half);
+      low.load(row_planes + S::kRows * kStep, column_planes + kTile * kStep, warp_row, warp_column,
+               half);
+      high.multiply(high_sums);
+      low.multiply(low_sums);
+      high.add(low);
+      high.multiply(both_sums);
     }
   }
   copy_async_wait<0>();
@@ -153,15 +206,17 @@ __global__ void __launch_bounds__(kThreads)
   auto* out = reinterpret_cast<float*>(shared);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
+  for (int m = 0; m < S::kRowTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
+        // One after the other: all at once, they would spill registers.
+        not_before(high_sums[m][n][e], both_sums[m][n][e], low_sums[m][n][e]);
         const int row = warp_row + 16 * m + lane / 4 + e / 2 * 8;
         const int column = warp_column + 8 * n + lane % 4 * 2 + e % 2;
-        out[row * kOutStride + column] =
-            gram_to_float(gram_from_digits(sums[0][m][n][e], sums[2][m][n][e], sums[1][m][n][e]));
+        out[row * kOutStride + column] = gram_to_float(
+            gram_from_digits(high_sums[m][n][e], both_sums[m][n][e], low_sums[m][n][e]));
       }
     }
   }
@@ -176,45 +231,43 @@ __global__ void __launch_bounds__(kThreads)
     const float s = similarity(gram, inv[j]);
     matrix[i * ld + j] = kCosine ? s * inv[i] : s;
   };
-  for (int e = threadIdx.x; e < kRows * kTile; e += kThreads) {
+  // Below the tile on the diagonal, the mirrored half of another block writes.
+  for (int e = threadIdx.x; e < S::kRows * kTile; e += S::kThreads) {
     const int r = e / kTile, c = e % kTile;
-    write(row0 + r, column0 + c, out[r * kOutStride + c]);
+    if (row0 + r < column0 + kTile) write(row0 + r, column0 + c, out[r * kOutStride + c]);
   }
-  if (row0 >= column0) return;  // on the diagonal, blocks compute both halves
-  for (int e = threadIdx.x; e < kRows * kTile; e += kThreads) {
-    const int c = e / kRows, r = e % kRows;
-    write(column0 + c, row0 + r, out[r * kOutStride + c]);
+  if (row0 >= column0) return;  // nothing above that tile
+  for (int e = threadIdx.x; e < S::kRows * kTile; e += S::kThreads) {
+    const int c = e / S::kRows, r = e % S::kRows;
+    if (row0 + r < column0) write(column0 + c, row0 + r, out[r * kOutStride + c]);
   }
-}
-
-// VISPRUNER_GRAM_PLAN=tiles_64|tiles_32 asks for blocks of so many rows.
-bool halve_blocks(int64_t blocks) {
-  if (const char* wanted = std::getenv("VISPRUNER_GRAM_PLAN")) {
-    if (std::strcmp(wanted, "tiles_64") == 0) return false;
-    if (std::strcmp(wanted, "tiles_32") == 0) return true;
-  }
-  return blocks <= kFewBlocks;
 }
 
 }  // namespace
 
+// VISPRUNER_GRAM_PLAN=tiles_128|tiles_64|tiles_32 asks for blocks of so many rows.
 int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out, void* workspace,
          void* stream) {
-  const int tiles = (size.residual + kTile - 1) / kTile;
-  const int pairs = tiles * (tiles + 1) / 2;
-  auto* ws = static_cast<unsigned char*>(workspace);
-  const auto run = [&](auto cosine, auto row_tiles) {
-    constexpr int kRows = 32 * row_tiles();
-    const dim3 grid(pairs * (kTile / kRows), size.images);
-    return launch_dependent<gram_kernel<cosine(), row_tiles()>>(grid, kThreads, shared_bytes(kRows),
-                                                                stream, batch, channels, out, ws);
+  constexpr const char* kPlan = "VISPRUNER_GRAM_PLAN";
+  const auto run = [&](auto cosine, auto shape) {
+    using S = decltype(shape);
+    int blocks = 0;
+    for (int column = 0; column * kTile < size.residual; ++column) {
+      blocks += blocks_of_column<S::kRows>(column);
+    }
+    return launch_dependent<gram_kernel<cosine(), S>>(dim3(blocks, size.images), S::kThreads,
+                                                      S::kSharedBytes, stream, batch, channels, out,
+                                                      static_cast<unsigned char*>(workspace));
   };
-  const auto halves = [&](auto cosine) {
-    return halve_blocks(int64_t{pairs} * size.images)
-               ? run(cosine, std::integral_constant<int, 1>{})
-               : run(cosine, std::integral_constant<int, 2>{});
+  const int64_t tiles = (size.residual + kTile - 1) / kTile;
+  const bool few = tiles * (tiles + 1) / 2 * size.images <= kFewBlocks;
+  const auto shaped = [&](auto cosine) {
+    if (plan_asked(kPlan, "tiles_128")) return run(cosine, Shape<128>{});
+    if (plan_asked(kPlan, "tiles_32")) return run(cosine, Shape<32>{});
+    return few && !plan_asked(kPlan, "tiles_64") ? run(cosine, Shape<32>{})
+                                                 : run(cosine, Shape<64>{});
   };
-  return out ? halves(std::true_type{}) : halves(std::false_type{});
+  return out ? shaped(std::true_type{}) : shaped(std::false_type{});
 }
 
 }  // namespace vispruner::cuda

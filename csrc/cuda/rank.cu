@@ -3,10 +3,13 @@
 // A block takes 32 tokens of one image. Eight lanes a token count how many of the image's N scores
 // beat it (rank by counting: N^2 compares over the whole grid, one barrier a tile, no sorting
 // network), then each warp quantizes four tokens and writes their digits at their place in the
-// ranking, so that everything after this kernel works on positions, not on tokens.
+// ranking, so that everything after this kernel works on positions, not on tokens. Where that
+// leaves most of a GPU idle, four times as many blocks take 8 tokens each: a warp quantizes one.
 //
-// Bytes: scores H N an image and block (from L2 after the first), features once, digits 3 C a
-// token. Compares: N^2 an image, about 0.3 us of one SM at N = 576, spread over N / 32 blocks.
+// Bytes: scores H N an image and block (from L2 after the first), features once, digits 2 C a
+// token. Compares: N^2 an image, about 0.3 us of one SM at N = 576, spread over the blocks.
+#include <type_traits>
+
 #include "batch.cuh"
 #include "vispruner/cuda.h"
 
@@ -14,9 +17,7 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 32;                 // a block
-constexpr int kLanes = kThreads / kTokens;  // a token
-constexpr int kTile = 1024;                 // scores in shared memory at a time
+constexpr int kTile = 1024;  // scores in shared memory at a time
 
 template <typename T>
 __device__ __forceinline__ float element(const void* data, int64_t at) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ uint32_t pack4(const int (&v)[4]) {
   return packed;
 }
 
-// One warp, one token: digits to row `position` of the three planes, and the inverse norm.
+// One warp, one token: digits to row `position` of both planes, and the inverse norm.
 template <typename T>
 __device__ __forceinline__ void quantize_token(const T* row, int64_t channels, bool aligned,
                                                int position, int residual, int64_t padded_channels,
@@ -86,20 +87,18 @@ __device__ __forceinline__ void quantize_token(const T* row, int64_t channels, b
   int64_t squared = 0;
   for (int64_t c = 4 * lane; c < padded_channels; c += 4 * kWarp) {
     load4(row, c, channels, aligned, x);  // from L1 this time
-    int high[4], low[4], both[4];
+    int high[4], low[4];
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int q = quantize(x[i], scale);
       high[i] = high_digit(q);
       low[i] = low_digit(q);
-      both[i] = high[i] + low[i];
       sum += q * q;
     }
     squared += sum;
     *reinterpret_cast<uint32_t*>(out + c) = pack4(high);
     *reinterpret_cast<uint32_t*>(out + plane + c) = pack4(low);
-    *reinterpret_cast<uint32_t*>(out + 2 * plane + c) = pack4(both);
   }
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -108,11 +107,13 @@ __device__ __forceinline__ void quantize_token(const T* row, int64_t channels, b
   if (lane == 0) inv[position] = inverse_norm(squared);
 }
 
-template <typename T>
+// kTokens: of a block.
+template <typename T, int kTokens>
 __global__ void __launch_bounds__(kThreads)
     rank_kernel(Batch batch, FeatureView feats, AttentionView attention, RankOutput topk,
                 unsigned char* workspace) {
   begin_dependent();
+  constexpr int kLanes = kThreads / kTokens;  // a token
   __shared__ uint32_t own_keys[kTokens];
   __shared__ uint32_t tile[kTile];
   __shared__ int ranks[kTokens];
@@ -183,23 +184,32 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// VISPRUNER_RANK_PLAN=tokens_32|tokens_8 asks for blocks of so many tokens.
+bool quarter_blocks(int64_t blocks) {
+  if (plan_asked("VISPRUNER_RANK_PLAN", "tokens_32")) return false;
+  return blocks <= kFewBlocks || plan_asked("VISPRUNER_RANK_PLAN", "tokens_8");
+}
+
 }  // namespace
 
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
                       const AttentionView& attention, const RankOutput& topk, void* workspace,
                       void* stream) {
-  const dim3 grid((size.tokens + kTokens - 1) / kTokens, size.images);
-  auto* ws = static_cast<unsigned char*>(workspace);
+  const auto blocks = [&](int tokens) { return (size.tokens + tokens - 1) / tokens; };
+  const auto run = [&](auto element, auto tokens) {
+    return launch_dependent<rank_kernel<decltype(element), tokens()>>(
+        dim3(blocks(tokens()), size.images), kThreads, 0, stream, batch, feats, attention, topk,
+        static_cast<unsigned char*>(workspace));
+  };
+  const auto sized = [&](auto element) {
+    return quarter_blocks(int64_t{blocks(32)} * size.images)
+               ? run(element, std::integral_constant<int, 8>{})
+               : run(element, std::integral_constant<int, 32>{});
+  };
   switch (feats.dtype) {
-    case DType::kFloat16:
-      return launch_dependent<rank_kernel<Half>>(grid, kThreads, 0, stream, batch, feats, attention,
-                                                 topk, ws);
-    case DType::kBFloat16:
-      return launch_dependent<rank_kernel<BFloat16>>(grid, kThreads, 0, stream, batch, feats,
-                                                     attention, topk, ws);
-    default:
-      return launch_dependent<rank_kernel<float>>(grid, kThreads, 0, stream, batch, feats,
-                                                  attention, topk, ws);
+    case DType::kFloat16: return sized(Half{});
+    case DType::kBFloat16: return sized(BFloat16{});
+    default: return sized(float{});
   }
 }
 

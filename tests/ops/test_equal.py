@@ -49,7 +49,7 @@ def test_prune(
 ) -> None:
     feats, attn = problem.tensors()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VISPRUNER_RANK_PLAN", rank)  # these are too short for buckets by themselves
+        patch.setenv("VISPRUNER_SORT_PLAN", rank)  # these are too short for buckets by themselves
         compare(implementations, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
 
 
@@ -154,7 +154,7 @@ def test_every_plan(
     """Neighbour lists in shared memory or not, the loop's state in shared memory or not; ranking
     in every way."""
     monkeypatch.setenv("VISPRUNER_DEDUP_PLAN", plan)
-    monkeypatch.setenv("VISPRUNER_RANK_PLAN", rank)
+    monkeypatch.setenv("VISPRUNER_SORT_PLAN", rank)
     host_kernels_default.schedule = schedule
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())
@@ -163,12 +163,18 @@ def test_every_plan(
         assert_equal(expected, got, name)
 
 
-@pytest.mark.parametrize("gram", ["tiles_32", "tiles_64"])
+@pytest.mark.parametrize("rank", ["tokens_8", "tokens_32"])
+@pytest.mark.parametrize("gram", ["tiles_32", "tiles_64", "tiles_128"])
 @pytest.mark.parametrize("launch", ["ordered", "dependent"])
-def test_every_gram_and_launch_plan(
-    gram: str, launch: str, implementations: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_every_block_size_and_launch(
+    rank: str,
+    gram: str,
+    launch: str,
+    implementations: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks of 32 or 64 rows; kernels one after the other or overlapped (on a GPU)."""
+    """Blocks of the first two kernels; kernels one after the other or overlapped (on a GPU)."""
+    monkeypatch.setenv("VISPRUNER_RANK_PLAN", rank)
     monkeypatch.setenv("VISPRUNER_GRAM_PLAN", gram)
     monkeypatch.setenv("VISPRUNER_LAUNCH", launch)
     for problem in (

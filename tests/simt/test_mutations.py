@@ -143,8 +143,14 @@ MUTATIONS = [
     Mutation(
         "Gram: the tiles beside the diagonal are not mirrored",
         "cuda/gram.cu",
-        "if (row0 >= column0) return;",
-        "if (row0 + kTile >= column0) return;",
+        "if (row0 + r < column0) write",
+        "if (row0 + kTile + r < column0) write",
+    ),
+    Mutation(
+        "Gram: the sum of two digits carries into the next byte",
+        "cuda/gram.cu",
+        "((a & ~kSigns) + (b & ~kSigns)) ^ ((a ^ b) & kSigns)",
+        "a + b",
     ),
     Mutation(
         "[CLS] attention: no barrier before the weights are made",

@@ -36,7 +36,7 @@ struct PruneArgs {
 };
 
 // Bytes of device workspace for `prune`: an image of N tokens with R residual ones takes about
-// 4 R^2 (Gram) + 3 R C (digits) + 192 R (neighbour lists) + 2 N.
+// 4 R^2 (Gram) + 2 R C (digits) + 192 R (neighbour lists) + 2 N.
 int64_t prune_workspace_bytes(const PruneArgs& args);
 int prune(const PruneArgs& args, void* workspace, void* stream);
 
