@@ -6,8 +6,9 @@
 // to 64 tokens reach yields candidates, of which the best 32 stay; a bisection finds one in a few
 // steps. Where a value ties across the limit, some of its ties are taken.
 //
-// A block takes one row; the row stays in registers. Bytes: 4 R^2 read, 192 R written. Steps:
-// about 8 counts of R values, one barrier each, and the ranking of the candidates.
+// A row stays in registers, of one warp up to 1024 tokens, of a block beyond. Bytes: 4 R^2 read,
+// 192 R written. Steps of a row: the extremes of what each thread holds, two to four counts of R
+// values, and the ranking of the candidates.
 #include "batch.cuh"
 #include "vispruner/cuda.h"
 
@@ -17,17 +18,27 @@ namespace {
 constexpr int kCandidates = 2 * kNeighbours;
 constexpr int kValueProbes = 16;  // bisect between values first, then between their bit patterns
 
-// Sum over the block, known to every thread. `slots` alternates between two arrays, so that one
-// barrier a call is enough.
+// The threads of a row meet.
 template <int kWarps>
-__device__ __forceinline__ int block_sum(int value, int* slots) {
-  value = __reduce_add_sync(kAllLanes, value);
+__device__ __forceinline__ void meet() {
+  if constexpr (kWarps == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// What `fold` makes of all warps' values, known to every thread. `slots` alternates between two
+// arrays, so that one barrier a call is enough.
+template <int kWarps, typename T, typename Fold>
+__device__ __forceinline__ T fold_warps(T value, T* slots, const Fold& fold) {
+  if constexpr (kWarps == 1) return value;
   if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
   __syncthreads();
-  int sum = 0;
+  T result = slots[0];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += slots[w];
-  return sum;
+  for (int w = 1; w < kWarps; ++w) result = fold(result, slots[w]);
+  return result;
 }
 
 template <int kThreads, int kValues>
@@ -35,8 +46,7 @@ __global__ void __launch_bounds__(kThreads)
     neighbours_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
   begin_dependent();
   constexpr int kWarps = kThreads / kWarp;
-  __shared__ int slots[2][kWarps];
-  __shared__ uint32_t lows[kWarps], highs[kWarps];
+  __shared__ uint32_t slots[2][kWarps];
   __shared__ uint32_t found_keys[kCandidates];
   __shared__ uint16_t found_ids[kCandidates];
   __shared__ int found, ties_left;
@@ -51,38 +61,30 @@ __global__ void __launch_bounds__(kThreads)
 
   // 0 is below every key: not a token, or the token itself.
   uint32_t keys[kValues];
-  uint32_t low = 0xffffffffu, high = 0;
+  uint32_t most = 0;
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     const int j = threadIdx.x + v * kThreads;
     keys[v] = j < rows && j != self ? ordered_key(similarities[j]) : 0u;
-    if (keys[v]) {
-      low = min(low, keys[v]);
-      high = max(high, keys[v]);
-    }
-  }
-  low = __reduce_min_sync(kAllLanes, low);
-  high = __reduce_max_sync(kAllLanes, high);
-  if (threadIdx.x % kWarp == 0) {
-    lows[threadIdx.x / kWarp] = low;
-    highs[threadIdx.x / kWarp] = high;
+    most = max(most, keys[v]);
   }
   if (threadIdx.x == 0) found = 0;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    low = min(low, lows[w]);
-    high = max(high, highs[w]);
-  }
+  // As many keys as there are threads, 32 or more, are no less than the least of their greatest.
+  uint32_t low = fold_warps<kWarps>(__reduce_min_sync(kAllLanes, most), slots[0],
+                                    [](uint32_t a, uint32_t b) { return min(a, b); });
+  uint32_t high = fold_warps<kWarps>(__reduce_max_sync(kAllLanes, most), slots[1],
+                                     [](uint32_t a, uint32_t b) { return max(a, b); });
 
   const auto count_from = [&](uint32_t threshold, int turn) {
-    int count = 0;
+    uint32_t count = 0;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) count += keys[v] >= threshold;
-    return block_sum<kWarps>(count, slots[turn & 1]);
+    count = __reduce_add_sync(kAllLanes, count);
+    return static_cast<int>(
+        fold_warps<kWarps>(count, slots[turn & 1], [](uint32_t a, uint32_t b) { return a + b; }));
   };
 
-  // More than 64 keys are >= low, fewer than 32 are > high, until the answer is between them.
+  // 32 keys or more are >= low, fewer are > high, until the answer is between them.
   uint32_t threshold = 1;  // few tokens: all of them
   uint32_t tied = 0;
   int ties = 0;
@@ -109,9 +111,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (threadIdx.x == 0) ties_left = ties;
-  __syncthreads();
+  meet<kWarps>();
 
-  // Collect in any order; then every entry counts the ones before it.
+  // Collect in any order; then every entry counts those that belong before it (equal ones in any
+  // order: they give the same redundancy).
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     if (keys[v] >= threshold || (ties > 0 && keys[v] == tied && atomicSub(&ties_left, 1) > 0)) {
@@ -120,27 +123,31 @@ __global__ void __launch_bounds__(kThreads)
       found_ids[slot] = static_cast<uint16_t>(threadIdx.x + v * kThreads);
     }
   }
-  __syncthreads();
-  if (threadIdx.x >= kCandidates) return;
-  const int entry = threadIdx.x;
+  meet<kWarps>();
+  const float inv = reinterpret_cast<const float*>(own + at.inv)[self];
   auto* ids = reinterpret_cast<uint16_t*>(own + at.ids);
   auto* redundancies = reinterpret_cast<uint32_t*>(own + at.keys);
-  if (entry >= found) {  // an unused entry: a token is never in B when its own list is read
-    if (entry >= kNeighbours) return;
-    ids[id_slot(self, entry)] = static_cast<uint16_t>(self);
-    redundancies[key_slot(self, entry)] = 0;
-    return;
+#pragma unroll
+  for (int first = 0; first < kCandidates; first += kThreads) {
+    const int entry = first + threadIdx.x;
+    if (entry >= kCandidates) return;
+    int place = entry;
+    int id = self;  // an unused entry: a token is never in B when its own list is read
+    uint32_t redundancy = 0;
+    if (entry < found) {
+      const uint32_t key = found_keys[entry];
+      place = 0;
+      for (int other = 0; other < found; ++other) {
+        place += found_keys[other] >= key + (other >= entry ? 1u : 0u);
+      }
+      id = found_ids[entry];
+      redundancy = ordered_key(key_float(key) * inv);
+    }
+    if (place < kNeighbours) {
+      ids[id_slot(self, place)] = static_cast<uint16_t>(id);
+      redundancies[key_slot(self, place)] = redundancy;
+    }
   }
-  const uint32_t key = found_keys[entry];
-  const int id = found_ids[entry];
-  int place = 0;
-  for (int other = 0; other < found; ++other) {
-    place += found_keys[other] > key || (found_keys[other] == key && found_ids[other] < id);
-  }
-  if (place >= kNeighbours) return;
-  const float inv = reinterpret_cast<const float*>(own + at.inv)[self];
-  ids[id_slot(self, place)] = static_cast<uint16_t>(id);
-  redundancies[key_slot(self, place)] = ordered_key(key_float(key) * inv);
 }
 
 }  // namespace
@@ -149,8 +156,11 @@ int neighbours(const Batch& batch, const WaveSize& size, int64_t channels, void*
                void* stream) {
   const dim3 grid(size.residual, size.images);
   auto* ws = static_cast<unsigned char*>(workspace);
-  if (size.residual <= 128 * 8) {
-    return launch_dependent<neighbours_kernel<128, 8>>(grid, 128, 0, stream, batch, channels, ws);
+  if (size.residual <= 32 * 18) {
+    return launch_dependent<neighbours_kernel<32, 18>>(grid, 32, 0, stream, batch, channels, ws);
+  }
+  if (size.residual <= 32 * 32) {
+    return launch_dependent<neighbours_kernel<32, 32>>(grid, 32, 0, stream, batch, channels, ws);
   }
   if (size.residual <= 256 * 16) {
     return launch_dependent<neighbours_kernel<256, 16>>(grid, 256, 0, stream, batch, channels, ws);

@@ -76,6 +76,10 @@ T reduce(unsigned mask, T value, const Fold& fold) {
 inline void __syncthreads() { simt::block_barrier(); }
 inline int __syncthreads_or(int vote) { return simt::block_barrier_or(vote != 0); }
 
+inline void __syncwarp() {
+  const char nothing = 0;
+  simt::exchange(~0u, &nothing, 1);
+}
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int offset) {
   const int from = simt::lane() ^ offset;

@@ -69,10 +69,10 @@ MUTATIONS = [
         "if ((keys[v] >= threshold && keys[v] != high) ||",
     ),
     Mutation(
-        "neighbours: no barrier before the list is read",
+        "neighbours: the list is read before it is complete",
         "cuda/neighbours.cu",
-        f"  {BARRIER}\n  if (threadIdx.x >= kCandidates) return;",
-        "  if (threadIdx.x >= kCandidates) return;",
+        "  meet<kWarps>();\n  const float inv",
+        "  const float inv",
     ),
     Mutation(
         "dedup: no barrier between look-up and sorting",
