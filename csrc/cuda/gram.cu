@@ -226,20 +226,27 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   float* matrix = kCosine ? cosines + int64_t{blockIdx.y} * rows * rows
                           : reinterpret_cast<float*>(own + at.gram);
   const int64_t ld = kCosine ? rows : at.ld;
-  const auto write = [&](int i, int j, float gram) {
-    if (i >= rows || j >= rows) return;
-    const float s = similarity(gram, inv[j]);
+  const auto write = [&](int i, int j, float gram, float inv_j) {
+    const float s = similarity(gram, inv_j);
     matrix[i * ld + j] = kCosine ? s * inv[i] : s;
   };
-  // Below the tile on the diagonal, the mirrored half of another block writes.
-  for (int e = threadIdx.x; e < S::kRows * kTile; e += S::kThreads) {
-    const int r = e / kTile, c = e % kTile;
-    if (row0 + r < column0 + kTile) write(row0 + r, column0 + c, out[r * kOutStride + c]);
+  // A thread stays in its column of the matrix. Below the tile on the diagonal, the mirrored half
+  // of another block writes.
+  const int j = column0 + threadIdx.x % kTile;
+  if (j < rows) {
+    const float inv_j = inv[j];
+    const int end = min(min(rows, column0 + kTile) - row0, S::kRows);
+    for (int r = threadIdx.x / kTile; r < end; r += S::kThreads / kTile) {
+      write(row0 + r, j, out[r * kOutStride + threadIdx.x % kTile], inv_j);
+    }
   }
-  if (row0 >= column0) return;  // nothing above that tile
-  for (int e = threadIdx.x; e < S::kRows * kTile; e += S::kThreads) {
-    const int c = e / S::kRows, r = e % S::kRows;
-    if (row0 + r < column0) write(column0 + c, row0 + r, out[r * kOutStride + c]);
+  const int mirrored = row0 + threadIdx.x % S::kRows;
+  if (mirrored < column0) {  // above that tile
+    const float inv_j = inv[mirrored];
+    const int end = min(rows - column0, kTile);
+    for (int c = threadIdx.x / S::kRows; c < end; c += S::kThreads / S::kRows) {
+      write(column0 + c, mirrored, out[threadIdx.x % S::kRows * kOutStride + c], inv_j);
+    }
   }
 }
 

@@ -56,11 +56,24 @@ __device__ __forceinline__ void load4(const T* row, int64_t c, int64_t channels,
   }
 }
 
-__device__ __forceinline__ uint32_t pack4(const int (&v)[4]) {
-  uint32_t packed = 0;
+// The digits of four channels, a byte each.
+struct Digits {
+  uint32_t high, low;
+};
+
+__device__ __forceinline__ Digits digits_of(const float (&x)[4], float scale) {
+  // q + 2080 is 64 (high + 32) + low + 32, and positive: both digits are runs of its bits, so that
+  // two channels go through in one word.
+  constexpr int kBias = 32 * 64 + 32;
+  uint32_t q[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) packed |= (static_cast<uint32_t>(v[i]) & 0xffu) << (8 * i);
-  return packed;
+  for (int i = 0; i < 4; ++i) q[i] = quantize_bits(x[i], scale, kBias);
+  const uint32_t first = __byte_perm(q[0], q[1], 0x5410), second = __byte_perm(q[2], q[3], 0x5410);
+  const uint32_t high = __byte_perm(first >> 6, second >> 6, 0x6420);
+  const uint32_t low = __byte_perm(first, second, 0x6420) & 0x3f3f3f3fu;
+  // Less 32 each, without a carry into the next byte.
+  const auto centred = [](uint32_t bytes) { return (bytes + 0x60606060u) ^ 0x80808080u; };
+  return {centred(high), centred(low)};
 }
 
 // One warp, one token: digits to row `position` of both planes, and the inverse norm.
@@ -84,22 +97,21 @@ __device__ __forceinline__ void quantize_token(const T* row, int64_t channels, b
 
   int8_t* out = digits + position * padded_channels;
   const int64_t plane = residual * padded_channels;
-  int64_t squared = 0;
+  int high_high = 0, high_low = 0, low_low = 0;
   for (int64_t c = 4 * lane; c < padded_channels; c += 4 * kWarp) {
-    load4(row, c, channels, aligned, x);  // from L1 this time
-    int high[4], low[4];
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int q = quantize(x[i], scale);
-      high[i] = high_digit(q);
-      low[i] = low_digit(q);
-      sum += q * q;
+    Digits q{};
+    if (scale != 0.0f) {
+      load4(row, c, channels, aligned, x);  // from L1 this time
+      q = digits_of(x, scale);
     }
-    squared += sum;
-    *reinterpret_cast<uint32_t*>(out + c) = pack4(high);
-    *reinterpret_cast<uint32_t*>(out + plane + c) = pack4(low);
+    const auto high = static_cast<int>(q.high), low = static_cast<int>(q.low);
+    high_high = __dp4a(high, high, high_high);
+    high_low = __dp4a(high, low, high_low);
+    low_low = __dp4a(low, low, low_low);
+    *reinterpret_cast<uint32_t*>(out + c) = q.high;
+    *reinterpret_cast<uint32_t*>(out + plane + c) = q.low;
   }
+  int64_t squared = int64_t{4096} * high_high + int64_t{128} * high_low + low_low;
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     squared += __shfl_xor_sync(kAllLanes, squared, offset);

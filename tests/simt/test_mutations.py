@@ -51,6 +51,12 @@ MUTATIONS = [
         "kQuantMax = 2046.0f",
     ),
     Mutation(
+        "quantization: digits of another split",
+        "cuda/rank.cu",
+        "kBias = 32 * 64 + 32",
+        "kBias = 32 * 64",
+    ),
+    Mutation(
         "Gram: low digits forgotten",
         "include/vispruner/numerics.h",
         "- int64_t{63} * ll",
@@ -143,8 +149,8 @@ MUTATIONS = [
     Mutation(
         "Gram: the tiles beside the diagonal are not mirrored",
         "cuda/gram.cu",
-        "if (row0 + r < column0) write",
-        "if (row0 + kTile + r < column0) write",
+        "if (mirrored < column0) {",
+        "if (mirrored + kTile < column0) {",
     ),
     Mutation(
         "Gram: the sum of two digits carries into the next byte",

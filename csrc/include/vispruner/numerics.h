@@ -92,21 +92,19 @@ VP_HD float quantization_scale(uint32_t peak) {
   return (peak < kInfBits && m >= kTinyPeak) ? kQuantMax / m : 0.0f;
 }
 
+// Adding 1.5 * 2^23 to a small float leaves the nearest integer (ties to even) in the low bits of
+// its representation; `bias`, an even number, comes on top. |x * scale| is at most 2047 and a
+// rounding error.
+VP_HD uint32_t quantize_bits(float x, float scale, int bias) {
+  return float_bits(x * scale + static_cast<float>(12582912 + bias));
+}
+
 VP_HD int quantize(float x, float scale) {
-  if (scale == 0.0f) return 0;
-  const float y = x * scale;  // |y| <= 2047 plus a rounding error
-#if defined(__CUDA_ARCH__)
-  return __float2int_rn(y);
-#else
-  // Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low mantissa bits.
-  return static_cast<int>(float_bits(y + 12582912.0f)) - 0x4b400000;
-#endif
+  return scale == 0.0f ? 0 : static_cast<int>(quantize_bits(x, scale, 0)) - 0x4b400000;
 }
 
 // q = 64 * hi + lo with int8 digits: hi in [-32, 32], lo in [-32, 31], hi + lo in [-64, 63].
-VP_HD int high_digit(int q) { return (q + 32) >> 6; }
-VP_HD int low_digit(int q) { return q - 64 * high_digit(q); }
-
+//
 // q . q' from the three digit products, ss being (hi + lo) . (hi' + lo'):
 // 4096 hh + 64 (ss - hh - ll) + ll.
 VP_HD int64_t gram_from_digits(int hh, int ss, int ll) {
