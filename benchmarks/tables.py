@@ -323,10 +323,22 @@ def serving(results: Callable[[str], Any]) -> str:
     )
 
 
+def loop_counts(results: Callable[[str], Any]) -> str:
+    """What the dedup loop meets: scans and chains."""
+    data = results("loop_counts")
+    head = ["features", "tokens", *data["results"][0]["counts"]]
+    rows = [
+        [row["features"], str(row["tokens"]), *(f"{x:g}" for x in row["counts"].values())]
+        for row in data["results"]
+    ]
+    return _markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-memory": cpu_memory,
     "chaos": chaos,
+    "loop-counts": loop_counts,
     "gpu-status": gpu_status,
     "gpu-goals": gpu_goals,
     "capacity": capacity,

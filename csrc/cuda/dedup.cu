@@ -7,7 +7,7 @@
 // widths follow the spread of the round before, so that each holds a few tokens. Only where many
 // redundancies agree to the last bits, so that buckets are crowded, is it counted or merged.
 //
-// A round waits for two to five barriers. What bounds it is latency, and the shared memory's one
+// A round waits for two to four barriers. What bounds it is latency, and the shared memory's one
 // access of a warp a cycle: counting takes A^2 / 32 of them, 2300 for the 272 tokens of a first
 // round, and that is why there are buckets (docs/performance.md).
 #include <type_traits>
@@ -18,11 +18,12 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kMostThreads = 1024;
-constexpr int kProbes = 4;         // entries of a neighbour list that a lane looks at together
-constexpr int kFewTokens = 96;     // up to which A is counted: buckets take a barrier more
-constexpr int kBuckets = 1024;     // 64 an octave of distance from the most redundant token
-constexpr int kMostInBucket = 32;  // more in one, and the buckets are given up
+constexpr int kMostThreads = 1024;    // a block
+constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: addresses of 64 bits
+constexpr int kProbes = 4;            // entries of a neighbour list that a lane looks at together
+constexpr int kFewTokens = 96;        // up to which A is counted: buckets take a barrier more
+constexpr int kBuckets = 1024;        // 64 an octave of distance from the most redundant token
+constexpr int kMostInBucket = 32;     // more in one, and the buckets are given up
 constexpr int kOctaves = 16;
 
 // What the block always has in shared memory.
@@ -342,27 +343,23 @@ __device__ __forceinline__ void sort_by_merging(const DedupState& state, const R
   }
 }
 
-// Writes the set bits of `keep` as ascending token numbers; every thread has one word.
+// Writes the set bits of `keep` as ascending token numbers; a thread has some words in a row.
 __device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, int64_t base,
-                                              int64_t* out, int* warp_sums) {
-  const int lane = threadIdx.x % kWarp;
+                                              int64_t* out, uint32_t* warp_sums) {
+  const int each = (words(tokens) + blockDim.x - 1) / blockDim.x;
+  const int first = min(static_cast<int>(threadIdx.x) * each, words(tokens));
+  const int end = min(first + each, words(tokens));
+  uint32_t own = 0;
+  for (int w = first; w < end; ++w) own += __popc(keep[w]);
+  uint32_t before = sum_before(own);
   const int warp = threadIdx.x / kWarp;
-  uint32_t word = static_cast<int>(threadIdx.x) * 32 < tokens ? keep[threadIdx.x] : 0u;
-  const int own = __popc(word);
-  int before = own;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int left = __shfl_up_sync(kAllLanes, before, offset);
-    if (lane >= offset) before += left;
-  }
-  if (lane == kWarp - 1) warp_sums[warp] = before;
+  if (threadIdx.x % kWarp == kWarp - 1) warp_sums[warp] = before + own;
   __syncthreads();
-  before -= own;
   for (int w = 0; w < warp; ++w) before += warp_sums[w];
-  while (word) {
-    const int bit = __ffs(static_cast<int>(word)) - 1;
-    word &= word - 1;
-    out[before++] = base + static_cast<int>(threadIdx.x) * 32 + bit;
+  for (int w = first; w < end; ++w) {
+    for (uint32_t word = keep[w]; word; word &= word - 1) {
+      out[before++] = base + w * 32 + __ffs(static_cast<int>(word)) - 1;
+    }
   }
 }
 
@@ -417,12 +414,12 @@ __device__ __forceinline__ const uint16_t* run_rounds(const Shared& shared, cons
 }
 
 template <bool kListsShared, bool kStateShared>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads, 1)
     dedup_kernel(Batch batch, int64_t channels, int step, int few_tokens, int64_t* indices,
                  unsigned char* workspace) {
   begin_dependent();
   VP_SHARED_MEMORY(memory);
-  __shared__ int warp_sums[kMostThreads / kWarp];
+  __shared__ uint32_t warp_sums[kMostThreads / kWarp];
 
   const Image image = batch[blockIdx.x];
   const int residual = image.shape.residual();
@@ -484,8 +481,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
   }
   __syncthreads();
-  write_indices(shared.keep, image.shape.tokens, image.index_base, indices + image.first_kept,
-                warp_sums);
+  // Read again: kept through the rounds, these would take registers that the rounds need.
+  int block = blockIdx.x;
+  not_before(block);
+  const Image out = batch[block];
+  write_indices(shared.keep, out.shape.tokens, out.index_base, indices + out.first_kept, warp_sums);
 }
 
 // Where the loop's arrays live: as near to the threads as they fit.
@@ -520,13 +520,11 @@ int choose_few_tokens() {
   return kFewTokens;
 }
 
-int threads_for(const WaveSize& size) {
-  // Four lanes a token of A in the first round, and one thread a word of the selection.
-  const int wanted = size.residual * 2 > size.tokens / 32 ? size.residual * 2 : size.tokens / 32;
-  for (int threads = 128; threads < kMostThreads; threads *= 2) {
-    if (threads >= wanted) return threads;
-  }
-  return kMostThreads;
+// Four lanes a token of A in the first round, if there are as many.
+int threads_for(int residual, int most) {
+  int threads = 128;
+  while (threads < most && threads < residual * 2) threads *= 2;
+  return threads;
 }
 
 }  // namespace
@@ -536,7 +534,8 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
   int limit = 0;
   if (const int error = shared_memory_limit(&limit)) return error;
   const DedupPlan plan = choose_plan(size, limit);
-  const int threads = threads_for(size);
+  const int threads = threads_for(
+      size.residual, plan.kind == DedupPlan::kWorkspace ? kMostFarThreads : kMostThreads);
   const int few_tokens = choose_few_tokens();
   auto* ws = static_cast<unsigned char*>(workspace);
   const auto run = [&](auto lists_shared, auto state_shared) {

@@ -126,10 +126,8 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from using these values before this place.
-__device__ __forceinline__ void not_before(int& a, int& b, int& c) {
-  asm volatile("" : "+r"(a), "+r"(b), "+r"(c)::"memory");
-}
+// Keeps the compiler from using a value before this place.
+__device__ __forceinline__ void not_before(int& value) { asm volatile("" : "+r"(value)::"memory"); }
 
 // ---- int8 tensor cores ------------------------------------------------------------------------
 // Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives

@@ -9,8 +9,8 @@
 // Operations: 3 R^2 C / 2 multiply-adds an image. Bytes: 2 R C digits, read R / 64 times from L2,
 // 4 R^2 written. A block: 64 x 64 outputs, 4 warps of 32 x 32 with 96 accumulators a lane, 64
 // channels a step, four steps in flight. Where that leaves most of a GPU idle, twice as many
-// blocks take 32 x 64 outputs each, with more steps in flight. Blocks of 128 x 64 read a quarter
-// less from L2 and are there to be measured.
+// blocks take 32 x 64 outputs each, with more steps in flight. Blocks of 128 x 128, 8 warps of
+// 64 x 32 each, read half as much from L2 and are there to be measured.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -19,26 +19,29 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kTile = 64;   // columns of a block
 constexpr int kStep = 64;   // channels a stage
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kChunks = kStep / kChunk;
-constexpr int kOutStride = kTile + 1;  // no bank conflicts down a column either
 static_assert(kChannelAlign % kStep == 0, "digit rows are whole steps");
 
-// What a block of so many rows is made of.
-template <int kRows_>
+// What a block is made of: warps of 16 kRowTiles x 32 outputs.
+template <int kRows_, int kColumns_, int kRowTiles_, int kStages_, int kBlocks_>
 struct Shape {
-  static constexpr int kRows = kRows_;
-  static constexpr int kRowTiles = kRows == 32 ? 1 : 2;  // 16-row tiles of a warp
-  static constexpr int kThreads = kRows / (16 * kRowTiles) * (kTile / 32) * kWarp;
-  static constexpr int kBlocks = kRows == 64 ? 3 : 1;  // side by side on a multiprocessor
-  static constexpr int kStages = kRows == 32 ? 6 : 4;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kRowTiles = kRowTiles_;
+  static constexpr int kWarpRows = 16 * kRowTiles, kWarpColumns = 32;
+  static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * kWarp;
+  static constexpr int kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // side by side on a multiprocessor
   static constexpr int kRowBytes = kDigitPlanes * kRows * kStep;  // of a stage
-  static constexpr int kStageBytes = kRowBytes + kDigitPlanes * kTile * kStep;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kSharedBytes >= kRows * kOutStride * 4, "the epilogue reuses the memory");
+  static constexpr int kStageBytes = kRowBytes + kDigitPlanes * kColumns * kStep;
+  static constexpr int kOutStride = kColumns + 1;  // no bank conflicts down a column either
+  static constexpr int kOutBytes = kRows * kOutStride * 4;  // takes the place of the stages
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > kOutBytes ? kStages* kStageBytes : kOutBytes;
 };
+using Tiles32 = Shape<32, 64, 1, 6, 1>;
+using Tiles64 = Shape<64, 64, 2, 4, 3>;
+using Tiles128 = Shape<128, 128, 4, 3, 1>;
 
 // Where chunk `chunk` of row `row` lies in a plane: eight rows of one chunk, which one matrix load
 // reads, fall into eight different groups of banks.
@@ -86,64 +89,65 @@ __device__ __forceinline__ uint32_t add_bytes(uint32_t a, uint32_t b) {
   return ((a & ~kSigns) + (b & ~kSigns)) ^ ((a ^ b) & kSigns);
 }
 
-// A warp's operands of one plane: 32 channels of its rows and of its 32 columns.
-template <int kRowTiles>
-struct Operands {
-  uint32_t rows[kRowTiles][4];
-  uint32_t columns[2][4];
+// 32 channels of a plane, as the matrix instruction wants them: of 16 rows, or of two times 16
+// columns.
+struct RowOperand {
+  uint32_t of[4];
 
-  __device__ __forceinline__ void load(const unsigned char* row_plane,
-                                       const unsigned char* column_plane, int row0, int column0,
-                                       int half) {
+  __device__ __forceinline__ void load(const unsigned char* plane, int row0, int half) {
     const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      const int row = row0 + 16 * m + lane % 16;
-      load_matrices(rows[m], row_plane + chunk_offset(row, 2 * half + lane / 16));
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int column = column0 + 16 * n + lane % 8 + lane / 16 * 8;
-      load_matrices(columns[n], column_plane + chunk_offset(column, 2 * half + lane / 8 % 2));
-    }
+    load_matrices(of, plane + chunk_offset(row0 + lane % 16, 2 * half + lane / 16));
   }
-
-  __device__ __forceinline__ void add(const Operands& other) {
+  __device__ __forceinline__ void add(const RowOperand& other) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) rows[m][e] = add_bytes(rows[m][e], other.rows[m][e]);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) columns[n][e] = add_bytes(columns[n][e], other.columns[n][e]);
-    }
-  }
-
-  // sums[m][n] += rows . columns, kRowTiles x 4 tiles of 16 x 8
-  __device__ __forceinline__ void multiply(int (&sums)[kRowTiles][4][4]) const {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        multiply_add_s8(sums[m][n], rows[m], columns[n / 2][n % 2 * 2],
-                        columns[n / 2][n % 2 * 2 + 1]);
-      }
-    }
+    for (int e = 0; e < 4; ++e) of[e] = add_bytes(of[e], other.of[e]);
   }
 };
 
+struct ColumnOperand {
+  uint32_t of[2][4];
+
+  __device__ __forceinline__ void load(const unsigned char* plane, int column0, int half) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int column = column0 + 16 * n + lane % 8 + lane / 16 * 8;
+      load_matrices(of[n], plane + chunk_offset(column, 2 * half + lane / 8 % 2));
+    }
+  }
+  __device__ __forceinline__ ColumnOperand plus(const ColumnOperand& other) const {
+    ColumnOperand sum;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      sum.of[e / 4][e % 4] = add_bytes(of[e / 4][e % 4], other.of[e / 4][e % 4]);
+    }
+    return sum;
+  }
+};
+
+// sums += rows . columns: four tiles of 16 x 8
+__device__ __forceinline__ void multiply(const RowOperand& rows, const ColumnOperand& columns,
+                                         int (&sums)[4][4]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    multiply_add_s8(sums[n], rows.of, columns.of[n / 2][n % 2 * 2],
+                    columns.of[n / 2][n % 2 * 2 + 1]);
+  }
+}
+
 // Blocks of a column of the matrix: down to the diagonal.
-template <int kRows>
+template <typename S>
 VP_HD int blocks_of_column(int column) {
-  return ((column + 1) * kTile + kRows - 1) / kRows;
+  return ((column + 1) * S::kColumns + S::kRows - 1) / S::kRows;
 }
 
 // The part of the matrix that block `t` computes.
-template <int kRows>
+template <typename S>
 __device__ __forceinline__ void tile_of(int t, int* row0, int* column0) {
   int column = 0;
-  for (; t >= blocks_of_column<kRows>(column); ++column) t -= blocks_of_column<kRows>(column);
-  *row0 = t * kRows;
-  *column0 = column * kTile;
+  for (; t >= blocks_of_column<S>(column); ++column) t -= blocks_of_column<S>(column);
+  *row0 = t * S::kRows;
+  *column0 = column * S::kColumns;
 }
 
 template <bool kCosine, typename S>
@@ -154,7 +158,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const Image image = batch[blockIdx.y];
   const int rows = image.shape.residual();
   int row0, column0;
-  tile_of<S::kRows>(blockIdx.x, &row0, &column0);
+  tile_of<S>(blockIdx.x, &row0, &column0);
   if (column0 >= rows || row0 >= rows) return;
 
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, rows, channels, !kCosine);
@@ -164,7 +168,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const auto steps = static_cast<int>(at.padded_channels / kStep);
 
   const SideCopies<S::kRows, S::kThreads> row_copies(row0, rows, at.padded_channels);
-  const SideCopies<kTile, S::kThreads> column_copies(column0, rows, at.padded_channels);
+  const SideCopies<S::kColumns, S::kThreads> column_copies(column0, rows, at.padded_channels);
   const auto load_stage = [&](int step) {
     unsigned char* stage = shared + step % S::kStages * S::kStageBytes;
     row_copies.start(stage, digits, plane, step);
@@ -172,7 +176,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   };
 
   const int warp = threadIdx.x / kWarp;
-  const int warp_row = warp / 2 * 16 * S::kRowTiles, warp_column = warp % 2 * 32;
+  constexpr int kAcross = S::kColumns / S::kWarpColumns;  // warps side by side
+  const int warp_row = warp / kAcross * S::kWarpRows;
+  const int warp_column = warp % kAcross * S::kWarpColumns;
   int high_sums[S::kRowTiles][4][4] = {}, low_sums[S::kRowTiles][4][4] = {};
   int both_sums[S::kRowTiles][4][4] = {};
 
@@ -190,14 +196,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     const unsigned char* column_planes = row_planes + S::kRowBytes;
 #pragma unroll
     for (int half = 0; half < kChunks / 2; ++half) {
-      Operands<S::kRowTiles> high, low;
-      high.load(row_planes, column_planes, warp_row, warp_column, half);
-      low.load(row_planes + S::kRows * kStep, column_planes + kTile * kStep, warp_row, warp_column,
-               half);
-      high.multiply(high_sums);
-      low.multiply(low_sums);
-      high.add(low);
-      high.multiply(both_sums);
+      ColumnOperand high_columns, low_columns;
+      high_columns.load(column_planes, warp_column, half);
+      low_columns.load(column_planes + S::kColumns * kStep, warp_column, half);
+      const ColumnOperand both_columns = high_columns.plus(low_columns);
+#pragma unroll
+      for (int m = 0; m < S::kRowTiles; ++m) {
+        RowOperand high, low;
+        high.load(row_planes, warp_row + 16 * m, half);
+        low.load(row_planes + S::kRows * kStep, warp_row + 16 * m, half);
+        multiply(high, high_columns, high_sums[m]);
+        multiply(low, low_columns, low_sums[m]);
+        high.add(low);
+        multiply(high, both_columns, both_sums[m]);
+      }
     }
   }
   copy_async_wait<0>();
@@ -212,10 +224,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // One after the other: all at once, they would spill registers.
-        not_before(high_sums[m][n][e], both_sums[m][n][e], low_sums[m][n][e]);
+        not_before(high_sums[m][n][e]);
+        not_before(both_sums[m][n][e]);
+        not_before(low_sums[m][n][e]);
         const int row = warp_row + 16 * m + lane / 4 + e / 2 * 8;
         const int column = warp_column + 8 * n + lane % 4 * 2 + e % 2;
-        out[row * kOutStride + column] = gram_to_float(
+        out[row * S::kOutStride + column] = gram_to_float(
             gram_from_digits(high_sums[m][n][e], both_sums[m][n][e], low_sums[m][n][e]));
       }
     }
@@ -232,20 +246,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   };
   // A thread stays in its column of the matrix. Below the tile on the diagonal, the mirrored half
   // of another block writes.
-  const int j = column0 + threadIdx.x % kTile;
+  const int own_column = threadIdx.x % S::kColumns, j = column0 + own_column;
   if (j < rows) {
     const float inv_j = inv[j];
-    const int end = min(min(rows, column0 + kTile) - row0, S::kRows);
-    for (int r = threadIdx.x / kTile; r < end; r += S::kThreads / kTile) {
-      write(row0 + r, j, out[r * kOutStride + threadIdx.x % kTile], inv_j);
+    const int end = min(min(rows, column0 + S::kColumns) - row0, S::kRows);
+    for (int r = threadIdx.x / S::kColumns; r < end; r += S::kThreads / S::kColumns) {
+      write(row0 + r, j, out[r * S::kOutStride + own_column], inv_j);
     }
   }
-  const int mirrored = row0 + threadIdx.x % S::kRows;
-  if (mirrored < column0) {  // above that tile
-    const float inv_j = inv[mirrored];
-    const int end = min(rows - column0, kTile);
+  const int own_row = threadIdx.x % S::kRows, i = row0 + own_row;
+  if (i < column0) {  // above that tile
+    const float inv_i = inv[i];
+    const int end = min(rows - column0, S::kColumns);
     for (int c = threadIdx.x / S::kRows; c < end; c += S::kThreads / S::kRows) {
-      write(column0 + c, mirrored, out[threadIdx.x % S::kRows * kOutStride + c], inv_j);
+      write(column0 + c, i, out[own_row * S::kOutStride + c], inv_i);
     }
   }
 }
@@ -259,20 +273,19 @@ int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out,
   const auto run = [&](auto cosine, auto shape) {
     using S = decltype(shape);
     int blocks = 0;
-    for (int column = 0; column * kTile < size.residual; ++column) {
-      blocks += blocks_of_column<S::kRows>(column);
+    for (int column = 0; column * S::kColumns < size.residual; ++column) {
+      blocks += blocks_of_column<S>(column);
     }
     return launch_dependent<gram_kernel<cosine(), S>>(dim3(blocks, size.images), S::kThreads,
                                                       S::kSharedBytes, stream, batch, channels, out,
                                                       static_cast<unsigned char*>(workspace));
   };
-  const int64_t tiles = (size.residual + kTile - 1) / kTile;
+  const int64_t tiles = (size.residual + 63) / 64;
   const bool few = tiles * (tiles + 1) / 2 * size.images <= kFewBlocks;
   const auto shaped = [&](auto cosine) {
-    if (plan_asked(kPlan, "tiles_128")) return run(cosine, Shape<128>{});
-    if (plan_asked(kPlan, "tiles_32")) return run(cosine, Shape<32>{});
-    return few && !plan_asked(kPlan, "tiles_64") ? run(cosine, Shape<32>{})
-                                                 : run(cosine, Shape<64>{});
+    if (plan_asked(kPlan, "tiles_128")) return run(cosine, Tiles128{});
+    if (plan_asked(kPlan, "tiles_32")) return run(cosine, Tiles32{});
+    return few && !plan_asked(kPlan, "tiles_64") ? run(cosine, Tiles32{}) : run(cosine, Tiles64{});
   };
   return out ? shaped(std::true_type{}) : shaped(std::false_type{});
 }

@@ -182,7 +182,7 @@ inline void copy_async_commit() {}
 template <int kPending>
 void copy_async_wait() {}
 
-inline void not_before(int&, int&, int&) {}
+inline void not_before(int&) {}
 
 inline void load_matrices(uint32_t (&out)[4], const void* shared_row) {
   const unsigned char* slots = simt::exchange(~0u, &shared_row, sizeof shared_row);

@@ -149,8 +149,8 @@ MUTATIONS = [
     Mutation(
         "Gram: the tiles beside the diagonal are not mirrored",
         "cuda/gram.cu",
-        "if (mirrored < column0) {",
-        "if (mirrored + kTile < column0) {",
+        "if (i < column0) {",
+        "if (i + S::kRows < column0) {",
     ),
     Mutation(
         "Gram: the sum of two digits carries into the next byte",
