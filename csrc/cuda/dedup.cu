@@ -23,7 +23,7 @@ constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: addre
 constexpr int kProbes = 4;            // entries of a neighbour list that a lane looks at together
 constexpr int kFewTokens = 96;        // up to which A is counted: buckets take a barrier more
 constexpr int kBuckets = 1024;        // 64 an octave of distance from the most redundant token
-constexpr int kMostInBucket = 32;     // more in one, and the buckets are given up
+constexpr int kMostInBucket = 64;     // more in one, and the buckets are given up
 constexpr int kOctaves = 16;
 
 // What the block always has in shared memory.

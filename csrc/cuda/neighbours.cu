@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   begin_dependent();
   constexpr int kWarps = kThreads / kWarp;
   __shared__ uint32_t slots[2][kWarps];
-  __shared__ uint32_t found_keys[kCandidates];
+  alignas(16) __shared__ uint32_t found_keys[kCandidates];
   __shared__ uint16_t found_ids[kCandidates];
   __shared__ int found, ties_left;
 
@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads)
     most = max(most, keys[v]);
   }
   if (threadIdx.x == 0) found = 0;
+  for (int e = threadIdx.x; e < kCandidates; e += kThreads) found_keys[e] = 0;
   // As many keys as there are threads, 32 or more, are no less than the least of their greatest.
   uint32_t low = fold_warps<kWarps>(__reduce_min_sync(kAllLanes, most), slots[0],
                                     [](uint32_t a, uint32_t b) { return min(a, b); });
@@ -113,39 +114,65 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) ties_left = ties;
   meet<kWarps>();
 
-  // Collect in any order; then every entry counts those that belong before it (equal ones in any
-  // order: they give the same redundancy).
+  const int lane = threadIdx.x % kWarp;
+  int own_found = 0;  // where a warp is alone, it counts by itself
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
-    if (keys[v] >= threshold || (ties > 0 && keys[v] == tied && atomicSub(&ties_left, 1) > 0)) {
-      const int slot = atomicAdd(&found, 1);
+    const bool take =
+        keys[v] >= threshold || (ties > 0 && keys[v] == tied && atomicSub(&ties_left, 1) > 0);
+    const unsigned taken = __ballot_sync(kAllLanes, take);
+    if (!taken) continue;
+    int slot = own_found;
+    own_found += __popc(taken);
+    if constexpr (kWarps > 1) {
+      if (lane == 0) slot = atomicAdd(&found, __popc(taken));
+      slot = __shfl_sync(kAllLanes, slot, 0);
+    }
+    if (take) {
+      slot += __popc(taken & ((1u << lane) - 1));
       found_keys[slot] = keys[v];
       found_ids[slot] = static_cast<uint16_t>(threadIdx.x + v * kThreads);
     }
   }
   meet<kWarps>();
+  const int count = kWarps > 1 ? found : own_found;
+  if (threadIdx.x >= kCandidates) return;
+
+  // Every candidate counts those that belong before it (equal ones in any order: they give the same
+  // redundancy), four at a time; after the last one there are zeros, which are below all.
+  constexpr int kEach = kThreads < kCandidates ? kCandidates / kThreads : 1;
+  uint32_t key[kEach];
+  int place[kEach] = {};
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) key[e] = found_keys[(threadIdx.x + e * kThreads) % kCandidates];
+  for (int first = 0; first < count; first += 4) {
+    struct alignas(16) Four {
+      uint32_t of[4];
+    };
+    const Four others = *reinterpret_cast<const Four*>(found_keys + first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const bool after = first + i >= static_cast<int>(threadIdx.x) + e * kThreads;
+        place[e] += others.of[i] >= key[e] + (after ? 1u : 0u);
+      }
+    }
+  }
+
   const float inv = reinterpret_cast<const float*>(own + at.inv)[self];
   auto* ids = reinterpret_cast<uint16_t*>(own + at.ids);
   auto* redundancies = reinterpret_cast<uint32_t*>(own + at.keys);
 #pragma unroll
-  for (int first = 0; first < kCandidates; first += kThreads) {
-    const int entry = first + threadIdx.x;
-    if (entry >= kCandidates) return;
-    int place = entry;
-    int id = self;  // an unused entry: a token is never in B when its own list is read
-    uint32_t redundancy = 0;
-    if (entry < found) {
-      const uint32_t key = found_keys[entry];
-      place = 0;
-      for (int other = 0; other < found; ++other) {
-        place += found_keys[other] >= key + (other >= entry ? 1u : 0u);
-      }
-      id = found_ids[entry];
-      redundancy = ordered_key(key_float(key) * inv);
-    }
-    if (place < kNeighbours) {
-      ids[id_slot(self, place)] = static_cast<uint16_t>(id);
-      redundancies[key_slot(self, place)] = redundancy;
+  for (int e = 0; e < kEach; ++e) {
+    const int entry = threadIdx.x + e * kThreads;
+    if (entry < count && place[e] < kNeighbours) {
+      ids[id_slot(self, place[e])] = found_ids[entry];
+      redundancies[key_slot(self, place[e])] = ordered_key(key_float(key[e]) * inv);
+    } else if (entry >= count && entry < kNeighbours) {
+      // An unused entry: a token is never in B when its own list is read.
+      ids[id_slot(self, entry)] = static_cast<uint16_t>(self);
+      redundancies[key_slot(self, entry)] = 0;
     }
   }
 }

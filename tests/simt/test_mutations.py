@@ -71,14 +71,14 @@ MUTATIONS = [
     Mutation(
         "neighbours: one too few counts as enough to leave a better one out",
         "cuda/neighbours.cu",
-        "if (keys[v] >= threshold ||",
-        "if ((keys[v] >= threshold && keys[v] != high) ||",
+        "take = keys[v] >= threshold ||",
+        "take = (keys[v] >= threshold && keys[v] != high) ||",
     ),
     Mutation(
         "neighbours: the list is read before it is complete",
         "cuda/neighbours.cu",
-        "  meet<kWarps>();\n  const float inv",
-        "  const float inv",
+        "  meet<kWarps>();\n  const int count",
+        "  const int count",
     ),
     Mutation(
         "dedup: no barrier between look-up and sorting",
