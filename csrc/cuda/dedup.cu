@@ -31,7 +31,7 @@ struct Shared {
   uint32_t* counts;    // (kBuckets) tokens; zero outside of a ranking
   uint32_t* heads;     // (kBuckets) A position of the token that came last
   uint32_t* spans;     // (kBuckets) tokens << 16 | tokens in the buckets of its 32 before it
-  uint32_t* totals;    // (32) tokens of 32 buckets
+  uint32_t* before;    // (2, 32) tokens in the buckets before each 32: of this round, of the next
   uint32_t* extremes;  // (2, 2) highest and lowest key: of the round before, and of this one
   uint32_t* missing;   // (1) tokens of A that have no neighbour in B
   uint32_t* in_b;      // (2, R / 32) which tokens are in B: in this round, and in the next
@@ -39,7 +39,7 @@ struct Shared {
 };
 
 struct SharedLayout {  // 32-bit words
-  int64_t heads, spans, totals, extremes, missing, in_b, keep, bytes;
+  int64_t heads, spans, before, extremes, missing, in_b, keep, bytes;
 };
 
 VP_HD int words(int bits) { return (bits + 31) / 32; }
@@ -48,8 +48,8 @@ VP_HD SharedLayout shared_layout(int tokens, int residual) {
   SharedLayout at{};
   at.heads = kBuckets;
   at.spans = at.heads + kBuckets;
-  at.totals = at.spans + kBuckets;
-  at.extremes = at.totals + kBuckets / 32;
+  at.before = at.spans + kBuckets;
+  at.extremes = at.before + 2 * (kBuckets / 32);
   at.missing = at.extremes + 4;
   at.in_b = at.missing + 1;
   at.keep = at.in_b + 2 * words(residual);
@@ -82,6 +82,8 @@ struct Round {
   uint16_t* next;        // the list after this round
   const uint32_t* in_b;
   uint32_t* next_in_b;
+  uint32_t* before;
+  uint32_t* next_before;
   const uint32_t* extremes;
   uint32_t* next_extremes;
   int n, a_count, r;
@@ -242,23 +244,19 @@ __device__ __forceinline__ bool sort_by_buckets(const Shared& shared, const Dedu
     const uint32_t count = shared.counts[b];
     shared.counts[b] = 0;
     crowded = crowded || count > kMostInBucket;
-    const uint32_t before = sum_before(count);
-    shared.spans[b] = count << 16 | before;
-    if (lane == kWarp - 1) shared.totals[b / kWarp] = before + count;
+    shared.spans[b] = count << 16 | sum_before(count);
+    const uint32_t sum = __reduce_add_sync(kAllLanes, count);
+    if (lane > b / kWarp) atomicAdd(&round.before[lane], sum);
+    static_assert(kBuckets / kWarp == kWarp, "a lane adds to each");
   }
   if (__syncthreads_or(crowded)) return false;
 
   const BucketRule bucket(round.extremes);
-  const uint32_t before = sum_before(shared.totals[lane]);
-  static_assert(kBuckets / kWarp == kWarp, "one lane a total");
-  for (int p0 = threadIdx.x - lane; p0 < round.a_count; p0 += blockDim.x) {
-    const int p = p0 + lane;
-    const uint32_t key = state.keys[min(p, round.a_count - 1)];
+  for (int p = threadIdx.x; p < round.a_count; p += blockDim.x) {
+    const uint32_t key = state.keys[p];
     const int b = bucket(key);
-    auto rank = static_cast<int>(__shfl_sync(kAllLanes, before, b / kWarp));
-    if (p >= round.a_count) continue;
     const uint32_t span = shared.spans[b];
-    rank += static_cast<int>(span & 0xffffu);
+    auto rank = static_cast<int>(round.before[b / kWarp] + (span & 0xffffu));
     auto other = static_cast<int>(shared.heads[b]);
     for (int left = static_cast<int>(span >> 16); left > 0; --left) {
       rank += beats(state, other, key, p);
@@ -372,6 +370,7 @@ __device__ __forceinline__ const uint16_t* run_rounds(const Shared& shared, cons
   }
   for (int w = threadIdx.x; w < words(residual); w += blockDim.x) shared.in_b[w] = 0xaaaaaaaau;
   for (int b = threadIdx.x; b < kBuckets; b += blockDim.x) shared.counts[b] = 0;
+  if (threadIdx.x < kBuckets / kWarp) shared.before[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     *shared.missing = 0;
     shared.extremes[0] = ordered_key(1.0f);
@@ -385,6 +384,8 @@ __device__ __forceinline__ const uint16_t* run_rounds(const Shared& shared, cons
     round.next = state.lists + (now ^ 1) * residual;
     round.in_b = shared.in_b + now * words(residual);
     round.next_in_b = shared.in_b + (now ^ 1) * words(residual);
+    round.before = shared.before + now * (kBuckets / kWarp);
+    round.next_before = shared.before + (now ^ 1) * (kBuckets / kWarp);
     round.extremes = shared.extremes + now * 2;
     round.next_extremes = shared.extremes + (now ^ 1) * 2;
     round.n = n;
@@ -394,6 +395,7 @@ __device__ __forceinline__ const uint16_t* run_rounds(const Shared& shared, cons
 
     const bool left = look_up(shared, state, similarity, round);
     for (int w = threadIdx.x; w < words(residual); w += blockDim.x) round.next_in_b[w] = 0;
+    if (threadIdx.x < kBuckets / kWarp) round.next_before[threadIdx.x] = 0;
     if (__syncthreads_or(left)) {
       scan_missing(shared, state, similarity, round);
       __syncthreads();
@@ -431,7 +433,7 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
   const Shared shared{shared_words,
                       shared_words + shared_at.heads,
                       shared_words + shared_at.spans,
-                      shared_words + shared_at.totals,
+                      shared_words + shared_at.before,
                       shared_words + shared_at.extremes,
                       shared_words + shared_at.missing,
                       shared_words + shared_at.in_b,

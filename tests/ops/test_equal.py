@@ -111,7 +111,7 @@ LARGE = [
     Problem(1, 729, 96, None, 128, features="duplicates"),
     Problem(1, 1025, 40, 2, 100, step=16, features="few_values"),  # lists in two blocks' rows
     Problem(1, 1300, 24, None, 32, 0.25, 64, features="clustered"),
-    Problem(1, 1500, 8, None, 32, 0.25, 64, features="few_values"),  # crowded buckets: merging
+    Problem(1, 1500, 3, None, 32, 0.25, 64, features="few_values"),  # crowded buckets: merging
     Problem(1, 2500, 16, None, 300, 0.5, 200, features="smooth", attention="ties"),
     Problem(1, 4200, 8, None, 2048, 0.0, 500, features="constant"),
     Problem(1, 100, 5000, None, 10, features="outliers"),  # sums beyond 32 bits

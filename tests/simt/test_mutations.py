@@ -69,10 +69,10 @@ MUTATIONS = [
         "",
     ),
     Mutation(
-        "neighbours: one too few counts as enough to leave a better one out",
+        "neighbours: the greatest key of each lane is left out",
         "cuda/neighbours.cu",
-        "take = keys[v] >= threshold ||",
-        "take = (keys[v] >= threshold && keys[v] != high) ||",
+        "keys[v] >= threshold || (ties > 0",
+        "(keys[v] >= threshold && keys[v] != most) || (ties > 0",
     ),
     Mutation(
         "neighbours: the list is read before it is complete",
@@ -115,6 +115,12 @@ MUTATIONS = [
         "cuda/dedup.cu",
         "if (__syncthreads_or(crowded)) return false;",
         "if (crowded) return false;",
+    ),
+    Mutation(
+        "dedup: buckets count among those before them",
+        "cuda/dedup.cu",
+        "if (lane > b / kWarp) atomicAdd",
+        "if (lane >= b / kWarp) atomicAdd",
     ),
     Mutation(
         "dedup: a lower key falls into an earlier bucket",

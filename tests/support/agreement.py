@@ -16,7 +16,7 @@ PROBLEMS = [
     Problem(2, 130, 33, 5, 20, features="clustered"),
     Problem(1, 200, 20, None, 17, features="few_values", attention="ties", dtype=torch.float16),
     Problem(1, 90, 31, 2, 9, features="constant", attention="constant", dtype=torch.bfloat16),
-    Problem(1, 1200, 12, None, 40, 0.0, 120, features="few_values", attention="ties"),
+    Problem(1, 1200, 3, None, 40, 0.0, 120, features="few_values", attention="ties"),
     Problem(1, 300, 65, 3, 2, features="normal"),
     Problem(1, 400, 16, None, 150, features="smooth", dtype=torch.float16),
 ]
