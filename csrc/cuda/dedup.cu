@@ -38,7 +38,7 @@ struct Shared {
   uint32_t* keep;      // (N / 32) which tokens are selected
 };
 
-struct SharedLayout {  // 32-bit words
+struct SharedLayout {  // in 32-bit words, but for the last
   int64_t heads, spans, before, extremes, missing, in_b, keep, bytes;
 };
 
@@ -57,7 +57,7 @@ VP_HD SharedLayout shared_layout(int tokens, int residual) {
   return at;
 }
 
-struct DedupState {  // DedupLayout
+struct DedupState {  // the arrays of DedupLayout
   uint64_t* sorted[2];
   uint32_t* keys;
   uint16_t* chain;
