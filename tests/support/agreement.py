@@ -18,6 +18,7 @@ PROBLEMS = [
     Problem(1, 90, 31, 2, 9, features="constant", attention="constant", dtype=torch.bfloat16),
     Problem(1, 1200, 3, None, 40, 0.0, 120, features="few_values", attention="ties"),
     Problem(1, 300, 65, 3, 2, features="normal"),
+    Problem(1, 1100, 16, None, 40, 0.0, 120, features="clustered"),
     Problem(1, 400, 16, None, 150, features="smooth", dtype=torch.float16),
 ]
 
