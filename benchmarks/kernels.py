@@ -453,14 +453,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = "kernels_dry_run" if dry else "kernels"
         return environment.write(name, data, arguments.output)
 
+    data["host_us"] = host_time(rows[0], arguments.device)
     for row in track(rows, "rows", console=console):
         data["rows"].append(measure(row, arguments, with_peers=True, with_stages=True))
         if row.name in PLANNED_ROWS:
             plans = plan_times(row, arguments.device, arguments.seconds)
             data["rows"][-1]["plans"] = plans
         console.print(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
-    data["host_us"] = host_time(rows[0], arguments.device)
-    path = save()
+        path = save()
     if not arguments.rows:
         for name, curve in CURVES.items():
             points = tuple(map(shrunk, curve)) if dry else curve

@@ -36,11 +36,13 @@ def main() -> None:
     )
     for plan in ("lists_shared", "state_shared", "workspace"):
         os.environ["VISPRUNER_DEDUP_PLAN"] = plan
-        for rank in ("buckets", "counting"):  # the long one is merged if it has no buckets
-            os.environ["VISPRUNER_SORT_PLAN"] = rank
+        for sort in ("buckets", "counting"):  # the long one is merged if it has no buckets
+            os.environ["VISPRUNER_SORT_PLAN"] = sort
             vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
             vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)
     del os.environ["VISPRUNER_SORT_PLAN"]
+    for n in (300, 1100):  # all alike: crowded buckets, which give way to counting and merging
+        vispruner_cuda.prune(random(1, 1, 16).expand(1, n, 16), random(1, n), 60, step=100)
     os.environ["VISPRUNER_LAUNCH"] = "dependent"
     for tokens, tiles in (("8", "32"), ("32", "64"), ("32", "128")):
         os.environ["VISPRUNER_RANK_PLAN"] = f"tokens_{tokens}"

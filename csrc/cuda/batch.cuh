@@ -5,7 +5,7 @@
 
 namespace vispruner::cuda {
 
-constexpr int kNeighbours = 32;    // entries of a neighbour list: one a lane
+constexpr int kNeighbours = 32;    // entries of a neighbour list
 constexpr int kDigitPlanes = 2;    // high, low
 constexpr int kChannelAlign = 64;  // digit rows are padded with zeros to whole Gram k-steps
 constexpr int kFewBlocks = 64;     // so few leave the smallest GPUs idle: make more, smaller ones

@@ -125,6 +125,13 @@ __device__ __forceinline__ void store_key(const Shared& shared, const DedupState
   state.chain[p] = static_cast<uint16_t>(atomicExch(&shared.heads[b], static_cast<uint32_t>(p)));
 }
 
+// How many lanes, a power of two up to 2^most, share a token of A: as many as there are threads
+// for.
+__device__ __forceinline__ int log2_lanes(int most, int a_count) {
+  while (most > 0 && static_cast<int>(blockDim.x >> most) < a_count) --most;
+  return most;
+}
+
 // (1) The keys of A, as far as the neighbour lists tell them; the other positions are left in
 // `next`. Returns whether this thread left one.
 __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& state,
@@ -134,9 +141,8 @@ __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& 
   };
   const BucketRule bucket(round.extremes);
   const int lane = threadIdx.x % kWarp;
-  int shift = 3;  // lanes of a token: as many as there are threads for
+  const int shift = log2_lanes(3, round.a_count);
   static_assert(kProbes << 3 == kNeighbours, "eight lanes see the whole list");
-  while (shift > 0 && static_cast<int>(blockDim.x >> shift) < round.a_count) --shift;
   const int lanes = 1 << shift, own = lane & (lanes - 1);
   const unsigned team = ((1u << lanes) - 1) << (lane - own);
   bool left = false;
@@ -269,8 +275,7 @@ __device__ __forceinline__ bool sort_by_buckets(const Shared& shared, const Dedu
 
 // (3) for a short A: a group of lanes counts who beats a token.
 __device__ __forceinline__ void sort_by_counting(const DedupState& state, const Round& round) {
-  int shift = 5;
-  while (shift > 0 && static_cast<int>(blockDim.x >> shift) < round.a_count) --shift;
+  const int shift = log2_lanes(5, round.a_count);
   const int lanes = 1 << shift, groups = blockDim.x >> shift;
   const int lane = threadIdx.x & (lanes - 1);
   // Every thread makes every turn, so that whole warps meet in the shuffles.

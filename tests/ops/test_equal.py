@@ -43,13 +43,13 @@ def compare(
 
 
 @settings(max_examples=share(0.5))
-@given(problem=problems(), rank=st.sampled_from(["by length", "buckets"]))
+@given(problem=problems(), sort=st.sampled_from(["by length", "buckets"]))
 def test_prune(
-    problem: Problem, rank: str, implementations: dict[str, Any], count_equal: Counter[str]
+    problem: Problem, sort: str, implementations: dict[str, Any], count_equal: Counter[str]
 ) -> None:
     feats, attn = problem.tensors()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VISPRUNER_SORT_PLAN", rank)  # these are too short for buckets by themselves
+        patch.setenv("VISPRUNER_SORT_PLAN", sort)  # these are too short for buckets by themselves
         compare(implementations, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
 
 
@@ -132,7 +132,7 @@ PLANS = ("lists_shared", "state_shared", "workspace")
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("rank", ["by length", "buckets", "counting"])
+@pytest.mark.parametrize("sort", ["by length", "buckets", "counting"])
 @pytest.mark.parametrize("schedule", [0, 1, 11])
 @pytest.mark.parametrize(
     "problem",
@@ -145,7 +145,7 @@ PLANS = ("lists_shared", "state_shared", "workspace")
 def test_every_plan(
     problem: Problem,
     schedule: int,
-    rank: str,
+    sort: str,
     plan: str,
     host_kernels_default: host_kernels.Kernels,
     implementations: dict[str, Any],
@@ -154,7 +154,7 @@ def test_every_plan(
     """Neighbour lists in shared memory or not, the loop's state in shared memory or not; ranking
     in every way."""
     monkeypatch.setenv("VISPRUNER_DEDUP_PLAN", plan)
-    monkeypatch.setenv("VISPRUNER_SORT_PLAN", rank)
+    monkeypatch.setenv("VISPRUNER_SORT_PLAN", sort)
     host_kernels_default.schedule = schedule
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())
