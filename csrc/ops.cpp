@@ -83,6 +83,8 @@ void check_tokens(int64_t n) {
 void check_feats(const Tensor& feats, int64_t dim) {
   STD_TORCH_CHECK(feats.dim() == dim, "feats must have ", dim, " dimensions, got ", feats.dim());
   STD_TORCH_CHECK(feats.size(dim - 1) >= 1, "feats must have at least one channel");
+  STD_TORCH_CHECK(feats.size(dim - 1) <= kMaxChannels, "feats has ", feats.size(dim - 1),
+                  " channels, at most ", kMaxChannels, " are supported");
   if (dim == 3) check_tokens(feats.size(1));
 }
 
@@ -299,6 +301,13 @@ void prune_images_cpu(const Tensor& like, const FeatureView& feats, const Attent
 
 // What an operator does on the CPU. `like` is an input: outputs have its device.
 struct OnCpu {
+  static void check_plans() {
+    STD_TORCH_CHECK(cpu::isa_supported(plan::current_cpu()),
+                    "vispruner: VISPRUNER_CPU_ISA names an instruction set that this processor or "
+                    "build does not have: use one of auto,",
+                    cpu::isa_usable());
+  }
+
   static void topk(const Tensor&, const AttentionView& attention, int64_t images, int tokens,
                    int kept, int64_t* indices, float* scores) {
     torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
@@ -374,7 +383,7 @@ struct OnCpu {
 constexpr int64_t kWorkspaceLimit = int64_t{512} << 20;
 
 void check_cuda(int error) {
-  STD_TORCH_CHECK(error == 0, "vispruner: CUDA error ", error, ": ", cuda::error_string(error));
+  STD_TORCH_CHECK(error == 0, "vispruner: ", cuda::error_string(error));
 }
 
 // Makes the tensor's device current (for torch and for our own runtime) and knows its stream.
@@ -399,6 +408,8 @@ Tensor workspace(const Tensor& like, int64_t bytes) {
 
 // The same on the current stream of the inputs' GPU.
 struct OnCuda {
+  static void check_plans() {}
+
   static void topk(const Tensor& like, const AttentionView& attention, int64_t images, int tokens,
                    int kept, int64_t* indices, float* scores) {
     const Launch launch(like);
@@ -439,8 +450,9 @@ struct OnCuda {
 
   static void cls_attention(const Tensor& like, const ClsAttentionArgs& args, float* out) {
     const Launch launch(like);
-    const Tensor ws = workspace(like, cuda::cls_attention_workspace_bytes(args));
-    check_cuda(cuda::cls_attention(args, out, ws.mutable_data_ptr(), launch.stream()));
+    const cuda::ClsAttentionLayout layout = cuda::cls_attention_layout(args);
+    const Tensor ws = workspace(like, layout.workspace_bytes);
+    check_cuda(cuda::cls_attention(args, layout, out, ws.mutable_data_ptr(), launch.stream()));
   }
 
   static void received_attention(const Tensor& like, const ReceivedAttentionArgs& args,
@@ -456,6 +468,7 @@ struct OnCuda {
 // ---- the operators ----------------------------------------------------------------------------
 template <typename Backend>
 std::tuple<Tensor, Tensor> topk(const Tensor& cls_attn, int64_t k) {
+  Backend::check_plans();
   check_attention(cls_attn, 1);
   check_k(k);
   const int64_t images = cls_attn.size(0), tokens = tokens_of(cls_attn);
@@ -472,6 +485,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& cls_attn, int64_t k) {
 
 template <typename Backend>
 Tensor pairwise_cosine(const Tensor& feats_) {
+  Backend::check_plans();
   check_feats(feats_, 3);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0), tokens = feats.size(1);
@@ -485,6 +499,7 @@ Tensor pairwise_cosine(const Tensor& feats_) {
 
 template <typename Backend>
 Tensor dedup(const Tensor& feats_, int64_t k, int64_t step) {
+  Backend::check_plans();
   check_feats(feats_, 3);
   check_k(k);
   STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
@@ -502,6 +517,7 @@ Tensor dedup(const Tensor& feats_, int64_t k, int64_t step) {
 template <typename Backend>
 std::tuple<Tensor, Tensor> prune(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
                                  double important_ratio, int64_t step) {
+  Backend::check_plans();
   check_prune(feats_, cls_attn, k, important_ratio, step);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0);
@@ -520,6 +536,7 @@ std::tuple<Tensor, Tensor> prune_varlen(const Tensor& feats_, const Tensor& cls_
                                         const std::vector<int64_t>& cu_seqlens,
                                         const std::vector<int64_t>& k, double important_ratio,
                                         int64_t step) {
+  Backend::check_plans();
   const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t rows = kept_rows(packed);
@@ -534,6 +551,7 @@ std::tuple<Tensor, Tensor> prune_varlen(const Tensor& feats_, const Tensor& cls_
 
 template <typename Backend>
 Tensor cls_attention(const Tensor& q_, const Tensor& k_, double scale) {
+  Backend::check_plans();
   const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
   const ClsAttentionArgs args = cls_attention_args(q, k, scale);
   Tensor out = torch::stable::new_empty(k, {args.images, args.tokens - 1}, ScalarType::Float);
@@ -545,6 +563,7 @@ template <typename Backend>
 Tensor received_attention(const Tensor& q_, const Tensor& k_, double scale,
                           const std::vector<int64_t>& cu_seqlens,
                           const std::optional<Tensor>& lse) {
+  Backend::check_plans();
   const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
   const ReceivedAttentionArgs args = received_attention_args(q, k, scale, cu_seqlens, lse);
   Tensor out = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
@@ -567,6 +586,9 @@ void register_on(Library& m) {
 #if !defined(VP_VERSION)
 #define VP_VERSION "unknown"
 #endif
+#if !defined(VP_SOURCES)
+#define VP_SOURCES ""
+#endif
 #if !defined(VP_BUILD_CUDA_ARCHS)
 #define VP_BUILD_CUDA_ARCHS ""
 #endif
@@ -582,17 +604,36 @@ std::string build_info() {
   const bool cuda = false;
   const int state = 0;
 #endif
-  const auto quoted = [](const char* s) { return "\"" + std::string(s) + "\""; };
-  std::string isas = quoted(cpu::isa_built());
-  for (size_t at = 0; (at = isas.find(',', at)) != std::string::npos; at += 3) {
-    isas.replace(at, 1, "\",\"");
-  }
-  return std::string("{\"version\":") + quoted(VP_VERSION) +
+  const auto quoted = [](const std::string& s) { return "\"" + s + "\""; };
+  const auto list = [&](const std::string& names) {  // "a,b" as "a","b"
+    std::string json = quoted(names);
+    for (size_t at = 0; (at = json.find(',', at)) != std::string::npos; at += 3) {
+      json.replace(at, 1, "\",\"");
+    }
+    return json;
+  };
+  return std::string("{\"version\":") + quoted(VP_VERSION) + ",\"sources\":" + quoted(VP_SOURCES) +
          ",\"cuda\":" + (cuda ? "true" : "false") +
          ",\"cuda_version\":" + quoted(VP_BUILD_CUDA_VERSION) +
          ",\"cuda_archs\":" + quoted(VP_BUILD_CUDA_ARCHS) +
          ",\"cuda_runtime_state\":" + std::to_string(state) +
-         ",\"cpu_isa\":" + quoted(cpu::isa_name()) + ",\"cpu_isas\":[" + isas + "]}";
+         ",\"environment_error\":" + quoted(plan::environment_error()) +
+         ",\"cpu_isa\":" + quoted(cpu::isa_name()) + ",\"cpu_isas\":[" + list(cpu::isa_built()) +
+         "],\"cpu_isas_usable\":[" + list(cpu::isa_usable()) + "]}";
+}
+
+// ---- launch plans -----------------------------------------------------------------------------
+std::string plans() {
+#if defined(VP_WITH_CUDA)
+  return plan::describe(true);
+#else
+  return plan::describe(false);
+#endif
+}
+
+void set_plan(std::string stage, std::string name) {
+  const std::string wrong = plan::set(stage, name);
+  STD_TORCH_CHECK(wrong.empty(), "vispruner: ", wrong);
 }
 
 }  // namespace
@@ -613,10 +654,14 @@ STABLE_TORCH_LIBRARY(vispruner, m) {
       "received_attention(Tensor q, Tensor k, float scale, int[] cu_seqlens, Tensor? lse) -> "
       "Tensor");
   m.def("build_info() -> str");
+  m.def("plans() -> str");
+  m.def("set_plan(str stage, str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vispruner, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&vispruner::build_info));
+  m.impl("plans", TORCH_BOX(&vispruner::plans));
+  m.impl("set_plan", TORCH_BOX(&vispruner::set_plan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vispruner, CPU, m) { vispruner::register_on<vispruner::OnCpu>(m); }

@@ -7,7 +7,7 @@
 says what this installation can do.
 """
 
-from . import _library, reference
+from . import _library, plans, reference
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 from ._version import __version__
 
@@ -31,6 +31,7 @@ __all__ = [
     "cls_attention",
     "dedup",
     "pairwise_cosine",
+    "plans",
     "prune",
     "prune_varlen",
     "received_attention",

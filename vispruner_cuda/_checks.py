@@ -19,6 +19,9 @@ from torch import Tensor
 #: Tokens of one image: token positions are 16-bit integers inside the kernels.
 MAX_TOKENS = 32768
 
+#: Channels of a token: sums of digit products are 32-bit integers inside the kernels.
+MAX_CHANNELS = 2**19 - 1
+
 #: Channels of an attention head: a tile of them must fit shared memory.
 MAX_HEAD_DIM = 256
 
@@ -78,6 +81,10 @@ def _batched_feats(feats: Tensor) -> None:
 def _channels(feats: Tensor) -> None:
     if feats.shape[-1] < 1:
         raise ValueError(f"feats must have at least one channel, got {_describe(feats)}")
+    if feats.shape[-1] > MAX_CHANNELS:
+        raise ValueError(
+            f"feats has {feats.shape[-1]} channels, at most {MAX_CHANNELS} are supported"
+        )
 
 
 def _cls_attn(cls_attn: object) -> None:

@@ -32,12 +32,15 @@ class BuildInfo:
     """What the loaded library says of itself."""
 
     version: str
+    sources: str  # hash of the sources in csrc/ that it was built from
     cuda: bool
     cuda_version: str  # of the compiler; empty if there are no CUDA kernels
     cuda_archs: str  # like "80+PTX 86 90 120+PTX"
     cuda_runtime_state: int  # CPU_ONLY, NO_CUDA_TORCH or READY
+    environment_error: str  # what is wrong with an environment variable that names a launch plan
     cpu_isa: str  # the instruction set in use
     cpu_isas: tuple[str, ...]  # those that were built
+    cpu_isas_usable: tuple[str, ...]  # those of them that this processor has
 
 
 def _check_torch() -> None:
@@ -95,6 +98,8 @@ def _check(info: BuildInfo) -> None:
             f"vispruner_cuda {__version__} found a library of version {info.version} in {PATH}: "
             "run `pip install .` again"
         )
+    if info.environment_error:
+        raise ImportError(f"vispruner_cuda: {info.environment_error}")
     if torch.version.cuda is None:
         return
     if info.cuda_runtime_state == NO_CUDA_TORCH:
@@ -119,6 +124,7 @@ def load() -> BuildInfo:
     _check_torch()
     _load_file(PATH)
     fields = json.loads(torch.ops.vispruner.build_info())
-    info = BuildInfo(**{**fields, "cpu_isas": tuple(fields["cpu_isas"])})
+    lists = {name: tuple(fields[name]) for name in ("cpu_isas", "cpu_isas_usable")}
+    info = BuildInfo(**{**fields, **lists})
     _check(info)
     return info

@@ -1,9 +1,10 @@
-// Chooses the instruction set once, at the first call.
-#include <cstdlib>
-#include <cstring>
+// Chooses the instruction set: the best one of this processor, unless a plan asks for another.
+#include <string>
+#include <vector>
 
 #include "isa.h"
 #include "vispruner/cpu.h"
+#include "vispruner/plan.h"
 
 namespace vispruner::cpu {
 
@@ -17,52 +18,62 @@ namespace avx512vnni { extern const IsaKernels kKernels; }
 namespace {
 
 struct Candidate {
+  plan::Cpu plan;
   const IsaKernels* kernels;
   bool supported;
 };
 
-const IsaKernels* choose() {
-  const char* wanted = std::getenv("VISPRUNER_CPU_ISA");
+// Best first.
+const std::vector<Candidate>& candidates() {
 #if defined(VP_X86_ISAS)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-                        __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Candidate candidates[] = {
-      {&avx512vnni::kKernels, has_avx512 && __builtin_cpu_supports("avx512vnni")},
-      {&avx512::kKernels, has_avx512},
-      {&avx2::kKernels, has_avx2},
-      {&portable::kKernels, true},
-  };
+  static const std::vector<Candidate> all = [] {
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                          __builtin_cpu_supports("fma");
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return std::vector<Candidate>{
+        {plan::Cpu::kAvx512Vnni, &avx512vnni::kKernels,
+         has_avx512 && __builtin_cpu_supports("avx512vnni")},
+        {plan::Cpu::kAvx512, &avx512::kKernels, has_avx512},
+        {plan::Cpu::kAvx2, &avx2::kKernels, has_avx2},
+        {plan::Cpu::kPortable, &portable::kKernels, true},
+    };
+  }();
 #else
-  const Candidate candidates[] = {{&portable::kKernels, true}};
+  static const std::vector<Candidate> all{{plan::Cpu::kPortable, &portable::kKernels, true}};
 #endif
-  const IsaKernels* best = nullptr;
-  for (const Candidate& c : candidates) {
-    if (!c.supported) continue;
-    if (wanted && std::strcmp(wanted, c.kernels->name) == 0) return c.kernels;
-    if (!best) best = c.kernels;
+  return all;
+}
+
+std::string names(bool supported_only) {
+  std::string list;
+  for (const Candidate& c : candidates()) {
+    if (supported_only && !c.supported) continue;
+    list = c.kernels->name + (list.empty() ? "" : "," + list);
   }
-  return best;
+  return list;
+}
+
+// The kernels asked for, or null where this processor or build has none.
+const IsaKernels* find(plan::Cpu asked) {
+  for (const Candidate& c : candidates()) {
+    if (c.supported && (asked == plan::Cpu::kAuto || asked == c.plan)) return c.kernels;
+  }
+  return nullptr;
 }
 
 }  // namespace
 
 const IsaKernels& isa() {
-  static const IsaKernels* const chosen = choose();
-  return *chosen;
+  const IsaKernels* asked = find(plan::current_cpu());
+  return asked ? *asked : *find(plan::Cpu::kAuto);  // ops.cpp refuses the former
 }
 
+bool isa_supported(plan::Cpu asked) { return find(asked) != nullptr; }
 const char* isa_name() { return isa().name; }
-
-const char* isa_built() {
-#if defined(VP_X86_ISAS)
-  return "portable,avx2,avx512,avx512vnni";
-#else
-  return "portable";
-#endif
-}
+std::string isa_built() { return names(false); }
+std::string isa_usable() { return names(true); }
 
 }  // namespace vispruner::cpu

@@ -1,5 +1,7 @@
 // The table of a ragged batch.
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 
 namespace vispruner::cuda {
 namespace {

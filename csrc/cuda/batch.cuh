@@ -1,6 +1,5 @@
 // Where the images of a batch lie: in the inputs, in the outputs and in the workspace.
 #pragma once
-#include "device.cuh"
 #include "vispruner/shape.h"
 
 namespace vispruner::cuda {
@@ -8,7 +7,6 @@ namespace vispruner::cuda {
 constexpr int kNeighbours = 32;    // entries of a neighbour list
 constexpr int kDigitPlanes = 2;    // high, low
 constexpr int kChannelAlign = 64;  // digit rows are padded with zeros to whole Gram k-steps
-constexpr int kFewBlocks = 64;     // so few leave the smallest GPUs idle: make more, smaller ones
 
 // Byte offsets of one image's arrays in its workspace.
 struct WorkspaceLayout {
@@ -89,6 +87,7 @@ struct Batch {
   const Image* table;  // null: image b is `first` plus b strides
   Image first;
   int64_t feature_stride, attention_stride, kept_stride, workspace_stride;
+  bool more;  // with dependent launches: another kernel of this call follows (begin_dependent)
 
   VP_HD Image operator[](int b) const {
     if (table) return table[b];

@@ -4,6 +4,8 @@
 // bytes a lane), the logits stay in shared memory, and their softmax goes to the workspace. A
 // second launch adds the heads in index order, so that the result does not depend on timing.
 //
+// Where a head has too many keys for shared memory, its logits lie in the workspace.
+//
 // float32 inputs are multiplied and added in float64: one weight can dominate a softmax, and plain
 // float32 errors of it do not average out.
 //
@@ -12,6 +14,8 @@
 #include <type_traits>
 
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -70,15 +74,20 @@ __device__ __forceinline__ Sum<T> partial_dot(const float* q, const T* k, int di
   return sum;
 }
 
-// Shared memory: the dots (tokens sums), then the query (head_dim floats).
-template <typename T>
-__global__ void __launch_bounds__(kThreads) softmax_kernel(ClsAttentionArgs args, float* weights) {
+// Shared memory: the dots (tokens sums), then the query (head_dim floats). kFar: the dots are in
+// `far_dots`, one array per block.
+template <typename T, bool kFar>
+__global__ void __launch_bounds__(kThreads)
+    softmax_kernel(ClsAttentionArgs args, Sum<T>* far_dots, float* weights) {
   VP_SHARED_MEMORY(shared);
   using S = Sum<T>;
   __shared__ S warp_highest[kWarps];
   __shared__ S warp_sums[kWarps];
-  auto* dots = reinterpret_cast<S*>(shared);  // later the weights
-  auto* q = reinterpret_cast<float*>(dots + args.tokens);
+  S* dots = reinterpret_cast<S*>(shared);  // later the weights
+  auto* q = reinterpret_cast<float*>(kFar ? dots : dots + args.tokens);
+  if constexpr (kFar) {
+    dots = far_dots + (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * args.tokens;
+  }
   const auto scale = static_cast<S>(args.scale);
   const int head = blockIdx.x;
   const int64_t image = blockIdx.y;
@@ -148,24 +157,28 @@ __global__ void __launch_bounds__(kThreads)
   out[image * patches + t] = sum / static_cast<float>(heads);
 }
 
-template <typename T>
-int run(ClsAttentionArgs args, float* out, float* weights, void* stream) {
+template <typename T, bool kFar>
+int run(ClsAttentionArgs args, const ClsAttentionLayout& at, float* out, unsigned char* workspace,
+        void* stream) {
   constexpr int64_t kMostImages = 32768;  // grid.y
   const int patches = args.tokens - 1;
-  const int shared = args.tokens * static_cast<int>(sizeof(Sum<T>)) +
-                     args.head_dim * static_cast<int>(sizeof(float));
   const int64_t images = args.images;
   for (int64_t done = 0; done < images; done += kMostImages) {
     const auto now =
         static_cast<unsigned>(images - done < kMostImages ? images - done : kMostImages);
     const dim3 heads_grid(args.heads, now), mean_grid((patches + kThreads - 1) / kThreads, now);
-    float* wave_weights = weights + done * args.heads * patches;
-    if (const int e =
-            launch<softmax_kernel<T>>(heads_grid, kThreads, shared, stream, args, wave_weights)) {
+    float* weights = reinterpret_cast<float*>(workspace) + done * args.heads * patches;
+    Sum<T>* dots = nullptr;
+    if (kFar) {
+      dots = reinterpret_cast<Sum<T>*>(workspace + at.dots) + done * args.heads * args.tokens;
+    }
+    if (const int e = launch<softmax_kernel<T, kFar>>(
+            heads_grid, kThreads, static_cast<int>(at.shared_bytes), stream, args, dots, weights)) {
       return e;
     }
-    if (const int e = launch<head_mean_kernel>(mean_grid, kThreads, 0, stream, wave_weights,
-                                               args.heads, patches, out + done * patches)) {
+    if (const int e = launch<head_mean_kernel>(mean_grid, kThreads, 0, stream,
+                                               static_cast<const float*>(weights), args.heads,
+                                               patches, out + done * patches)) {
       return e;
     }
     args.q.data = static_cast<const T*>(args.q.data) + now * args.q.image_stride;
@@ -176,16 +189,41 @@ int run(ClsAttentionArgs args, float* out, float* weights, void* stream) {
 
 }  // namespace
 
-int64_t cls_attention_workspace_bytes(const ClsAttentionArgs& args) {
-  return args.images * args.heads * (args.tokens - 1) * static_cast<int64_t>(sizeof(float));
+ClsAttentionLayout cls_attention_layout(const ClsAttentionArgs& args) {
+  const int64_t sum_bytes = args.dtype == DType::kFloat32 ? sizeof(double) : sizeof(float);
+  const int64_t query = args.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t heads = args.images * args.heads;
+  ClsAttentionLayout at{};
+  at.shared_bytes = args.tokens * sum_bytes + query;
+  at.far = plan::choose(plan::current().cls_attention, at.shared_bytes) ==
+           plan::ClsAttention::kWorkspace;
+  at.dots = round_up(heads * (args.tokens - 1) * static_cast<int64_t>(sizeof(float)), 256);
+  at.workspace_bytes = at.dots + (at.far ? heads * args.tokens * sum_bytes : 0);
+  if (at.far) at.shared_bytes = query;
+  return at;
 }
 
-int cls_attention(const ClsAttentionArgs& args, float* out, void* workspace, void* stream) {
-  auto* weights = static_cast<float*>(workspace);
+int cls_attention(const ClsAttentionArgs& args, const ClsAttentionLayout& at, float* out,
+                  void* workspace, void* stream) {
+  int limit = 0;
+  if (const int e = shared_memory_limit(&limit)) return e;
+  if (at.shared_bytes > limit) {
+    return refuse(
+        "cls_attention: %d tokens and head_dim = %d take %lld bytes of shared memory per block, "
+        "and this GPU has %d: use %s",
+        args.tokens, args.head_dim, static_cast<long long>(at.shared_bytes), limit,
+        at.far ? "vispruner_cuda.reference.cls_attention" : "cls_attention=auto");
+  }
+  auto* ws = static_cast<unsigned char*>(workspace);
+  const auto run_as = [&](auto element) {
+    using T = decltype(element);
+    return at.far ? run<T, true>(args, at, out, ws, stream)
+                  : run<T, false>(args, at, out, ws, stream);
+  };
   switch (args.dtype) {
-    case DType::kFloat16: return run<Half>(args, out, weights, stream);
-    case DType::kBFloat16: return run<BFloat16>(args, out, weights, stream);
-    default: return run<float>(args, out, weights, stream);
+    case DType::kFloat16: return run_as(Half{});
+    case DType::kBFloat16: return run_as(BFloat16{});
+    default: return run_as(float{});
   }
 }
 

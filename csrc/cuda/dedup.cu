@@ -13,6 +13,8 @@
 #include <type_traits>
 
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -21,7 +23,6 @@ namespace {
 constexpr int kMostThreads = 1024;    // a block
 constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: addresses of 64 bits
 constexpr int kProbes = 4;            // entries of a neighbour list that a lane looks at together
-constexpr int kFewTokens = 96;        // up to which A is counted: buckets take a barrier more
 constexpr int kBuckets = 1024;        // 64 an octave of distance from the most redundant token
 constexpr int kMostInBucket = 64;     // more in one, and the buckets are given up
 constexpr int kOctaves = 16;
@@ -424,7 +425,7 @@ template <bool kListsShared, bool kStateShared>
 __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads, 1)
     dedup_kernel(Batch batch, int64_t channels, int step, int few_tokens, int64_t* indices,
                  unsigned char* workspace) {
-  begin_dependent();
+  begin_dependent(batch.more);
   VP_SHARED_MEMORY(memory);
   __shared__ uint32_t warp_sums[kMostThreads / kWarp];
 
@@ -495,36 +496,10 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
   write_indices(shared.keep, out.shape.tokens, out.index_base, indices + out.first_kept, warp_sums);
 }
 
-// Where the loop's arrays live: as near to the threads as they fit.
-struct DedupPlan {
-  enum Kind { kListsShared, kStateShared, kWorkspace } kind;
-  int shared_bytes;
-};
-
-// VISPRUNER_DEDUP_PLAN=lists_shared|state_shared|workspace asks for a plan; one that does not fit
-// gives way to the next.
-DedupPlan choose_plan(const WaveSize& size, int shared_limit) {
-  constexpr int64_t kReserved = 1024;  // static shared memory
-  constexpr const char* kPlan = "VISPRUNER_DEDUP_PLAN";
+plan::DedupBytes shared_bytes(const WaveSize& size) {
   const int64_t least = shared_layout(size.tokens, size.residual).bytes;
   const int64_t state = least + dedup_layout(size.residual).bytes;
-  const int64_t all = state + list_bytes(size.residual);
-  const auto fits = [&](int64_t bytes) { return bytes <= shared_limit - kReserved; };
-  if (fits(all) && !plan_asked(kPlan, "state_shared") && !plan_asked(kPlan, "workspace")) {
-    return {DedupPlan::kListsShared, static_cast<int>(all)};
-  }
-  if (fits(state) && !plan_asked(kPlan, "workspace")) {
-    return {DedupPlan::kStateShared, static_cast<int>(state)};
-  }
-  return {DedupPlan::kWorkspace, static_cast<int>(least)};
-}
-
-// VISPRUNER_SORT_PLAN=buckets|counting: how A is sorted, whatever its length (without buckets, a
-// long A is merged).
-int choose_few_tokens() {
-  if (plan_asked("VISPRUNER_SORT_PLAN", "buckets")) return 0;
-  if (plan_asked("VISPRUNER_SORT_PLAN", "counting")) return kMaxTokens;
-  return kFewTokens;
+  return {state + list_bytes(size.residual), state, least};
 }
 
 // Four lanes a token of A in the first round, if there are as many.
@@ -540,19 +515,27 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
                      int64_t* indices, void* workspace, void* stream) {
   int limit = 0;
   if (const int error = shared_memory_limit(&limit)) return error;
-  const DedupPlan plan = choose_plan(size, limit);
-  const int threads = threads_for(
-      size.residual, plan.kind == DedupPlan::kWorkspace ? kMostFarThreads : kMostThreads);
-  const int few_tokens = choose_few_tokens();
+  const plan::Plans asked = plan::current();
+  const plan::DedupBytes needed = shared_bytes(size);
+  const plan::Dedup plan = plan::choose(asked.dedup, needed, limit);
+  const int64_t bytes = needed.of(plan);
+  if (bytes > limit) {
+    return refuse(
+        "the plan for dedup takes %lld bytes of shared memory per block for %d residual tokens, "
+        "and this GPU has %d: use dedup=auto",
+        static_cast<long long>(bytes), size.residual, limit);
+  }
+  const int threads =
+      threads_for(size.residual, plan == plan::Dedup::kWorkspace ? kMostFarThreads : kMostThreads);
   auto* ws = static_cast<unsigned char*>(workspace);
   const auto run = [&](auto lists_shared, auto state_shared) {
     return launch_dependent<dedup_kernel<lists_shared(), state_shared()>>(
-        size.images, threads, plan.shared_bytes, stream, batch, channels, step, few_tokens, indices,
-        ws);
+        size.images, threads, static_cast<int>(bytes), stream, batch, channels, step,
+        plan::most_counted(asked.sort), indices, ws);
   };
-  switch (plan.kind) {
-    case DedupPlan::kListsShared: return run(std::true_type{}, std::true_type{});
-    case DedupPlan::kStateShared: return run(std::false_type{}, std::true_type{});
+  switch (plan) {
+    case plan::Dedup::kListsShared: return run(std::true_type{}, std::true_type{});
+    case plan::Dedup::kStateShared: return run(std::false_type{}, std::true_type{});
     default: return run(std::false_type{}, std::false_type{});
   }
 }

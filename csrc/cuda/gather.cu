@@ -2,6 +2,8 @@
 //
 // Bytes: k C read and written once an image.
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -25,7 +27,7 @@ __device__ __forceinline__ void copy_row(const void* from, void* to, int64_t byt
 __global__ void __launch_bounds__(kThreads, 8)
     gather_kernel(Batch batch, const unsigned char* feats, int64_t token_stride, int64_t channels,
                   int element_bytes, const int64_t* indices, unsigned char* kept_feats) {
-  begin_dependent();
+  begin_dependent(batch.more);
   const Image image = batch[blockIdx.y];
   const int row = blockIdx.x * kRows + threadIdx.x / kWarp;
   if (row >= image.shape.kept()) return;

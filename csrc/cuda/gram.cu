@@ -14,6 +14,8 @@
 #include <type_traits>
 
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -153,7 +155,7 @@ __device__ __forceinline__ void tile_of(int t, int* row0, int* column0) {
 template <bool kCosine, typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     gram_kernel(Batch batch, int64_t channels, float* cosines, unsigned char* workspace) {
-  begin_dependent();
+  begin_dependent(batch.more);
   VP_SHARED_MEMORY(shared);
   const Image image = batch[blockIdx.y];
   const int rows = image.shape.residual();
@@ -266,10 +268,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
 }  // namespace
 
-// VISPRUNER_GRAM_PLAN=tiles_128|tiles_64|tiles_32 asks for blocks of so many rows.
 int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out, void* workspace,
          void* stream) {
-  constexpr const char* kPlan = "VISPRUNER_GRAM_PLAN";
   const auto run = [&](auto cosine, auto shape) {
     using S = decltype(shape);
     int blocks = 0;
@@ -281,11 +281,13 @@ int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out,
                                                       static_cast<unsigned char*>(workspace));
   };
   const int64_t tiles = (size.residual + 63) / 64;
-  const bool few = tiles * (tiles + 1) / 2 * size.images <= kFewBlocks;
+  const plan::Gram plan = plan::choose(plan::current().gram, tiles * (tiles + 1) / 2 * size.images);
   const auto shaped = [&](auto cosine) {
-    if (plan_asked(kPlan, "tiles_128")) return run(cosine, Tiles128{});
-    if (plan_asked(kPlan, "tiles_32")) return run(cosine, Tiles32{});
-    return few && !plan_asked(kPlan, "tiles_64") ? run(cosine, Tiles32{}) : run(cosine, Tiles64{});
+    switch (plan) {
+      case plan::Gram::kTiles32: return run(cosine, Tiles32{});
+      case plan::Gram::kTiles128: return run(cosine, Tiles128{});
+      default: return run(cosine, Tiles64{});
+    }
   };
   return out ? shaped(std::true_type{}) : shaped(std::false_type{});
 }

@@ -9,7 +9,11 @@
 // A row stays in registers, of one warp up to 1024 tokens, of a block beyond. Bytes: 4 R^2 read,
 // 192 R written. Steps of a row: the extremes of what each thread holds, two to four counts of R
 // values, and the ranking of the candidates.
+#include <type_traits>
+
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -44,7 +48,7 @@ __device__ __forceinline__ T fold_warps(T value, T* slots, const Fold& fold) {
 template <int kThreads, int kValues>
 __global__ void __launch_bounds__(kThreads)
     neighbours_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
-  begin_dependent();
+  begin_dependent(batch.more);
   constexpr int kWarps = kThreads / kWarp;
   __shared__ uint32_t slots[2][kWarps];
   alignas(16) __shared__ uint32_t found_keys[kCandidates];
@@ -177,26 +181,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
 }  // namespace
 
 int neighbours(const Batch& batch, const WaveSize& size, int64_t channels, void* workspace,
                void* stream) {
   const dim3 grid(size.residual, size.images);
   auto* ws = static_cast<unsigned char*>(workspace);
-  if (size.residual <= 32 * 18) {
-    return launch_dependent<neighbours_kernel<32, 18>>(grid, 32, 0, stream, batch, channels, ws);
+  const auto run = [&](auto threads, auto values) {
+    static_assert(threads() * values() <= kMaxTokens, "");
+    return launch_dependent<neighbours_kernel<threads(), values()>>(grid, threads(), 0, stream,
+                                                                    batch, channels, ws);
+  };
+  const plan::Neighbours plan = plan::choose(plan::current().neighbours, size.residual);
+  if (size.residual > plan::most_residual(plan)) {
+    return refuse(
+        "the plan for neighbours holds at most %d residual tokens, and an image has %d: "
+        "use neighbours=auto",
+        plan::most_residual(plan), size.residual);
   }
-  if (size.residual <= 32 * 32) {
-    return launch_dependent<neighbours_kernel<32, 32>>(grid, 32, 0, stream, batch, channels, ws);
+  switch (plan) {
+    case plan::Neighbours::kWarp576: return run(Constant<32>{}, Constant<18>{});
+    case plan::Neighbours::kWarp1024: return run(Constant<32>{}, Constant<32>{});
+    case plan::Neighbours::kBlock4096: return run(Constant<256>{}, Constant<16>{});
+    case plan::Neighbours::kBlock16384: return run(Constant<512>{}, Constant<32>{});
+    default: return run(Constant<1024>{}, Constant<32>{});
   }
-  if (size.residual <= 256 * 16) {
-    return launch_dependent<neighbours_kernel<256, 16>>(grid, 256, 0, stream, batch, channels, ws);
-  }
-  if (size.residual <= 512 * 32) {
-    return launch_dependent<neighbours_kernel<512, 32>>(grid, 512, 0, stream, batch, channels, ws);
-  }
-  static_assert(1024 * 32 >= kMaxTokens, "the longest row fits the largest block");
-  return launch_dependent<neighbours_kernel<1024, 32>>(grid, 1024, 0, stream, batch, channels, ws);
 }
 
 }  // namespace vispruner::cuda

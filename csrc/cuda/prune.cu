@@ -3,6 +3,7 @@
 
 #include "batch.cuh"
 #include "vispruner/cuda.h"
+#include "vispruner/plan.h"
 
 namespace vispruner::cuda {
 namespace {
@@ -57,16 +58,19 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
              void* stream) {
   const int64_t channels = args.feats.channels;
   if (size.kept == 0) return 0;
-  if (const int e = rank_and_quantize(batch, size, args.feats, args.attention, RankOutput{},
+  Batch followed = batch;  // by another kernel of this call
+  followed.more = plan::overlaps(plan::current().launch);
+  if (const int e = rank_and_quantize(followed, size, args.feats, args.attention, RankOutput{},
                                       workspace, stream)) {
     return e;
   }
   if (size.residual > 0) {
-    if (const int e = gram(batch, size, channels, nullptr, workspace, stream)) return e;
-    if (const int e = neighbours(batch, size, channels, workspace, stream)) return e;
+    if (const int e = gram(followed, size, channels, nullptr, workspace, stream)) return e;
+    if (const int e = neighbours(followed, size, channels, workspace, stream)) return e;
   }
+  const Batch& selected = args.kept_feats ? followed : batch;
   if (const int e =
-          dedup_and_select(batch, size, channels, args.step, args.indices, workspace, stream)) {
+          dedup_and_select(selected, size, channels, args.step, args.indices, workspace, stream)) {
     return e;
   }
   if (!args.kept_feats) return 0;
@@ -159,7 +163,9 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
     batch.first.first_feature = begin * feats.image_stride;
     const auto now = static_cast<int>(images - begin < per_wave ? images - begin : per_wave);
     const WaveSize size{now, tokens, tokens, 0};
-    if (const int e = rank_and_quantize(batch, size, feats, AttentionView{}, RankOutput{},
+    Batch followed = batch;
+    followed.more = plan::overlaps(plan::current().launch);
+    if (const int e = rank_and_quantize(followed, size, feats, AttentionView{}, RankOutput{},
                                         workspace, stream)) {
       return e;
     }
@@ -168,16 +174,5 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
   }
   return 0;
 }
-
-#if !defined(VP_SIMT)
-const char* error_string(int error) {
-  if (error == kTooMuchSharedMemory) {
-    return "an image of this many tokens, or a head of this many channels, needs more shared "
-           "memory than a thread block of this GPU has; use float16 or bfloat16";
-  }
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-int set_device(int device) { return cudaSetDevice(device); }
-#endif
 
 }  // namespace vispruner::cuda

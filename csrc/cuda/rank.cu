@@ -11,6 +11,8 @@
 #include <type_traits>
 
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -124,7 +126,7 @@ template <typename T, int kTokens>
 __global__ void __launch_bounds__(kThreads)
     rank_kernel(Batch batch, FeatureView feats, AttentionView attention, RankOutput topk,
                 unsigned char* workspace) {
-  begin_dependent();
+  begin_dependent(batch.more);
   constexpr int kLanes = kThreads / kTokens;  // a token
   __shared__ uint32_t own_keys[kTokens];
   __shared__ uint32_t tile[kTile];
@@ -196,12 +198,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// VISPRUNER_RANK_PLAN=tokens_32|tokens_8 asks for blocks of so many tokens.
-bool quarter_blocks(int64_t blocks) {
-  if (plan_asked("VISPRUNER_RANK_PLAN", "tokens_32")) return false;
-  return blocks <= kFewBlocks || plan_asked("VISPRUNER_RANK_PLAN", "tokens_8");
-}
-
 }  // namespace
 
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
@@ -214,9 +210,9 @@ int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureVie
         static_cast<unsigned char*>(workspace));
   };
   const auto sized = [&](auto element) {
-    return quarter_blocks(int64_t{blocks(32)} * size.images)
-               ? run(element, std::integral_constant<int, 8>{})
-               : run(element, std::integral_constant<int, 32>{});
+    const plan::Rank plan = plan::choose(plan::current().rank, int64_t{blocks(32)} * size.images);
+    return plan == plan::Rank::kTokens8 ? run(element, std::integral_constant<int, 8>{})
+                                        : run(element, std::integral_constant<int, 32>{});
   };
   switch (feats.dtype) {
     case DType::kFloat16: return sized(Half{});

@@ -7,22 +7,26 @@
 // pass: rows are keys, columns queries, and exp(logit - lse of the query) is summed along the row.
 // A last launch adds the heads in index order. Nothing depends on timing or on other images.
 //
+// A wide block has column tiles of 64. Where its tiles do not fit into shared memory (many channels
+// per head on a GPU with 99 KiB), a narrow one has tiles of 16 columns.
+//
 // Operations: 2 N^2 D H multiply-adds on tensor cores (fp16, bf16) and 2 N^2 H exponentials, half
 // of both with an lse. Bytes: N D elements of each operand N / 64 times from L2.
 #include <vector>
 
 #include "batch.cuh"
+#include "device.cuh"
+#include "launch.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 64;                              // rows and columns
-constexpr int kWarpRows = kTile / (kThreads / kWarp);  // 16: the rows of one matrix instruction
-constexpr int kColumnTiles = kTile / 8;
+constexpr int kRows = 64;
+constexpr int kWarpRows = kRows / (kThreads / kWarp);
 constexpr int kVectorBytes = 16;
-static_assert(kWarpRows == 16, "");
+static_assert(kWarpRows == 16, "the rows of one matrix instruction");
 
 // Channels of a row in shared memory: whole matrix instructions, and 16 bytes more, so that the
 // eight rows of a matrix load fall into different banks.
@@ -32,19 +36,30 @@ VP_HD int row_elements(int head_dim) {
   return static_cast<int>(round_up(head_dim, kStep)) + kVectorBytes / static_cast<int>(sizeof(T));
 }
 
-// Column tiles in shared memory: the next one arrives while this one is used, unless elements of
-// 4 bytes make that too much for most GPUs.
-template <typename T>
-constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
+// The column tiles of a block. With two buffers the next tile arrives while this one is used.
+template <typename T, int kColumns_, int kBuffers_>
+struct Shape {
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kBuffers = kBuffers_;
+  static constexpr int kMatrices = kColumns / 8;
 
-// Rows first ... first + 63 of an operand; zeros beyond `rows` rows and head_dim channels.
+  VP_HD static int64_t shared_bytes(int head_dim) {
+    return int64_t{kRows + kBuffers * kColumns} * row_elements<T>(head_dim) * sizeof(T);
+  }
+};
 template <typename T>
+using Wide = Shape<T, 64, sizeof(T) == 2 ? 2 : 1>;
+template <typename T>
+using Narrow = Shape<T, 16, 1>;
+
+// kTileRows rows of an operand from `first` on; zeros beyond `rows` rows and head_dim channels.
+template <int kTileRows, typename T>
 __device__ __forceinline__ void load_tile(T* shared, const T* data, int64_t token_stride, int first,
                                           int rows, int head_dim, bool aligned) {
   constexpr int kElements = kVectorBytes / sizeof(T);
   const int stride = row_elements<T>(head_dim);
   const int vectors = stride / kElements - 1;
-  for (int i = threadIdx.x; i < kTile * vectors; i += kThreads) {
+  for (int i = threadIdx.x; i < kTileRows * vectors; i += kThreads) {
     const int row = i / vectors, d = i % vectors * kElements;
     T* to = shared + row * stride + d;
     const T* from = data + (first + row) * token_stride + d;
@@ -60,13 +75,13 @@ __device__ __forceinline__ void load_tile(T* shared, const T* data, int64_t toke
 
 // One warp: logits[n][e] = rows (16 from `row0`) . columns, in the layout of a matrix instruction:
 // element e of tile n is row lane / 4 + 8 (e / 2), column 8 n + 2 (lane % 4) + e % 2.
-template <typename T>
+template <int kMatrices, typename T>
 __device__ __forceinline__ void tile_product(const T* rows, const T* columns, int head_dim,
-                                             int row0, float (&logits)[kColumnTiles][4]) {
+                                             int row0, float (&logits)[kMatrices][4]) {
   const int stride = row_elements<T>(head_dim);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int n = 0; n < kColumnTiles; ++n) {
+  for (int n = 0; n < kMatrices; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) logits[n][e] = 0.0f;
   }
@@ -75,7 +90,7 @@ __device__ __forceinline__ void tile_product(const T* rows, const T* columns, in
       uint32_t a[4];
       load_matrices(a, rows + (row0 + lane % 16) * stride + d + lane / 16 * 8);
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
+      for (int n = 0; n < kMatrices; n += 2) {
         uint32_t b[4];
         load_matrices(b,
                       columns + (8 * n + lane % 8 + lane / 16 * 8) * stride + d + lane / 8 % 2 * 8);
@@ -88,12 +103,12 @@ __device__ __forceinline__ void tile_product(const T* rows, const T* columns, in
     constexpr int kChunk = 16;
     const int row = row0 + lane / 4, column = 2 * (lane % 4);
     for (int begin = 0; begin < head_dim; begin += kChunk) {
-      float part[kColumnTiles][4] = {};
+      float part[kMatrices][4] = {};
       const int end = begin + kChunk < head_dim ? begin + kChunk : head_dim;
       for (int d = begin; d < end; ++d) {
         const float upper = rows[row * stride + d], lower = rows[(row + 8) * stride + d];
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
+        for (int n = 0; n < kMatrices; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const float x = columns[(8 * n + column + c) * stride + d];
@@ -103,7 +118,7 @@ __device__ __forceinline__ void tile_product(const T* rows, const T* columns, in
         }
       }
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
+      for (int n = 0; n < kMatrices; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) logits[n][e] += part[n][e];
       }
@@ -133,64 +148,67 @@ __device__ __forceinline__ Operand<T> operand(const HeadsView& view, int64_t fir
 // kColumnSums = false: out = log-sum-exp of each query's logits, lse not used.
 // kColumnSums = true: out = sum over queries of exp(logit - lse) for each key.
 // out and lse are (heads, rows of all images).
-template <typename T, bool kColumnSums>
+template <typename T, bool kColumnSums, typename S>
 __global__ void __launch_bounds__(kThreads)
     pass_kernel(Batch batch, HeadsView row_view, HeadsView column_view, int head_dim, float scale,
                 const float* lse, int64_t lse_head_stride, int64_t lse_token_stride, float* out,
                 int64_t out_head_stride) {
   VP_SHARED_MEMORY(shared);
-  __shared__ float column_lse[2][kTile];
+  constexpr int kMatrices = S::kMatrices;
+  __shared__ float column_lse[2][S::kColumns];
   const Image image = batch[blockIdx.z];
   const int tokens = image.shape.tokens, head = blockIdx.y;
-  const int first_row = blockIdx.x * kTile;
+  const int first_row = blockIdx.x * kRows;
   if (first_row >= tokens) return;
 
-  const int tile_elements = kTile * row_elements<T>(head_dim);
+  const int row_size = row_elements<T>(head_dim);
   T* row_tile = reinterpret_cast<T*>(shared);
-  T* column_tiles = row_tile + tile_elements;
+  T* column_tiles = row_tile + kRows * row_size;
+  const auto column_tile = [&](int tile) {
+    return column_tiles + tile % S::kBuffers * S::kColumns * row_size;
+  };
   const auto row_operand = operand<T>(row_view, image.first_kept, head);
   const auto column_operand = operand<T>(column_view, image.first_kept, head);
 
+  // Starts the copies and commits them: a wait covers committed copies alone.
   const auto load_columns = [&](int tile) {
-    load_tile(column_tiles + tile % kBuffers<T> * tile_elements, column_operand.data,
-              column_operand.token_stride, tile * kTile, tokens, head_dim, column_operand.aligned);
-    if (kColumnSums && threadIdx.x < kTile) {
-      const int token = tile * kTile + static_cast<int>(threadIdx.x);
+    load_tile<S::kColumns>(column_tile(tile), column_operand.data, column_operand.token_stride,
+                           tile * S::kColumns, tokens, head_dim, column_operand.aligned);
+    copy_async_commit();
+    if (kColumnSums && threadIdx.x < S::kColumns) {
+      const int token = tile * S::kColumns + static_cast<int>(threadIdx.x);
       column_lse[tile % 2][threadIdx.x] =
           token < tokens
               ? lse[head * lse_head_stride + (image.first_kept + token) * lse_token_stride]
               : 0.0f;
     }
   };
-  load_tile(row_tile, row_operand.data, row_operand.token_stride, first_row, tokens, head_dim,
-            row_operand.aligned);
+  load_tile<kRows>(row_tile, row_operand.data, row_operand.token_stride, first_row, tokens,
+                   head_dim, row_operand.aligned);
   load_columns(0);
-  copy_async_commit();
 
   const int lane = threadIdx.x % kWarp;
   const int row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpRows;
   float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};  // of two rows a lane
-  const int tiles = (tokens + kTile - 1) / kTile;
+  const int tiles = (tokens + S::kColumns - 1) / S::kColumns;
   for (int tile = 0; tile < tiles; ++tile) {
     copy_async_wait<0>();
     __syncthreads();  // this tile is here for all, and the one before it is free
-    if (kBuffers<T> == 2 && tile + 1 < tiles) load_columns(tile + 1);
-    copy_async_commit();
+    if (S::kBuffers == 2 && tile + 1 < tiles) load_columns(tile + 1);
 
-    float logits[kColumnTiles][4];
-    tile_product(row_tile, column_tiles + tile % kBuffers<T> * tile_elements, head_dim, row0,
-                 logits);
-    if (kBuffers<T> == 1) {
+    float logits[kMatrices][4];
+    tile_product(row_tile, column_tile(tile), head_dim, row0, logits);
+    if (S::kBuffers == 1) {
       __syncthreads();  // the tile has been read
       if (tile + 1 < tiles) load_columns(tile + 1);
     }
-    const int first_column = tile * kTile + 2 * (lane % 4);
+    const int first_column = tile * S::kColumns + 2 * (lane % 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float tile_highest = highest[half], tile_sum = 0.0f;
       if constexpr (!kColumnSums) {
 #pragma unroll
-        for (int i = 0; i < 2 * kColumnTiles; ++i) {
+        for (int i = 0; i < 2 * kMatrices; ++i) {
           const int n = i / 2, c = i % 2;
           float& logit = logits[n][2 * half + c];
           logit = first_column + 8 * n + c < tokens ? logit * scale : -INFINITY;
@@ -198,7 +216,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (tile_highest > -INFINITY) {  // a lane's columns may all lie beyond the last token
 #pragma unroll
-          for (int i = 0; i < 2 * kColumnTiles; ++i) {
+          for (int i = 0; i < 2 * kMatrices; ++i) {
             tile_sum += expf(logits[i / 2][2 * half + i % 2] - tile_highest);
           }
           sum[half] = sum[half] * expf(highest[half] - tile_highest) + tile_sum;
@@ -206,7 +224,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       } else {
 #pragma unroll
-        for (int i = 0; i < 2 * kColumnTiles; ++i) {
+        for (int i = 0; i < 2 * kMatrices; ++i) {
           const int n = i / 2, c = i % 2;
           const float lse_of_query = column_lse[tile % 2][8 * n + 2 * (lane % 4) + c];
           const float weight = expf(fmaf(logits[n][2 * half + c], scale, -lse_of_query));
@@ -268,12 +286,11 @@ Offsets offsets(const ReceivedAttentionArgs& args) {
   return {table, sums, sums + floats};
 }
 
-template <typename T>
+template <typename T, typename S>
 int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float* own_lse,
         float* sums, void* stream) {
   constexpr int64_t kMostImages = 32768;  // grid.y and grid.z
-  const int shared =
-      (1 + kBuffers<T>)*kTile * row_elements<T>(args.head_dim) * static_cast<int>(sizeof(T));
+  const auto shared = static_cast<int>(S::shared_bytes(args.head_dim));
   const int64_t rows = args.rows();
   for (int64_t begin = 0; begin < args.images; begin += kMostImages) {
     const int64_t end = begin + kMostImages < args.images ? begin + kMostImages : args.images;
@@ -286,9 +303,9 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
     if (longest == 0) continue;
     Batch batch{};
     batch.table = table + begin;
-    const dim3 grid(static_cast<unsigned>((longest + kTile - 1) / kTile), args.heads, images);
+    const dim3 grid(static_cast<unsigned>((longest + kRows - 1) / kRows), args.heads, images);
     if (!args.lse) {
-      if (const int e = launch<pass_kernel<T, false>>(
+      if (const int e = launch<pass_kernel<T, false, S>>(
               grid, kThreads, shared, stream, batch, args.q, args.k, args.head_dim, args.scale,
               static_cast<const float*>(nullptr), int64_t{0}, int64_t{0}, own_lse, rows)) {
         return e;
@@ -297,9 +314,9 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
     const float* lse = args.lse ? args.lse : own_lse;
     const int64_t head_stride = args.lse ? args.lse_head_stride : rows;
     const int64_t token_stride = args.lse ? args.lse_token_stride : 1;
-    if (const int e = launch<pass_kernel<T, true>>(grid, kThreads, shared, stream, batch, args.k,
-                                                   args.q, args.head_dim, args.scale, lse,
-                                                   head_stride, token_stride, sums, rows)) {
+    if (const int e = launch<pass_kernel<T, true, S>>(grid, kThreads, shared, stream, batch, args.k,
+                                                      args.q, args.head_dim, args.scale, lse,
+                                                      head_stride, token_stride, sums, rows)) {
       return e;
     }
     const dim3 mean_grid(static_cast<unsigned>((longest + kThreads - 1) / kThreads), images);
@@ -309,6 +326,28 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
     }
   }
   return 0;
+}
+
+template <typename T>
+int run_planned(const ReceivedAttentionArgs& args, float* out, const Image* table, float* lse,
+                float* sums, void* stream) {
+  int limit = 0;
+  if (const int e = shared_memory_limit(&limit)) return e;
+  const int64_t wide = Wide<T>::shared_bytes(args.head_dim);
+  const plan::ReceivedAttention plan =
+      plan::choose(plan::current().received_attention, wide, limit);
+  const bool is_wide = plan == plan::ReceivedAttention::kWide;
+  const int64_t bytes = is_wide ? wide : Narrow<T>::shared_bytes(args.head_dim);
+  if (bytes > limit) {
+    return refuse(
+        "received_attention: head_dim = %d takes %lld bytes of shared memory per block%s, and this "
+        "GPU has %d: use %s",
+        args.head_dim, static_cast<long long>(bytes),
+        is_wide ? " with received_attention=wide" : "", limit,
+        is_wide ? "received_attention=auto" : "vispruner_cuda.reference.received_attention");
+  }
+  return is_wide ? run<T, Wide<T>>(args, out, table, lse, sums, stream)
+                 : run<T, Narrow<T>>(args, out, table, lse, sums, stream);
 }
 
 }  // namespace
@@ -334,9 +373,9 @@ int received_attention(const ReceivedAttentionArgs& args, float* out, void* work
     return e;
   }
   switch (args.dtype) {
-    case DType::kFloat16: return run<Half>(args, out, table, lse, sums, stream);
-    case DType::kBFloat16: return run<BFloat16>(args, out, table, lse, sums, stream);
-    default: return run<float>(args, out, table, lse, sums, stream);
+    case DType::kFloat16: return run_planned<Half>(args, out, table, lse, sums, stream);
+    case DType::kBFloat16: return run_planned<BFloat16>(args, out, table, lse, sums, stream);
+    default: return run_planned<float>(args, out, table, lse, sums, stream);
   }
 }
 

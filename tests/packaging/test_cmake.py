@@ -23,18 +23,21 @@ def architectures(sources, tmp_path):
     (function,) = re.findall(r"^function\(vp_setup_cuda\)\n.*?^endfunction\(\)", text, re.M | re.S)
     (default,) = re.findall(r"^set\(VP_DEFAULT_ARCHS .*\)$", text, re.M)
 
-    def choose(release: str, asked: str = "", help_text: str = "") -> subprocess.CompletedProcess:
+    def choose(
+        release: str, asked: str = "", torch_cuda: str = "", wanted: str = "AUTO"
+    ) -> subprocess.CompletedProcess:
         codes = "\\n".join(f"sm_{code}" for code in KNOWN[release].split())
         nvcc = tmp_path / "nvcc"
         nvcc.write_text(
             f"#!/bin/sh\ncase $1 in --list-gpu-code) printf '{codes}\\n';;\n"
-            f"--help) echo '{help_text}';; esac\n"
+            f"--version) echo 'Cuda compilation tools, release {release}, V{release}.1';; esac\n"
         )
         nvcc.chmod(0o755)
         script = tmp_path / "choose.cmake"
         script.write_text(
             "cmake_minimum_required(VERSION 3.22)\n"
-            f"{default}\nset(CMAKE_CUDA_COMPILER {nvcc})\nset(VISPRUNER_CUDA ON)\n"
+            f"{default}\nset(CMAKE_CUDA_COMPILER {nvcc})\nset(VISPRUNER_CUDA {wanted})\n"
+            f'set(VP_TORCH_CUDA "{torch_cuda}")\n'
             f'set(VISPRUNER_CUDA_ARCHS "{asked}")\n{function}\nvp_setup_cuda()\n'
             'message("${VP_BUILD_CUDA_ARCHS}|${CMAKE_CUDA_ARCHITECTURES}|${VP_CUDA_OPTIONS}")\n'
         )
@@ -74,11 +77,49 @@ def test_bad_architecture(architectures, asked, message):
 
 
 @pytest.mark.parametrize(
-    ("help_text", "expected"),
-    [("--compress-mode [default,size,speed]", True), ("--compress-all", False)],
+    ("release", "expected"), [("12.4", False), ("12.8", False), ("13.0", True)]
 )
-def test_compression_only_where_known(architectures, help_text, expected):
-    assert ("--compress-mode=size" in architectures("13.0", help_text=help_text).stderr) == expected
+def test_compression_only_where_every_driver_reads_it(architectures, release, expected):
+    assert ("--compress-mode=size" in architectures(release).stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "newer"),
+    [
+        ("13.0", "12.8", True),
+        ("13.0", "13.0", False),
+        ("12.8", "13.0", False),
+        ("12.8", "12.4", False),  # minor versions go with any driver of the major one
+        ("13.0", "", False),  # a torch without CUDA
+    ],
+)
+def test_compiler_newer_than_the_cuda_of_torch(architectures, release, torch_cuda, newer):
+    warned = architectures(release, torch_cuda=torch_cuda)
+    message = f"nvcc is of CUDA {release} and torch of CUDA {torch_cuda}: the kernels will not run"
+    assert warned.returncode == 0
+    assert (message in " ".join(warned.stderr.split())) == newer
+    asked = architectures(release, torch_cuda=torch_cuda, wanted="ON")
+    assert (asked.returncode != 0) == newer
+    assert (message in " ".join(asked.stderr.split())) == newer
+
+
+@pytest.mark.parametrize(("written", "expected"), [("'12.8'", "12.8"), ("None", "")])
+def test_cuda_of_torch_is_read_from_its_package(sources, tmp_path, written, expected):
+    text = (sources / "CMakeLists.txt").read_text()
+    (function,) = re.findall(r"^function\(vp_find_torch\)\n.*?^endfunction\(\)", text, re.M | re.S)
+    header = tmp_path / "torch" / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 12\n")
+    (tmp_path / "torch" / "version.py").write_text(
+        f"__version__ = '2.12.0'\ncuda: Optional[str] = {written}\nhip: Optional[str] = '6.3'\n"
+    )
+    script = tmp_path / "find.cmake"
+    script.write_text(
+        f"cmake_minimum_required(VERSION 3.22)\nset(VISPRUNER_TORCH_DIR {tmp_path / 'torch'})\n"
+        f'set(VP_TORCH_TARGET 2.10)\n{function}\nvp_find_torch()\nmessage("[${{VP_TORCH_CUDA}}]")\n'
+    )
+    done = subprocess.run(["cmake", "-P", script], capture_output=True, text=True)
+    assert done.stderr.strip() == f"[{expected}]"
 
 
 def test_torch_too_old(sources, tmp_path):

@@ -2,7 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <string>
 
+#include "vispruner/plan.h"
 #include "vispruner/shape.h"
 
 namespace vispruner::cpu {
@@ -14,10 +16,12 @@ struct Threads {
   std::function<void(int64_t tasks, const std::function<void(int64_t)>& body)> run;
 };
 
-// The instruction set in use, the best one of this processor unless VISPRUNER_CPU_ISA names a
-// lesser one; and all that were built, separated by commas.
+// The instruction set in use: the best one of this processor, unless a plan asks for another.
 const char* isa_name();
-const char* isa_built();
+bool isa_supported(plan::Cpu asked);  // by this build and this processor
+// Separated by commas, the least first: those that were built, and those this processor has.
+std::string isa_built();
+std::string isa_usable();
 
 // Ranking of one image: `order[r]` is the token of rank r; `scores`, if not null, in that order.
 void topk(const AttentionView& attention, int64_t image, int tokens, int k, int64_t* order,

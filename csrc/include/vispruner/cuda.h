@@ -1,15 +1,17 @@
 // CUDA kernels: interface between the torch-free code in csrc/cuda and the bindings.
 //
-// All functions enqueue work on `stream` of the current device and return the cudaError_t as an
-// int. None waits for the device, none allocates.
+// All functions enqueue work on `stream` of the current device. They return 0, a cudaError_t, or
+// kRefused for work that the device or an explicit plan cannot do; error_string() says what is
+// wrong. None waits for the device, none allocates.
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "vispruner/shape.h"
 
 namespace vispruner::cuda {
 
-const char* error_string(int error);
+std::string error_string(int error);  // of the latest error of this thread
 int set_device(int device);
 
 // (images, min(k, tokens)) indices in ranking order, and their scores if not null.
@@ -47,8 +49,15 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
                     int64_t workspace_limit, void* workspace, void* stream);
 
 // [CLS] attention: (images, tokens - 1) float32 into `out`.
-int64_t cls_attention_workspace_bytes(const ClsAttentionArgs& args);
-int cls_attention(const ClsAttentionArgs& args, float* out, void* workspace, void* stream);
+struct ClsAttentionLayout {
+  bool far;              // the logits are in the workspace, not in shared memory
+  int64_t shared_bytes;  // per block
+  int64_t dots;          // byte offset of the logits in the workspace
+  int64_t workspace_bytes;
+};
+ClsAttentionLayout cls_attention_layout(const ClsAttentionArgs& args);
+int cls_attention(const ClsAttentionArgs& args, const ClsAttentionLayout& layout, float* out,
+                  void* workspace, void* stream);
 
 // Received attention: (rows) float32 into `out`; `bounds` are images + 1 host integers.
 int64_t received_attention_workspace_bytes(const ReceivedAttentionArgs& args);

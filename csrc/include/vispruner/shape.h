@@ -6,7 +6,8 @@
 
 namespace vispruner {
 
-constexpr int kMaxTokens = 32768;  // an image; token positions are 16-bit inside the kernels
+constexpr int kMaxTokens = 32768;  // per image; token positions are 16-bit inside the kernels
+constexpr int64_t kMaxChannels = (int64_t{1} << 19) - 1;  // int32 sums of digit products
 
 struct ImageShape {
   int tokens;     // N

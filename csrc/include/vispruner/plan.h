@@ -1,0 +1,130 @@
+// Launch plans: which of its kernels or algorithms each stage uses.
+//
+// Every plan of a stage returns the same tokens. The functions below choose one from the shape of
+// the work; a plan that is asked for by name replaces that choice. A plan that cannot do the work
+// is an error, never another plan.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace vispruner::plan {
+
+enum class Rank { kAuto, kTokens8, kTokens32 };            // tokens per block
+enum class Gram { kAuto, kTiles32, kTiles64, kTiles128 };  // rows per block
+enum class Neighbours {                                    // the most residual tokens it can hold
+  kAuto,
+  kWarp576,
+  kWarp1024,
+  kBlock4096,
+  kBlock16384,
+  kBlock32768
+};
+enum class Dedup { kAuto, kListsShared, kStateShared, kWorkspace };  // where the loop's arrays lie
+enum class Sort { kAuto, kBuckets, kCounting };
+enum class ClsAttention { kAuto, kShared, kWorkspace };  // where the logits lie
+enum class ReceivedAttention { kAuto, kWide, kNarrow };  // 64 columns per tile, or 16
+enum class Launch { kAuto, kOrdered, kDependent };
+enum class Cpu { kAuto, kPortable, kAvx2, kAvx512, kAvx512Vnni };
+
+struct Plans {
+  Rank rank;
+  Gram gram;
+  Neighbours neighbours;
+  Dedup dedup;
+  Sort sort;
+  ClsAttention cls_attention;
+  ReceivedAttention received_attention;
+  Launch launch;
+  Cpu cpu;
+};
+
+// ---- what was asked for -----------------------------------------------------------------------
+// Process-wide. The environment variables (VISPRUNER_RANK_PLAN, ...) are read once, when the
+// library is loaded; set() replaces what they say.
+Plans current();
+Cpu current_cpu();  // for inner loops
+
+// Both return what is wrong in one line, or an empty string.
+std::string set(const std::string& stage, const std::string& name);
+std::string environment_error();
+
+// {"stage": {"variable": ..., "names": [...], "current": ...}, ...} as JSON; of the GPU stages only
+// if `cuda`.
+std::string describe(bool cuda);
+
+// ---- what the shape suggests ------------------------------------------------------------------
+constexpr int64_t kFewBlocks = 64;  // leave the smallest GPUs idle: make more, smaller ones
+
+inline Rank choose(Rank asked, int64_t blocks_of_32) {
+  if (asked != Rank::kAuto) return asked;
+  return blocks_of_32 <= kFewBlocks ? Rank::kTokens8 : Rank::kTokens32;
+}
+
+inline Gram choose(Gram asked, int64_t blocks_of_64) {
+  if (asked != Gram::kAuto) return asked;
+  return blocks_of_64 <= kFewBlocks ? Gram::kTiles32 : Gram::kTiles64;
+}
+
+inline int most_residual(Neighbours plan) {
+  switch (plan) {
+    case Neighbours::kWarp576: return 576;
+    case Neighbours::kWarp1024: return 1024;
+    case Neighbours::kBlock4096: return 4096;
+    case Neighbours::kBlock16384: return 16384;
+    default: return 32768;
+  }
+}
+
+inline Neighbours choose(Neighbours asked, int residual) {
+  if (asked != Neighbours::kAuto) return asked;
+  for (const Neighbours plan : {Neighbours::kWarp576, Neighbours::kWarp1024, Neighbours::kBlock4096,
+                                Neighbours::kBlock16384}) {
+    if (residual <= most_residual(plan)) return plan;
+  }
+  return Neighbours::kBlock32768;
+}
+
+// Shared memory that each plan of the dedup loop needs, in bytes per block.
+struct DedupBytes {
+  int64_t lists_shared, state_shared, workspace;
+
+  int64_t of(Dedup plan) const {
+    return plan == Dedup::kListsShared   ? lists_shared
+           : plan == Dedup::kStateShared ? state_shared
+                                         : workspace;
+  }
+};
+
+inline Dedup choose(Dedup asked, const DedupBytes& bytes, int64_t limit) {
+  if (asked != Dedup::kAuto) return asked;
+  if (bytes.lists_shared <= limit) return Dedup::kListsShared;
+  return bytes.state_shared <= limit ? Dedup::kStateShared : Dedup::kWorkspace;
+}
+
+// Up to how many tokens of A are ranked by counting, which takes a barrier less than buckets.
+inline int most_counted(Sort asked) {
+  constexpr int kFewTokens = 96;
+  switch (asked) {
+    case Sort::kBuckets: return 0;
+    case Sort::kCounting: return INT32_MAX;
+    default: return kFewTokens;
+  }
+}
+
+// `bytes` of shared memory for the logits and the query. The limit fits every GPU that the kernels
+// run on, so that the workspace's size does not depend on the device.
+inline ClsAttention choose(ClsAttention asked, int64_t bytes) {
+  constexpr int64_t kMostShared = 64 * 1024;
+  if (asked != ClsAttention::kAuto) return asked;
+  return bytes <= kMostShared ? ClsAttention::kShared : ClsAttention::kWorkspace;
+}
+
+inline ReceivedAttention choose(ReceivedAttention asked, int64_t wide_bytes, int64_t limit) {
+  if (asked != ReceivedAttention::kAuto) return asked;
+  return wide_bytes <= limit ? ReceivedAttention::kWide : ReceivedAttention::kNarrow;
+}
+
+// Ordered until dependent launches have been measured on a GPU.
+inline bool overlaps(Launch asked) { return asked == Launch::kDependent; }
+
+}  // namespace vispruner::plan
