@@ -162,6 +162,20 @@ def gpu_status(results: Callable[[str], Any]) -> str:
     return _markdown(head, rows)
 
 
+def compiled_kernels(results: Callable[[str], Any]) -> str:
+    """What the compiled kernels have run on the host, from a run of `make test`."""
+    data = results("compiled_kernels")
+    if data is None:
+        return "Not recorded.\n"
+    targets = " and ".join(f"sm_{target}" for target in data["targets"])
+    return (
+        f"{data['launches']:,} launches of {len(data['kernels'])} kernels (PTX for {targets}) in "
+        f"{data['calls']:,} calls: {data['failed']} with a finding of a checker. "
+        f"{data['faults']} seeded faults, {data['faults'] - data['tests_failed']} noticed. "
+        f"{data['date']}.\n"
+    )
+
+
 def gpu_goals(results: Callable[[str], Any]) -> str:
     """Each speed goal: goal, measured, best peer, floor."""
     data = results("kernels")
@@ -340,6 +354,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "chaos": chaos,
     "loop-counts": loop_counts,
     "gpu-status": gpu_status,
+    "compiled-kernels": compiled_kernels,
     "gpu-goals": gpu_goals,
     "capacity": capacity,
     "serving": serving,

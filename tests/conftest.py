@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
-from support import backends, host_kernels
+from support import backends, compiled_kernels
+
+from vispruner_cuda import _library
 
 #: Random cases of the whole suite; each test takes its share.
 RANDOM_CASES = int(os.environ.get("VISPRUNER_RANDOM_CASES", "10000"))
@@ -33,7 +41,39 @@ def count_equal() -> Counter[str]:
     return _equal_cases
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compiled-report",
+        type=Path,
+        metavar="FILE",
+        help="write what the compiled kernels have run (benchmarks/results/compiled_kernels.json)",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--compiled-report")
+    if path:
+        totals = asdict(compiled_kernels.TOTALS)
+        faults = [i for i in session.items if i.originalname == "test_fault_is_noticed"]
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "sources": _library.load().sources,
+            **{k: sorted(v) if isinstance(v, set) else v for k, v in totals.items()},
+            "equal_cases": sum(_equal_cases.values()),
+            "faults": len(faults),
+            "tests_failed": session.testsfailed,
+        }
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    totals = compiled_kernels.TOTALS
+    if totals.calls:
+        terminalreporter.section("compiled kernels (PTX) on host")
+        terminalreporter.write_line(
+            f"{totals.calls} calls, {totals.launches} launches of {len(totals.kernels)} kernels; "
+            f"something was found in {totals.failed} of them"
+        )
     if _equal_cases:
         terminalreporter.section("bitwise equal to the reference")
         for name, count in sorted(_equal_cases.items()):
@@ -41,25 +81,39 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def host() -> host_kernels.Kernels:
-    """The CUDA kernels, run on the host. Built once a session, incrementally."""
-    directory = host_kernels.default_build_directory()
-    return host_kernels.Kernels(host_kernels.build(host_kernels.ROOT / "csrc", directory))
+def compiled_session() -> compiled_kernels.Kernels:
+    """The compiled kernels in the PTX executor. Built once per session, incrementally."""
+    if missing := compiled_kernels.missing_compiler():
+        pytest.skip(missing)
+    return compiled_kernels.Kernels(compiled_kernels.build_module())
 
 
 @pytest.fixture
-def host_kernels_default(host: host_kernels.Kernels) -> host_kernels.Kernels:
-    """The same with default schedule, limits and launch plans."""
-    host.schedule = 0
-    host.shared_limit = host_kernels.H200_SHARED
-    host.workspace_limit = host_kernels.NO_LIMIT
-    return host
+def compiled(compiled_session: compiled_kernels.Kernels) -> Iterator[compiled_kernels.Kernels]:
+    """The same with the default device, options and plans."""
+    compiled_session.reset()
+    yield compiled_session
+    compiled_session.reset()
 
 
 @pytest.fixture(scope="session")
-def implementations(host: host_kernels.Kernels) -> dict[str, Any]:
-    """Everything that must return what the reference returns."""
-    found: dict[str, Any] = {"cpu": backends.operators("cpu"), "kernels on host": host}
-    if torch.cuda.is_available():
-        found["cuda"] = backends.operators("cuda")
-    return found
+def installed() -> dict[str, Any]:
+    """The installed operators, on every kind of device of this machine."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {device: backends.operators(device) for device in devices}
+
+
+@pytest.fixture(scope="session")
+def implementations(installed: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Everything that must return what the reference returns.
+
+    Where there is a GPU, the executor only repeats more slowly what the GPU does.
+    """
+    if "cuda" in installed and os.environ.get("VISPRUNER_TEST_COMPILED_KERNELS") != "1":
+        return installed
+    if missing := compiled_kernels.missing_compiler():
+        warnings.warn(f"the compiled kernels are not tested: {missing}", stacklevel=1)
+        return installed
+    compiled = request.getfixturevalue("compiled_session")
+    compiled.reset()
+    return {**installed, "compiled kernels": compiled}

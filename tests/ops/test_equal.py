@@ -1,8 +1,9 @@
-"""Reference, C++ and kernels return bitwise the same, for random and adversarial problems."""
+"""Reference, C++ and CUDA kernels return bitwise the same, for random and adversarial problems."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from conftest import RANDOM_CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import host_kernels
 from support.backends import bitwise_equal
+from support.compiled_kernels import A100, ADA, BLACKWELL, H100, Device, Kernels
 from support.problems import Problem, problems
 
 from vispruner_cuda import reference
@@ -43,64 +44,130 @@ def compare(
 
 
 @settings(max_examples=share(0.5))
-@given(problem=problems(), sort=st.sampled_from(["by length", "buckets"]))
-def test_prune(
-    problem: Problem, sort: str, implementations: dict[str, Any], count_equal: Counter[str]
-) -> None:
+@given(problem=problems())
+def test_prune(problem: Problem, installed: dict[str, Any], count_equal: Counter[str]) -> None:
     feats, attn = problem.tensors()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VISPRUNER_SORT_PLAN", sort)  # these are too short for buckets by themselves
-        compare(implementations, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
+    compare(installed, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
+
+
+@st.composite
+def packings(draw: st.DrawFn, tokens: int, k: int) -> tuple[list[int], int | list[int]]:
+    """cu_seqlens and k for that many packed tokens."""
+    inner = draw(st.lists(st.integers(0, tokens), max_size=4))
+    bounds = [0, *sorted(inner), tokens]
+    images = len(bounds) - 1
+    each = st.lists(st.integers(1, tokens), min_size=images, max_size=images)
+    return bounds, draw(st.one_of(st.just(k), each))
 
 
 @settings(max_examples=share(0.2))
 @given(problem=problems(), data=st.data())
 def test_prune_varlen(
-    problem: Problem,
-    data: st.DataObject,
-    implementations: dict[str, Any],
-    count_equal: Counter[str],
+    problem: Problem, data: st.DataObject, installed: dict[str, Any], count_equal: Counter[str]
 ) -> None:
     feats, attn = (t[0] for t in problem.tensors())
-    inner = data.draw(st.lists(st.integers(0, problem.tokens), max_size=4), label="cuts")
-    bounds = [0, *sorted(inner), problem.tokens]
-    ks = data.draw(
-        st.one_of(
-            st.just(problem.k),
-            st.lists(
-                st.integers(1, problem.tokens), min_size=len(bounds) - 1, max_size=len(bounds) - 1
-            ),
-        ),
-        label="k",
-    )
-    compare(
-        implementations, count_equal, "prune_varlen", feats, attn, bounds, ks, **problem.keywords()
-    )
+    packing = data.draw(packings(problem.tokens, problem.k))
+    compare(installed, count_equal, "prune_varlen", feats, attn, *packing, **problem.keywords())
 
 
 @settings(max_examples=share(0.1))
 @given(problem=problems(most_tokens=200))
-def test_topk(problem: Problem, implementations: dict[str, Any], count_equal: Counter[str]) -> None:
+def test_topk(problem: Problem, installed: dict[str, Any], count_equal: Counter[str]) -> None:
     _, attn = problem.tensors()
-    compare(implementations, count_equal, "topk", attn, problem.k)
+    compare(installed, count_equal, "topk", attn, problem.k)
 
 
 @settings(max_examples=share(0.1))
 @given(problem=problems())
-def test_dedup(
-    problem: Problem, implementations: dict[str, Any], count_equal: Counter[str]
-) -> None:
+def test_dedup(problem: Problem, installed: dict[str, Any], count_equal: Counter[str]) -> None:
     feats, _ = problem.tensors()
-    compare(implementations, count_equal, "dedup", feats, problem.k, step=problem.step)
+    compare(installed, count_equal, "dedup", feats, problem.k, step=problem.step)
 
 
 @settings(max_examples=share(0.1))
 @given(problem=problems())
 def test_pairwise_cosine(
-    problem: Problem, implementations: dict[str, Any], count_equal: Counter[str]
+    problem: Problem, installed: dict[str, Any], count_equal: Counter[str]
 ) -> None:
     feats, _ = problem.tensors()
-    compare(implementations, count_equal, "pairwise_cosine", feats)
+    compare(installed, count_equal, "pairwise_cosine", feats)
+
+
+# ---- the same on the compiled CUDA kernels ----------------------------------------------------
+@dataclass(frozen=True)
+class Run:
+    """How the executor runs the kernels: as which GPU, in which order, under which plans."""
+
+    device: Device
+    seed: int
+    lockstep: bool
+    quantum: int
+    plans: dict[str, str]
+
+    def set_up(self, kernels: Kernels) -> Kernels:
+        kernels.reset()
+        kernels.device = self.device
+        kernels.options = {"seed": self.seed, "lockstep": self.lockstep, "quantum": self.quantum}
+        kernels.plans.select(**self.plans)
+        return kernels
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    device = draw(st.sampled_from([H100, H100, A100, ADA, BLACKWELL]))
+    launches = ["ordered", "dependent"] if device.major >= 9 else ["ordered"]
+    auto_or = lambda *plans: st.sampled_from(["auto", *plans])  # noqa: E731
+    return Run(
+        device,
+        draw(st.integers(0, 2**16)),
+        draw(st.sampled_from([True, True, True, False])),
+        draw(st.sampled_from([0, 0, 40])),
+        {
+            "rank": draw(auto_or("tokens_8", "tokens_32")),
+            "gram": draw(auto_or("tiles_32", "tiles_64", "tiles_128")),
+            "neighbours": draw(auto_or("block_4096")),
+            "dedup": draw(auto_or("state_shared", "workspace")),
+            "sort": draw(auto_or("buckets", "counting")),  # most are too short for buckets
+            "launch": draw(st.sampled_from(launches)),
+        },
+    )
+
+
+@settings(max_examples=share(0.04))
+@given(problem=problems(), run=runs())
+def test_prune_compiled(
+    problem: Problem, run: Run, compiled_session: Kernels, count_equal: Counter[str]
+) -> None:
+    feats, attn = problem.tensors()
+    kernels = {"compiled kernels": run.set_up(compiled_session)}
+    compare(kernels, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
+
+
+@settings(max_examples=share(0.02))
+@given(problem=problems(), data=st.data(), run=runs())
+def test_prune_varlen_compiled(
+    problem: Problem,
+    data: st.DataObject,
+    run: Run,
+    compiled_session: Kernels,
+    count_equal: Counter[str],
+) -> None:
+    feats, attn = (t[0] for t in problem.tensors())
+    packing = data.draw(packings(problem.tokens, problem.k))
+    kernels = {"compiled kernels": run.set_up(compiled_session)}
+    compare(kernels, count_equal, "prune_varlen", feats, attn, *packing, **problem.keywords())
+
+
+@settings(max_examples=share(0.02))
+@given(problem=problems(), run=runs())
+def test_stages_compiled(
+    problem: Problem, run: Run, compiled_session: Kernels, count_equal: Counter[str]
+) -> None:
+    feats, attn = problem.tensors()
+    kernels = {"compiled kernels": run.set_up(compiled_session)}
+    compare(kernels, count_equal, "topk", attn, problem.k)
+    compare(kernels, count_equal, "dedup", feats, problem.k, step=problem.step)
+    compare(kernels, count_equal, "pairwise_cosine", feats)
 
 
 # Real shapes and those at which the kernels change their way.
@@ -128,55 +195,55 @@ def test_large(problem: Problem, implementations: dict[str, Any]) -> None:
         assert_equal(expected, actual, name)
 
 
-PLANS = ("lists_shared", "state_shared", "workspace")
-
-
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("sort", ["by length", "buckets", "counting"])
-@pytest.mark.parametrize("schedule", [0, 1, 11])
+@pytest.mark.parametrize("dedup", ["lists_shared", "state_shared", "workspace"])
+@pytest.mark.parametrize("sort", ["auto", "buckets", "counting"])
 @pytest.mark.parametrize(
     "problem",
     [
         Problem(2, 300, 32, 2, 33, features="clustered", dtype=torch.float16),
-        Problem(1, 1100, 16, None, 60, 0.1, 100, features="smooth"),
+        Problem(1, 1040, 16, None, 60, 0.1, 100, features="smooth"),  # A is too long to be counted
     ],
-    ids=str,
+    ids=lambda problem: f"{problem.tokens} tokens",
 )
-def test_every_plan(
-    problem: Problem,
-    schedule: int,
-    sort: str,
-    plan: str,
-    host_kernels_default: host_kernels.Kernels,
-    implementations: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+def test_every_way_of_the_loop(
+    problem: Problem, sort: str, dedup: str, implementations: dict[str, Any]
 ) -> None:
     """Neighbour lists in shared memory or not, the loop's state in shared memory or not; ranking
     in every way."""
-    monkeypatch.setenv("VISPRUNER_DEDUP_PLAN", plan)
-    monkeypatch.setenv("VISPRUNER_SORT_PLAN", sort)
-    host_kernels_default.schedule = schedule
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())
     for name, implementation in implementations.items():
-        got = implementation.prune(feats, attn, problem.k, **problem.keywords())
-        assert_equal(expected, got, name)
+        if "dedup" in implementation.plans.choices():
+            with implementation.plans.use(dedup=dedup, sort=sort):
+                got = implementation.prune(feats, attn, problem.k, **problem.keywords())
+            assert_equal(expected, got, name)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("device", [H100, A100], ids=["sm_90", "sm_80"])
+def test_every_order_of_threads(
+    device: Device, lockstep: bool, seed: int, compiled: Kernels
+) -> None:
+    """Blocks, warps and threads in another order, preempted after at most 40 instructions."""
+    compiled.device = device
+    compiled.options = {"seed": seed, "lockstep": lockstep, "quantum": 40}
+    problem = Problem(2, 150, 32, 2, 33, features="clustered", dtype=torch.float16)
+    feats, attn = problem.tensors()
+    expected = reference.prune(feats, attn, problem.k, **problem.keywords())
+    for sort in ("buckets", "counting"):
+        with compiled.plans.use(sort=sort):
+            got = compiled.prune(feats, attn, problem.k, **problem.keywords())
+        assert_equal(expected, got, sort)
 
 
 @pytest.mark.parametrize("rank", ["tokens_8", "tokens_32"])
 @pytest.mark.parametrize("gram", ["tiles_32", "tiles_64", "tiles_128"])
 @pytest.mark.parametrize("launch", ["ordered", "dependent"])
 def test_every_block_size_and_launch(
-    rank: str,
-    gram: str,
-    launch: str,
-    implementations: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    rank: str, gram: str, launch: str, implementations: dict[str, Any]
 ) -> None:
-    """Blocks of the first two kernels; kernels one after the other or overlapped (on a GPU)."""
-    monkeypatch.setenv("VISPRUNER_RANK_PLAN", rank)
-    monkeypatch.setenv("VISPRUNER_GRAM_PLAN", gram)
-    monkeypatch.setenv("VISPRUNER_LAUNCH", launch)
+    """Blocks of the first two kernels; kernels one after the other or overlapped."""
     for problem in (
         Problem(2, 300, 40, 2, 33, features="clustered", dtype=torch.float16),
         Problem(1, 161, 200, None, 5, features="smooth"),
@@ -185,19 +252,30 @@ def test_every_block_size_and_launch(
         expected = reference.prune(feats, attn, problem.k, **problem.keywords())
         cosine = reference.pairwise_cosine(feats)
         for name, implementation in implementations.items():
-            got = implementation.prune(feats, attn, problem.k, **problem.keywords())
-            assert_equal(expected, got, name)
-            assert torch.equal(implementation.pairwise_cosine(feats), cosine), name
+            if "gram" not in implementation.plans.choices():
+                continue
+            with implementation.plans.use(rank=rank, gram=gram, launch=launch):
+                got = implementation.prune(feats, attn, problem.k, **problem.keywords())
+                assert_equal(expected, got, name)
+                assert torch.equal(implementation.pairwise_cosine(feats), cosine), name
 
 
-@pytest.mark.parametrize("shared_limit", [host_kernels.ADA_SHARED, 32 * 1024, 8 * 1024])
-def test_smaller_gpus(shared_limit: int, host_kernels_default: host_kernels.Kernels) -> None:
-    """The plan follows from the shared memory there is."""
-    host_kernels_default.shared_limit = shared_limit
-    problem = Problem(1, 600, 32, 2, 33, features="clustered")
+@pytest.mark.parametrize(
+    "plan", ["warp_576", "warp_1024", "block_4096", "block_16384", "block_32768"]
+)
+@pytest.mark.parametrize("features", ["smooth", "few_values"])
+def test_every_kernel_of_neighbours(
+    plan: str, features: str, implementations: dict[str, Any]
+) -> None:
+    """The kernels for long rows, on short ones too."""
+    problem = Problem(1, 140, 16, None, 20, 0.1, features=features)
     feats, attn = problem.tensors()
-    expected = reference.prune(feats, attn, problem.k)
-    assert_equal(expected, host_kernels_default.prune(feats, attn, problem.k), "host")
+    expected = reference.prune(feats, attn, problem.k, **problem.keywords())
+    for name, implementation in implementations.items():
+        if "neighbours" in implementation.plans.choices():
+            with implementation.plans.use(neighbours=plan):
+                got = implementation.prune(feats, attn, problem.k, **problem.keywords())
+            assert_equal(expected, got, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -107,6 +107,11 @@ LONG = _checks.MAX_TOKENS + 1
 bad("prune", "feats", ValueError, torch.empty(1, LONG, 1), torch.empty(1, LONG), 3)
 bad("topk", "cls_attn", ValueError, torch.empty(1, LONG), 3)
 bad("prune_varlen", "feats", ValueError, torch.empty(LONG, 1), torch.empty(LONG), [0, LONG], 3)
+WIDE = torch.empty(1, 1, _checks.MAX_CHANNELS + 1)
+bad("prune", "feats", ValueError, WIDE, torch.empty(1, 1), 1)
+bad("dedup", "feats", ValueError, WIDE, 1)
+bad("pairwise_cosine", "feats", ValueError, WIDE)
+bad("prune_varlen", "feats", ValueError, WIDE[0], torch.empty(1), [0, 1], 1)
 
 
 @pytest.mark.parametrize("module", [vispruner_cuda, reference], ids=["operators", "reference"])
@@ -158,6 +163,7 @@ DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("prune", (F, A, 3, 2.0, 8)),
     ("prune", (F, A, 3, 0.5, 0)),
     ("prune", (F[..., :0], A, 3, 0.5, 8)),
+    ("dedup", (WIDE, 1, 8)),
     ("prune_varlen", (PF, PA, [0, 11], [3], 0.5, 8)),
     ("prune_varlen", (PF, PA, [0, 20, 10], [3, 3], 0.5, 8)),
     ("prune_varlen", (PF, PA, [], [], 0.5, 8)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import Any
 
 import pytest
 import torch
+from support import environment
 from support.problems import Problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -198,6 +201,25 @@ def test_cuda_graph_replays_with_new_data() -> None:
             feats.flatten(0, 1), attn[:, 0].flatten(), [0, 50, 80], [7, 9]
         )
         assert torch.equal(packed.indices, want.indices)
+
+
+@needs_cuda
+def test_cuda_graph_is_captured_by_the_first_call_of_a_process() -> None:
+    """What is set up once per kernel and device is allowed during a capture."""
+    program = """
+import torch, vispruner_cuda
+from support.problems import Problem
+from vispruner_cuda import reference
+feats, attn = (t.cuda() for t in Problem(1, 196, 4, None, 26).tensors())
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    kept = vispruner_cuda.prune(feats, attn, 26)
+graph.replay()
+assert torch.equal(kept.indices, reference.prune(feats, attn, 26).indices)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_cuda

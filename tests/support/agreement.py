@@ -1,72 +1,100 @@
-"""Whether a build of the host-run kernels agrees with the reference: `python -m support.agreement
-MODULE` prints "agrees" or how it does not."""
+"""What the tests of the kernels would notice of a build, as quickly as possible."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 
-from support.host_kernels import Kernels
+from support.compiled_kernels import A100, H100, Device, FindingsError, Kernels
 from support.problems import Problem
 from vispruner_cuda import reference
+
+#: The results differ from those of the reference, or an operator raises.
+RESULTS = "results"
 
 PROBLEMS = [
     Problem(2, 130, 33, 5, 20, features="clustered"),
     Problem(1, 200, 20, None, 17, features="few_values", attention="ties", dtype=torch.float16),
     Problem(1, 90, 31, 2, 9, features="constant", attention="constant", dtype=torch.bfloat16),
-    Problem(1, 1200, 3, None, 40, 0.0, 120, features="few_values", attention="ties"),
-    Problem(1, 300, 65, 3, 2, features="normal"),
-    Problem(1, 1100, 16, None, 40, 0.0, 120, features="clustered"),
-    Problem(1, 400, 16, None, 150, features="smooth", dtype=torch.float16),
+    Problem(1, 300, 640, 3, 30, dtype=torch.float16),
+    Problem(1, 196, 4, None, 26),  # shared memory near 48 KiB
+    Problem(1, 1100, 16, None, 40, 0.0, 300, features="clustered"),
+    Problem(1, 1200, 3, None, 40, 0.0, 300, features="few_values", attention="ties"),
+    Problem(1, 400, 16, None, 150, step=64, features="smooth", dtype=torch.float16),
 ]
 
 
-def attention_differs(kernels: Kernels) -> str | None:
-    """Attention scores have an error bound instead of equality."""
+def _prune(kernels: Kernels, problem: Problem) -> bool:
+    feats, attn = problem.tensors()
+    got = kernels.prune(feats, attn, problem.k, **problem.keywords())
+    want = reference.prune(feats, attn, problem.k, **problem.keywords())
+    scores = kernels.topk(attn, problem.tokens).scores
+    return (
+        torch.equal(got.indices, want.indices)
+        and torch.equal(got.feats, want.feats)
+        and torch.equal(scores, reference.topk(attn, problem.tokens).scores)
+    )
+
+
+def _planned(kernels: Kernels, **plans: str) -> bool:
+    with kernels.plans.use(**plans):
+        return all(_prune(kernels, problem) for problem in PROBLEMS[:3])
+
+
+def _attention(kernels: Kernels, dtype: torch.dtype) -> bool:
     g = torch.Generator().manual_seed(0)
-    for dtype in (torch.float16, torch.float32):
-        q, k = (torch.randn((150, 2, 40), generator=g).to(dtype) for _ in range(2))
-        got = kernels.received_attention(q, k, 0.2, [0, 131, 150])
-        want = reference.received_attention(q, k, 0.2, [0, 131, 150])
-        if not torch.allclose(got, want, rtol=1e-4, atol=0):
-            return f"received_attention, {dtype}"
-        heads = k.transpose(0, 1).unsqueeze(0)
-        got = kernels.cls_attention(q[:1], heads, 0.2)
-        if not torch.allclose(got, reference.cls_attention(q[:1], heads, 0.2), rtol=1e-4, atol=0):
-            return f"cls_attention, {dtype}"
-    return None
+    q, k = (torch.randn((150, 2, 40), generator=g).to(dtype) for _ in range(2))
+    got = kernels.received_attention(q, k, 0.2, [0, 131, 150])
+    want = reference.received_attention(q, k, 0.2, [0, 131, 150])
+    keys = k.transpose(0, 1).unsqueeze(0)
+    got_cls = kernels.cls_attention(q[:1], keys, 0.2)
+    want_cls = reference.cls_attention(q[:1], keys, 0.2)
+    return torch.allclose(got, want, rtol=1e-4, atol=0) and torch.allclose(
+        got_cls, want_cls, rtol=1e-4, atol=0
+    )
 
 
-def verdict(kernels: Kernels) -> str:
-    """Whether all results are those of the reference, on every problem and schedule."""
-    for problem in PROBLEMS:
-        feats, attn = problem.tensors()
-        expected = reference.prune(feats, attn, problem.k, **problem.keywords())
-        for schedule in (0, 1, 5):
-            kernels.schedule = schedule
-            try:
-                got = kernels.prune(feats, attn, problem.k, **problem.keywords())
-            except RuntimeError as error:  # a barrier that some threads never reach
-                return str(error)
-            scores = kernels.topk(attn, problem.tokens).scores
-            if not (
-                torch.equal(got.indices, expected.indices)
-                and torch.equal(got.feats, expected.feats)
-                and torch.equal(scores, reference.topk(attn, problem.tokens).scores)
-            ):
-                return f"differs: {problem}, schedule {schedule}"
-    for schedule in (0, 1, 5):
-        kernels.schedule = schedule
-        try:
-            differs = attention_differs(kernels)
-        except RuntimeError as error:
-            return str(error)
-        if differs:
-            return f"differs: {differs}, schedule {schedule}"
-    return "agrees"
+def _refuses_to_depend(kernels: Kernels) -> bool:
+    """Code made of old PTX does not wait for the kernel before it."""
+    kernels.device = Device(9, 0, H100.shared_bytes, newest_ptx=80)
+    try:
+        _planned(kernels, launch="dependent")
+    except FindingsError:
+        raise
+    except RuntimeError:
+        return True
+    return False
 
 
-if __name__ == "__main__":
-    print(verdict(Kernels(Path(sys.argv[1]))))
+def _probes(kernels: Kernels) -> Iterator[Callable[[], bool]]:
+    """Cheap ones first."""
+    for device, seed in ((H100, 0), (A100, 5)):
+        kernels.reset()
+        kernels.device = device
+        kernels.options = {"seed": seed}
+        for problem in PROBLEMS:
+            yield lambda problem=problem: _prune(kernels, problem)
+        for dtype in (torch.float16, torch.float32):
+            yield lambda dtype=dtype: _attention(kernels, dtype)
+        for gram in ("tiles_32", "tiles_64", "tiles_128"):
+            yield lambda gram=gram: _planned(kernels, gram=gram, rank="tokens_32", sort="buckets")
+        yield lambda: _planned(kernels, neighbours="block_4096", dedup="workspace")
+    kernels.reset()
+    yield lambda: _planned(kernels, launch="dependent")
+    yield lambda: _refuses_to_depend(kernels)
+
+
+def _observed(probe: Callable[[], bool]) -> set[str]:
+    try:
+        return set() if probe() else {RESULTS}
+    except FindingsError as error:
+        return {found[1 : found.index("]")].split(",")[0] for found in error.findings}
+    except RuntimeError:
+        return {RESULTS}
+
+
+def observations(kernels: Kernels) -> Iterator[str]:
+    """RESULTS, or the name of a checker, for whatever is noticed; nothing for good kernels."""
+    for probe in _probes(kernels):
+        yield from _observed(probe)

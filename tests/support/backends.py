@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import vispruner_cuda
+from vispruner_cuda import plans
 
 FUNCTIONS = (
     "topk",
@@ -49,10 +50,24 @@ def _on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def operators(device: str) -> Any:
-    """The installed operators on a device."""
+    """The installed operators on a device, with their launch plans."""
     return SimpleNamespace(
-        **{name: _on(device, getattr(vispruner_cuda, name)) for name in FUNCTIONS}
+        plans=_PlansOf(device),
+        **{name: _on(device, getattr(vispruner_cuda, name)) for name in FUNCTIONS},
     )
+
+
+class _PlansOf:
+    """`vispruner_cuda.plans`, as far as the stages of a device go."""
+
+    use = staticmethod(plans.use)
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        on_cpu = self._device == "cpu"
+        return {s: names for s, names in plans.choices().items() if (s == "cpu") == on_cpu}
 
 
 def bitwise_equal(a: Tensor, b: Tensor) -> bool:

@@ -1,22 +1,27 @@
-"""The CUDA kernels run on the host, under the functional API of `vispruner_cuda`.
+"""The compiled CUDA kernels, run by the PTX executor (tests/ptx), under the functional API of
+`vispruner_cuda`.
 
-The module is compiled from csrc/cuda by CMake (option VISPRUNER_SIMT) the first time it is asked
-for. `Kernels(csrc)` builds from another copy of the sources: the mutation tests change one.
+The module holds the real host code of csrc/cuda and the PTX that nvcc makes of the kernels. It is
+built the first time it is asked for. `Kernels(path)` also loads modules built from changed copies
+of the sources: the mutation tests make such copies.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
+import json
 import os
-import shutil
-import subprocess
+import re
 import sys
-import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import pybind11
 import torch
 from torch import Tensor
 
@@ -25,38 +30,69 @@ from vispruner_cuda._results import PruneResult, PruneVarlenResult, TopkResult
 
 ROOT = Path(__file__).resolve().parents[2]
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-H200_SHARED = 227 * 1024  # bytes a block may ask for
-ADA_SHARED = 99 * 1024
 NO_LIMIT = 1 << 40
 
-
-def build(csrc: Path, directory: Path) -> Path:
-    """Compiles the module from `csrc` in `directory` and returns its path."""
-    ninja = shutil.which("ninja")
-    generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [
-        "cmake", "-S", str(ROOT), "-B", str(directory), *generator,
-        "-DVISPRUNER_LIBRARY=OFF", "-DVISPRUNER_SIMT=ON", f"-DVISPRUNER_CSRC_DIR={csrc}",
-        f"-DPython3_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(directory), "--parallel"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return directory / f"vispruner_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+#: Findings that are known and harmless, as regular expressions, and why.
+ALLOWED = {
+    r"\[initcheck\] dedup_kernel.*atom\.shared\.exch": (
+        "the first token of a bucket takes over a head that nothing wrote; its chain ends there"
+    ),
+}
 
 
-def load(path: Path) -> ModuleType:
-    # pybind11 returns the module it has for a name: every file gets a name of its own (the last
-    # part is that of the init function).
-    name = f"host_kernels_{abs(hash(path))}.vispruner_simt"
-    spec = importlib.util.spec_from_file_location(name, path)
+@dataclass(frozen=True)
+class Device:
+    """A GPU as the fake CUDA runtime presents it.
+
+    Attributes:
+        shared_bytes: shared memory that a block may ask for.
+        newest_ptx: leaves out newer PTX of the module, as a library built without it would.
+        driver: CUDA version of the driver; None: that of the runtime.
+    """
+
+    major: int
+    minor: int
+    shared_bytes: int
+    newest_ptx: int | None = None
+    driver: int | None = None
+
+
+H100 = Device(9, 0, 227 * 1024)
+A100 = Device(8, 0, 163 * 1024)
+ADA = Device(8, 9, 99 * 1024)
+BLACKWELL = Device(12, 0, 99 * 1024)
+#: The PTX that the module holds; each device runs the newest that it can.
+TARGETS = (80, 90)
+
+
+class FindingsError(AssertionError):
+    """What the checkers found in a call that nothing was to be found in.
+
+    Attributes:
+        findings: all of them; the message has the first few.
+    """
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        super().__init__("\n".join(findings[:5]))
+        self.findings = tuple(findings)
+
+
+def _build() -> ModuleType:
+    """tests/ptx/build.py"""
+    spec = importlib.util.spec_from_file_location("ptx_build", ROOT / "tests" / "ptx" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+build = functools.cache(_build)
+
+
+def unexpected(findings: Sequence[str], *allowed: str) -> list[str]:
+    return [f for f in findings if not any(re.search(p, f) for p in (*ALLOWED, *allowed))]
 
 
 def _argument(tensor: Tensor) -> tuple[int, int, list[int]]:
@@ -67,24 +103,129 @@ def _with_heads(cls_attn: Tensor, dim: int) -> Tensor:
     return cls_attn if cls_attn.dim() == dim else cls_attn.unsqueeze(dim - 2)
 
 
+@functools.cache
+def _function_at(file: str, line: int) -> str:
+    """The function of csrc/cuda that a line belongs to."""
+    name = ""
+    lines = (ROOT / "csrc" / "cuda" / file).read_text().splitlines()
+    for text in lines[:line]:
+        if match := re.match(r"(?:__device__ )?(?:__forceinline__ )?[\w:<>*& ]+?\b(\w+)\(", text):
+            name = match[1]
+    return name
+
+
+class Plans:
+    """The interface of `vispruner_cuda.plans` on a compiled module."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        stages = json.loads(self._module.plans())
+        return {name: tuple(s["names"]) for name, s in stages.items() if name != "cpu"}
+
+    def current(self) -> dict[str, str]:
+        return {name: s["current"] for name, s in json.loads(self._module.plans()).items()}
+
+    def select(self, **stages: str) -> None:
+        for stage, name in stages.items():
+            wrong = self._module.set_plan(stage, name)
+            if wrong:
+                raise ValueError(wrong)
+
+    @contextmanager
+    def use(self, **stages: str) -> Iterator[None]:
+        before = self.current()
+        try:
+            self.select(**stages)
+            yield
+        finally:
+            self.select(**{stage: before[stage] for stage in stages if stage in before})
+
+
+@dataclass
+class Totals:
+    """What all calls of a session have run, for the summary."""
+
+    calls: int = 0
+    launches: int = 0
+    kernels: set[str] = field(default_factory=set)
+    targets: set[int] = field(default_factory=set)  # of the PTX that ran
+    failed: int = 0  # calls in which something was found
+
+
+TOTALS = Totals()
+
+
 class Kernels:
-    """The functional API on one compiled module.
+    """The functional API on one compiled module; every call fails on what the checkers find.
 
     Attributes:
-        schedule: order in which threads are resumed: 0 ascending, 1 descending, else a seed.
-        shared_limit: bytes of shared memory of a block; small values force other launch plans.
+        device: the GPU to be.
+        options: of the executor (tests/ptx/README.md): seed, lockstep, quantum, ...
         workspace_limit: bytes; small values force several waves.
+        plans: as `vispruner_cuda.plans`.
+        allowed: more findings that a test provokes, as regular expressions.
+        launches: the kernels that the latest call launched, with grid, block and shared memory.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._module = load(path)
-        self.schedule = 0
-        self.shared_limit = H200_SHARED
-        self.workspace_limit = NO_LIMIT
+    def __init__(self, path: Path, counted: bool = True) -> None:
+        self.module = build().load(path)
+        self.counted = counted  # in the totals of the session
+        self.plans = Plans(self.module)
+        self.launches: list[dict[str, Any]] = []
+        self.reset()
 
-    def _configured(self) -> ModuleType:
-        self._module.configure(self.schedule, self.shared_limit)
-        return self._module
+    def reset(self) -> None:
+        self.device = H100
+        self.options: dict[str, Any] = {}
+        self.workspace_limit = NO_LIMIT
+        self.allowed: tuple[str, ...] = ()
+        self.plans.select(**dict.fromkeys(self.plans.choices(), "auto"))
+
+    def functions_run(self, kernel: str) -> set[str]:
+        """The functions of the .cu files that a kernel has run since the counters were cleared."""
+        spaced = kernel.replace(">>", "> >")
+        executed = self.module.counters()[spaced]["executed"]
+        ran = set()
+        for place, times in zip(self.module.lines(spaced), executed, strict=True):
+            if times:
+                ran.update(re.findall(r"([\w.]+\.cu):(\d+)", place))
+        return {_function_at(file, int(line)) for file, line in ran}
+
+    def kernel_names(self) -> list[str]:
+        """Of the latest call, in order: "rank_kernel<Half, 8>" and so on."""
+        return [launch["kernel"] for launch in self.launches]
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        properties: dict[str, Any] = {
+            "major": self.device.major,
+            "minor": self.device.minor,
+            "shared_bytes": self.device.shared_bytes,
+            "newest_ptx": self.device.newest_ptx,
+        }
+        if self.device.driver is not None:
+            properties["driver"] = self.device.driver
+        self.module.set_device(**properties)
+        self.module.configure(**self.options)
+        self.module.take_findings()
+        self.module.take_launches()
+        try:
+            getattr(self.module, function)(*arguments)
+        finally:
+            self.launches = [
+                {**launch, "kernel": launch["kernel"].replace("> >", ">>")}
+                for launch in self.module.take_launches()
+            ]
+            if self.counted:
+                TOTALS.calls += 1
+                TOTALS.launches += len(self.launches)
+                TOTALS.kernels.update(self.kernel_names())
+                TOTALS.targets.update(launch["ptx"] for launch in self.launches)
+            found = unexpected(self.module.take_findings(), *self.allowed)
+            if found:
+                TOTALS.failed += self.counted
+                raise FindingsError(found)
 
     def topk(self, cls_attn: Tensor, k: int) -> TopkResult:
         _checks.topk(cls_attn, k)
@@ -92,8 +233,8 @@ class Kernels:
         batch, heads, n = attn.shape
         scores = torch.full((batch, min(k, n)), float("nan"))
         indices = torch.full((batch, min(k, n)), -1, dtype=torch.int64)
-        self._configured().topk(
-            _argument(attn), batch, heads, n, k, indices.data_ptr(), scores.data_ptr()
+        self._call(
+            "topk", _argument(attn), batch, heads, n, k, indices.data_ptr(), scores.data_ptr()
         )
         return TopkResult(scores, indices)
 
@@ -103,8 +244,14 @@ class Kernels:
         feats = feats if feats.stride(2) == 1 else feats.contiguous()
         out = torch.full((batch, n, n), float("nan"))
         if out.numel():
-            self._configured().pairwise_cosine(
-                _argument(feats), batch, n, channels, out.data_ptr(), self.workspace_limit
+            self._call(
+                "pairwise_cosine",
+                _argument(feats),
+                batch,
+                n,
+                channels,
+                out.data_ptr(),
+                self.workspace_limit,
             )
         return out
 
@@ -116,7 +263,8 @@ class Kernels:
         attn = None if cls_attn is None else _with_heads(cls_attn, 3)
         kept = torch.full((batch, min(k, n), channels), float("nan"), dtype=feats.dtype)
         indices = torch.full((batch, min(k, n)), -1, dtype=torch.int64)
-        self._configured().prune(
+        self._call(
+            "prune",
             _argument(feats),
             None if attn is None else _argument(attn),
             batch,
@@ -127,7 +275,7 @@ class Kernels:
             ratio,
             min(step, n),
             indices.data_ptr(),
-            kept.data_ptr(),
+            0 if attn is None else kept.data_ptr(),
             self.workspace_limit,
         )
         return PruneResult(kept, indices)
@@ -164,7 +312,8 @@ class Kernels:
         counts = [min(k_, e - s) for s, e, k_ in zip(bounds[:-1], bounds[1:], ks, strict=True)]
         kept = torch.full((sum(counts), feats.shape[1]), float("nan"), dtype=feats.dtype)
         indices = torch.full((sum(counts),), -1, dtype=torch.int64)
-        self._configured().prune_varlen(
+        self._call(
+            "prune_varlen",
             _argument(feats.unsqueeze(0)),
             _argument(attn),
             attn.shape[1],
@@ -188,8 +337,16 @@ class Kernels:
         batch, heads, tokens, dim = k.shape
         out = torch.full((batch, tokens - 1), float("nan"))
         if out.numel():
-            self._configured().cls_attention(
-                _argument(q_cls), _argument(k), batch, heads, tokens, dim, scale, out.data_ptr()
+            self._call(
+                "cls_attention",
+                _argument(q_cls),
+                _argument(k),
+                batch,
+                heads,
+                tokens,
+                dim,
+                scale,
+                out.data_ptr(),
             )
         return out
 
@@ -205,7 +362,8 @@ class Kernels:
         q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
         out = torch.full((q.shape[0],), float("nan"))
         if out.numel():
-            self._configured().received_attention(
+            self._call(
+                "received_attention",
                 _argument(q),
                 _argument(k),
                 q.shape[1],
@@ -218,6 +376,33 @@ class Kernels:
         return out
 
 
-def default_build_directory() -> Path:
+def missing_compiler() -> str | None:
+    """Why the compiled kernels are not tested here; None if they are.
+
+    Raises:
+        BuildError: in CI, where they must be.
+    """
+    if os.environ.get("VISPRUNER_TEST_COMPILED_KERNELS") == "0":
+        return "left out by VISPRUNER_TEST_COMPILED_KERNELS=0"
+    builder = build()
+    try:
+        builder.find_nvcc()
+    except builder.BuildError as error:
+        if os.environ.get("CI"):
+            raise
+        return " ".join(str(error).split())
+    return None
+
+
+def build_directory() -> Path:
     """Shared by test runs, so that only changed sources are compiled again."""
-    return Path(os.environ.get("VISPRUNER_SIMT_BUILD", ROOT / "build" / "simt"))
+    return Path(os.environ.get("VISPRUNER_PTX_BUILD", ROOT / "build" / "ptx"))
+
+
+def build_module(csrc: Path | None = None) -> Path:
+    """The module of this tree's kernels, or of another copy of csrc."""
+    if csrc is None:
+        return Path(build().build(ROOT / "csrc", build_directory(), targets=TARGETS))
+    name = hashlib.sha256(str(csrc.resolve()).encode()).hexdigest()[:12]
+    directory = build_directory() / name
+    return Path(build().build(csrc, build_directory(), targets=TARGETS, directory=directory))

@@ -1,0 +1,446 @@
+"""The faults that the tests of the kernels must notice.
+
+Each breaks one barrier, wait, tie rule, fragment, alignment, bound or launch limit.
+"""
+
+from __future__ import annotations
+
+from mutations.mutation import RESULTS, Mutation
+
+RANK = "cuda/rank.cu"
+GRAM = "cuda/gram.cu"
+NEIGHBOURS = "cuda/neighbours.cu"
+DEDUP = "cuda/dedup.cu"
+GATHER = "cuda/gather.cu"
+CLS = "cuda/cls_attention.cu"
+RECEIVED = "cuda/received_attention.cu"
+LAUNCH = "cuda/launch.cuh"
+NUMERICS = "include/vispruner/numerics.h"
+
+BARRIERS = [
+    Mutation(
+        "ranking: the tile is read before it is complete",
+        RANK,
+        "base + i); } __syncthreads();",
+        "base + i); }",
+        "racecheck",
+    ),
+    Mutation(
+        "ranking: the tile is overwritten while it is read",
+        RANK,
+        "const int count = min(kTile, tokens - base); __syncthreads();",
+        "const int count = min(kTile, tokens - base);",
+        "racecheck",
+    ),
+    Mutation(
+        "ranking: ranks are read before all are known",
+        RANK,
+        "if (residual == 0 || !workspace) return; __syncthreads();",
+        "if (residual == 0 || !workspace) return;",
+        "racecheck",
+    ),
+    Mutation(
+        "Gram: a stage is read before it is complete for all",
+        GRAM,
+        "copy_async_wait<S::kStages - 2>(); __syncthreads();",
+        "copy_async_wait<S::kStages - 2>();",
+        "racecheck",
+    ),
+    Mutation(
+        "Gram: the output tile lies over a stage in use",
+        GRAM,
+        "copy_async_wait<0>(); __syncthreads();",
+        "copy_async_wait<0>();",
+        "racecheck",
+    ),
+    Mutation(
+        "Gram: the output tile is read before it is complete",
+        GRAM,
+        "low_sums[m][n][e])); } } } __syncthreads();",
+        "low_sums[m][n][e])); } } }",
+        "racecheck",
+    ),
+    Mutation(
+        "neighbours: the list is read before it is complete",
+        NEIGHBOURS,
+        "meet<kWarps>(); const int count = kWarps",
+        "const int count = kWarps",
+        "racecheck",
+    ),
+    Mutation(
+        "neighbours: sums of two turns in one array",
+        NEIGHBOURS,
+        "slots[turn & 1]",
+        "slots[0]",
+        "racecheck",
+    ),
+    Mutation(
+        "neighbours: sums of warps are read before all are there",
+        NEIGHBOURS,
+        "slots[threadIdx.x / kWarp] = value; __syncthreads();",
+        "slots[threadIdx.x / kWarp] = value;",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: sorting does not wait for the scans",
+        DEDUP,
+        "scan_missing(shared, state, similarity, round); __syncthreads();",
+        "scan_missing(shared, state, similarity, round);",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: a round does not wait for the one before it",
+        DEDUP,
+        "__syncthreads(); n -= round.r;",
+        "n -= round.r;",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: a barrier that only some threads reach",
+        DEDUP,
+        "if (__syncthreads_or(left)) {",
+        "if (left) {",
+        "synccheck",
+    ),
+    Mutation(
+        "dedup: buckets do not wait for their counts to be summed",
+        DEDUP,
+        "if (__syncthreads_or(crowded)) return false;",
+        "if (crowded) return false;",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: sums of warps are read before all are there",
+        DEDUP,
+        "warp_sums[warp] = before + own; __syncthreads();",
+        "warp_sums[warp] = before + own;",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: shuffles that only some lanes reach",
+        DEDUP,
+        "p0 < round.a_count; p0 += groups",
+        "p0 + (threadIdx.x >> shift) < round.a_count; p0 += groups",
+        "synccheck",
+    ),
+    Mutation(
+        "dedup: bits of a word are set without atomics",
+        DEDUP,
+        "if (slot & 1) atomicOr(&round.next_in_b[token / 32], 1u << (token % 32));",
+        "if (slot & 1) round.next_in_b[token / 32] |= 1u << (token % 32);",
+        "racecheck",
+    ),
+    Mutation(
+        "[CLS] attention: the query is read before it is there",
+        CLS,
+        "q[d] = to_float(query[d]); __syncthreads();",
+        "q[d] = to_float(query[d]);",
+        "racecheck",
+    ),
+    Mutation(
+        "[CLS] attention: the dots are read before they are there",
+        CLS,
+        "warp_highest[warp] = highest; __syncthreads();",
+        "warp_highest[warp] = highest;",
+        "racecheck",
+    ),
+    Mutation(
+        "received attention: a tile is read before it is complete for all",
+        RECEIVED,
+        "copy_async_wait<0>(); __syncthreads();",
+        "copy_async_wait<0>();",
+        "racecheck",
+    ),
+    Mutation(
+        "received attention: a tile is overwritten while it is read",
+        RECEIVED,
+        "if (S::kBuffers == 1) { __syncthreads();",
+        "if (S::kBuffers == 1) {",
+        "racecheck",
+    ),
+]
+
+COPIES = [
+    Mutation(
+        "received attention: copies that no wait covers",
+        RECEIVED,
+        "tokens, head_dim, column_operand.aligned); copy_async_commit();",
+        "tokens, head_dim, column_operand.aligned); if (S::kBuffers == 2 || tile == 0) "
+        "copy_async_commit();",
+        "async",
+    ),
+    Mutation(
+        "Gram: no wait for the copies",
+        GRAM,
+        "copy_async_wait<S::kStages - 2>();",
+        "",
+        "async",
+    ),
+    Mutation(
+        "Gram: waits for a group too few",
+        GRAM,
+        "copy_async_wait<S::kStages - 2>()",
+        "copy_async_wait<S::kStages - 1>()",
+        "async",
+    ),
+    Mutation(
+        "Gram: waits after the barrier",
+        GRAM,
+        "copy_async_wait<S::kStages - 2>(); __syncthreads();",
+        "__syncthreads(); copy_async_wait<S::kStages - 2>();",
+        "async",
+    ),
+    Mutation(
+        "dedup: lists are used before they are there",
+        DEDUP,
+        "copy_async_wait<0>();",
+        "",
+        "async",
+    ),
+]
+
+MEMORY = [
+    Mutation(
+        "ranking: digits one byte too far",
+        RANK,
+        "*reinterpret_cast<uint32_t*>(out + c) = q.high;",
+        "*reinterpret_cast<uint32_t*>(out + c + 1) = q.high;",
+        "memcheck",
+    ),
+    Mutation(
+        "Gram: copies to misaligned places",
+        GRAM,
+        "copy_async_16(shared + p * kRows",
+        "copy_async_16(shared + 8 + p * kRows",
+        "memcheck",
+    ),
+    Mutation(
+        "Gram: misaligned matrix rows",
+        GRAM,
+        "load_matrices(of, plane + chunk_offset(row0",
+        "load_matrices(of, plane + 4 + chunk_offset(row0",
+        "memcheck",
+    ),
+    Mutation(
+        "Gram: rows past the last one are read",
+        GRAM,
+        "min(first_row + row_of(i), rows - 1)",
+        "first_row + row_of(i) + rows",
+        "initcheck",
+    ),
+    Mutation(
+        "neighbours: candidates are not cleared",
+        NEIGHBOURS,
+        "for (int e = threadIdx.x; e < kCandidates; e += kThreads) found_keys[e] = 0;",
+        "",
+        "initcheck",
+    ),
+    Mutation(
+        "dedup: counts are not cleared",
+        DEDUP,
+        "for (int b = threadIdx.x; b < kBuckets; b += blockDim.x) shared.counts[b] = 0;",
+        "",
+        "initcheck",
+    ),
+    Mutation(
+        "gather: a row too many",
+        GATHER,
+        "if (row >= image.shape.kept()) return;",
+        "if (row > image.shape.kept()) return;",
+        "memcheck",
+    ),
+    Mutation(
+        "gather: a row too few",
+        GATHER,
+        "if (row >= image.shape.kept()) return;",
+        "if (row + 1 >= image.shape.kept()) return;",
+        "output",
+    ),
+    Mutation(
+        "gather: vectors where rows are not aligned",
+        GATHER,
+        "if (misaligned == 0) {",
+        "if (misaligned >= 0) {",
+        "memcheck",
+    ),
+    Mutation(
+        "gather: copies of 4 bytes of rows of odd length",
+        GATHER,
+        "misaligned % 4 == 0",
+        "misaligned % 2 == 0",
+        "memcheck",
+    ),
+]
+
+LAUNCHES = [
+    Mutation(
+        "launch: 48 KiB are taken to be there beside the static variables",
+        LAUNCH,
+        "if (shared_bytes > 0 || overlap) {",
+        "if (shared_bytes > 48 * 1024 || overlap) {",
+        "launch",
+    ),
+    Mutation(
+        "launch: dependent launches of code that does not wait",
+        LAUNCH,
+        "attributes.ptxVersion >= 90",
+        "true",
+        "launch",
+    ),
+    Mutation(
+        "gather: does not wait for the kernel before it",
+        GATHER,
+        "begin_dependent(batch.more);",
+        "",
+        "launch",
+    ),
+    Mutation(
+        "neighbours: reads memory before it waits",
+        NEIGHBOURS,
+        "begin_dependent(batch.more); constexpr int kWarps",
+        "const int early = *workspace; begin_dependent(batch.more); "
+        "if (early == 123) return; constexpr int kWarps",
+        "static",
+    ),
+]
+
+DECISIONS = [
+    Mutation(
+        "ranking: ties go to the higher token",
+        RANK,
+        "base + i >= token ? 1u : 0u",
+        "base + i <= token ? 1u : 0u",
+        RESULTS,
+    ),
+    Mutation(
+        "score: the other heads in the opposite order",
+        RANK,
+        "int64_t h = 1; h < view.heads; ++h",
+        "int64_t h = view.heads - 1; h > 0; --h",
+        RESULTS,
+    ),
+    Mutation(
+        "quantization: one level less",
+        NUMERICS,
+        "kQuantMax = 2047.0f",
+        "kQuantMax = 2046.0f",
+        RESULTS,
+    ),
+    Mutation(
+        "quantization: another split into digits",
+        RANK,
+        "kBias = 32 * 64 + 32",
+        "kBias = 32 * 64",
+        RESULTS,
+    ),
+    Mutation(
+        "Gram: low digits count once too often",
+        NUMERICS,
+        "int64_t{63} * ll",
+        "int64_t{64} * ll",
+        RESULTS,
+    ),
+    Mutation(
+        "Gram: columns of a fragment are swapped",
+        GRAM,
+        "columns.of[n / 2][n % 2 * 2], columns.of[n / 2][n % 2 * 2 + 1]",
+        "columns.of[n / 2][n % 2 * 2 + 1], columns.of[n / 2][n % 2 * 2]",
+        RESULTS,
+    ),
+    Mutation(
+        "Gram: tiles beside the diagonal are not mirrored",
+        GRAM,
+        "if (i < column0) {",
+        "if (i + S::kRows < column0) {",
+        RESULTS,
+    ),
+    Mutation(
+        "Gram: the sum of two digits carries into the next byte",
+        GRAM,
+        "((a & ~kSigns) + (b & ~kSigns)) ^ ((a ^ b) & kSigns)",
+        "a + b",
+        RESULTS,
+    ),
+    Mutation(
+        "neighbours: the greatest key of each lane is left out",
+        NEIGHBOURS,
+        "keys[v] >= threshold || (ties > 0",
+        "(keys[v] >= threshold && keys[v] != most) || (ties > 0",
+        RESULTS,
+    ),
+    Mutation(
+        "dedup: tokens stay in B that were there two rounds ago",
+        DEDUP,
+        "round.next_in_b[w] = 0;",
+        "round.next_in_b[w] |= 0;",
+        RESULTS,
+    ),
+    Mutation(
+        "dedup: ties are not stable", DEDUP, "other >= p ? 1u : 0u", "other <= p ? 1u : 0u", RESULTS
+    ),
+    Mutation(
+        "dedup: the tokens of a bucket are not told apart",
+        DEDUP,
+        "rank += beats(state, other, key, p); other",
+        "rank += other < p; other",
+        RESULTS,
+    ),
+    Mutation(
+        "dedup: buckets count among those before them",
+        DEDUP,
+        "if (lane > b / kWarp) atomicAdd",
+        "if (lane >= b / kWarp) atomicAdd",
+        RESULTS,
+    ),
+    Mutation(
+        "dedup: a lower key falls into an earlier bucket",
+        DEDUP,
+        "max(high - key_float(key), 0.0f)",
+        "max(key_float(key), 0.0f)",
+        RESULTS,
+    ),
+    Mutation(
+        "dedup: merging forgets stability",
+        DEDUP,
+        "(uint64_t{~key} << 32) | static_cast<uint32_t>(p)",
+        "(uint64_t{~key} << 32) | (0xffffu - static_cast<uint32_t>(p))",
+        RESULTS,
+    ),
+    Mutation(
+        "dedup: B is not scanned when the list runs out",
+        DEDUP,
+        "int b = 2 * lane + 1; b < round.n; b += 2 * kWarp",
+        "int b = 2 * lane + 1; b < 2; b += 2 * kWarp",
+        RESULTS,
+    ),
+    Mutation(
+        "[CLS] attention: its own column is not dropped",
+        CLS,
+        "if (t > 0) out[t - 1] =",
+        "if (t < patches) out[t] =",
+        RESULTS,
+    ),
+    Mutation(
+        "received attention: two of the four lanes of a row are forgotten",
+        RECEIVED,
+        "int offset = 1; offset < 4; offset *= 2",
+        "int offset = 1; offset < 2; offset *= 2",
+        RESULTS,
+    ),
+    Mutation(
+        "received attention: columns beyond the last token count",
+        RECEIVED,
+        "tile_sum += first_column + 8 * n + c < tokens ? weight : 0.0f;",
+        "tile_sum += weight;",
+        RESULTS,
+    ),
+    Mutation(
+        "received attention: rows of a fragment are swapped",
+        RECEIVED,
+        "row0 + lane / 4 + 8 * half",
+        "row0 + lane / 4 + 8 * (1 - half)",
+        RESULTS,
+    ),
+]
+
+FAULTS = [*BARRIERS, *COPIES, *MEMORY, *LAUNCHES, *DECISIONS]

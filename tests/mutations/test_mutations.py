@@ -1,0 +1,71 @@
+"""The tests of the kernels can fail: each fault of faults.py is noticed, by the checker for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mutations.faults import FAULTS
+from mutations.mutation import Mutation
+from support import compiled_kernels
+from support.agreement import RESULTS, observations
+from support.compiled_kernels import ROOT, TARGETS, Kernels
+
+pytestmark = pytest.mark.slow
+
+
+class Workshop:
+    """Builds changed copies of csrc; those of all faults side by side, ahead of their tests."""
+
+    def __init__(self, directory: Path, faults: list[Mutation]) -> None:
+        self._directory = directory
+        self._build = compiled_kernels.build()
+        self._pool = ThreadPoolExecutor(2)
+        self._modules = {fault.name: self._pool.submit(self._make, fault) for fault in faults}
+
+    def _make(self, fault: Mutation) -> Path:
+        directory = self._directory / str(FAULTS.index(fault))
+        csrc = directory / "csrc"
+        shutil.copytree(ROOT / "csrc", csrc)
+        fault.apply(csrc)
+        # What did not change is there, from the build of csrc itself.
+        out = compiled_kernels.build_directory()
+        objects = [*self._build.objects(csrc, out, TARGETS, jobs=1), *self._build.executor(out)]
+        return Path(self._build.link(objects, directory))
+
+    def module(self, fault: Mutation) -> Future[Path]:
+        return self._modules[fault.name]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def workshop(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    compiled_session: Kernels,
+) -> Iterator[Workshop]:
+    assert list(observations(compiled_session)) == []  # nothing is noticed of good kernels
+    wanted = [
+        item.callspec.params["fault"]
+        for item in request.session.items
+        if item.module is request.module
+    ]
+    shop = Workshop(tmp_path_factory.mktemp("mutations"), wanted)
+    yield shop
+    shop.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_noticed(fault: Mutation, workshop: Workshop) -> None:
+    kernels = Kernels(workshop.module(fault).result(), counted=False)
+    noticed: set[str] = set()
+    for observation in observations(kernels):
+        noticed.add(observation)
+        if fault.noticed_by in (observation, RESULTS):
+            return
+    pytest.fail(f"expected {fault.noticed_by}, noticed only {sorted(noticed)}")

@@ -1,0 +1,5 @@
+// The executor's Python functions, which both modules have.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace ptx { void bind_executor(pybind11::module_& module); }  // namespace ptx

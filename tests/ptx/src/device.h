@@ -1,0 +1,39 @@
+// The fake device, and the errors of the CUDA runtime that can happen on it.
+#pragma once
+#include <cstdint>
+
+namespace ptx {
+
+struct Device {
+  int major = 9, minor = 0;       // compute capability
+  int shared_bytes = 227 * 1024;  // that a block may ask for
+  int driver = 13000;
+  int newest_ptx = 0;  // PTX for newer devices is not seen, as in an old library; 0: all is seen
+
+  int capability() const { return 10 * major + minor; }
+};
+
+// The device at hand. Every call of set_device() brings a new one, to which nobody has asked for
+// shared memory yet. Its number differs from that of any before, so that host code that keeps
+// something by device number starts anew as well.
+const Device& device();
+void set_device(const Device& device);
+constexpr int kDevices = 8;  // equal ones
+int first_device_number();   // 0 before the first set_device()
+
+namespace cuda_error {
+constexpr int kSuccess = 0;
+constexpr int kInvalidValue = 1;
+constexpr int kInvalidConfiguration = 9;
+constexpr int kInsufficientDriver = 35;
+constexpr int kInvalidDeviceFunction = 98;
+constexpr int kInvalidDevice = 101;
+constexpr int kNoKernelImageForDevice = 209;
+constexpr int kInvalidPtx = 218;
+constexpr int kLaunchFailure = 719;
+constexpr int kNotSupported = 801;
+}  // namespace cuda_error
+const char* error_name(int error);  // as cudaGetErrorName and cudaGetErrorString have them
+const char* error_text(int error);
+
+}  // namespace ptx
