@@ -1,15 +1,22 @@
-// The dedup loop and the selection: one block an image, one launch for all rounds.
+// The dedup loop and the selection: one block per image, one launch for all rounds.
 //
-// A round: (1) each token of A looks for the first of its 32 neighbours that is in B now; one to
-// eight lanes share a token, a lane probes four entries at once. (2) Where there is none, a warp
-// scans B. (3) A is sorted by redundancy, the r most redundant are dropped, and the next list is
-// written. A short A is ranked by counting who beats whom. A longer one goes through buckets, whose
-// widths follow the spread of the round before, so that each holds a few tokens. Only where many
-// redundancies agree to the last bits, so that buckets are crowded, is it counted or merged.
+// A round has three steps, with a barrier after each:
 //
-// A round waits for two to four barriers. What bounds it is latency, and the shared memory's one
-// access of a warp a cycle: counting takes A^2 / 32 of them, 2300 for the 272 tokens of a first
-// round, and that is why there are buckets (docs/performance.md).
+// - Look up. A lane per token of A looks for the first of its 32 neighbours that is in B now, eight
+//   at a time, and skips groups of eight that are all dropped. The redundancy falls into a bucket;
+//   an atomic addition to the bucket's count tells the token its place in it. Where no neighbour is
+//   in B, a warp scans B; that, and a crowded bucket, takes two barriers more.
+// - Scatter. Each token adds up the counts of the buckets before its own and writes its word there,
+//   so that A is in the order of its buckets. B moves to the next list.
+// - Rank. Each token counts the words of its bucket that are less than its own. The r most
+// redundant
+//   tokens are dropped, the others come to their place in the next list.
+//
+// Where many redundancies agree to the last bits and a bucket is crowded, A is counted or merged.
+//
+// A chain of dependent accesses to shared memory: the list entry, (ids, where they are) per group
+// of eight, the key, the bucket's count; the place, the counts before it; the words of the bucket,
+// the list entry. Bytes: 192 R of neighbour lists, once, where they fit into shared memory.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -20,49 +27,56 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kMostThreads = 1024;    // a block
+constexpr int kMostThreads = 1024;    // per block
 constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: addresses of 64 bits
-constexpr int kProbes = 4;            // entries of a neighbour list that a lane looks at together
-constexpr int kBuckets = 1024;        // 64 an octave of distance from the most redundant token
-constexpr int kMostInBucket = 64;     // more in one, and the buckets are given up
-constexpr int kOctaves = 16;
+constexpr int kGroup = 16;            // buckets whose counts each token of one of them adds up
+
+// The buckets of A's keys (BucketRule). A long A has more of them, so that few share one.
+template <int kLog2_>
+struct Buckets {
+  static constexpr int kLog2 = kLog2_;
+  static constexpr int kCount = 1 << kLog2;
+  static constexpr int kMost = 65536 / kCount;  // tokens; more in one, and the buckets are given up
+  static constexpr int kGroups = kCount / kGroup;
+  static constexpr int kEach = kGroups / kWarp;  // groups that a lane adds up
+  static constexpr int kWords = kCount / 4 + kGroups;
+  static_assert(kEach == 1 || kEach == 4, "one load");
+};
+using FewBuckets = Buckets<9>;    // of images whose lists are in shared memory
+using ManyBuckets = Buckets<11>;  // of longer ones
+constexpr int kLog2Octaves = 4;
+
+// Where a token is.
+constexpr uint8_t kDropped = 0, kInA = 1, kInB = 2;
 
 // What the block always has in shared memory.
 struct Shared {
-  uint32_t* counts;    // (kBuckets) tokens; zero outside of a ranking
-  uint32_t* heads;     // (kBuckets) A position of the token that came last
-  uint32_t* spans;     // (kBuckets) tokens << 16 | tokens in the buckets of its 32 before it
-  uint32_t* before;    // (2, 32) tokens in the buckets before each 32: of this round, of the next
-  uint32_t* extremes;  // (2, 2) highest and lowest key: of the round before, and of this one
+  uint32_t* counts;    // (kCount / 4) tokens per bucket, a byte each; zero outside of a round
+  uint32_t* totals;    // (kGroups) tokens per group of buckets; the same
+  uint32_t* extremes;  // (2, 2) highest and lowest key: of the last round and of this one
   uint32_t* missing;   // (1) tokens of A that have no neighbour in B
-  uint32_t* in_b;      // (2, R / 32) which tokens are in B: in this round, and in the next
+  uint32_t* crowded;   // (1) whether a bucket has too many tokens
+  uint8_t* where;      // (R) where each token is
   uint32_t* keep;      // (N / 32) which tokens are selected
 };
-
-struct SharedLayout {  // in 32-bit words, but for the last
-  int64_t heads, spans, before, extremes, missing, in_b, keep, bytes;
-};
+constexpr int kFlags = 8;  // words: extremes, missing, crowded and two more
 
 VP_HD int words(int bits) { return (bits + 31) / 32; }
 
-VP_HD SharedLayout shared_layout(int tokens, int residual) {
-  SharedLayout at{};
-  at.heads = kBuckets;
-  at.spans = at.heads + kBuckets;
-  at.before = at.spans + kBuckets;
-  at.extremes = at.before + 2 * (kBuckets / 32);
-  at.missing = at.extremes + 4;
-  at.in_b = at.missing + 1;
-  at.keep = at.in_b + 2 * words(residual);
-  at.bytes = round_up((at.keep + words(tokens)) * 4, 16);
-  return at;
+template <typename B>
+VP_HD int64_t keep_at(int residual) {
+  return B::kWords + kFlags + words(8 * residual);
+}
+template <typename B>
+VP_HD int64_t fixed_bytes(int tokens, int residual) {
+  return round_up((keep_at<B>(residual) + words(tokens)) * 4, 16);
 }
 
 struct DedupState {  // the arrays of DedupLayout
   uint64_t* sorted[2];
   uint32_t* keys;
-  uint16_t* chain;
-  uint16_t* lists;
+  uint16_t* places;
+  uint32_t* lists;
 };
 
 VP_HD int64_t list_bytes(int residual) {
@@ -71,128 +85,131 @@ VP_HD int64_t list_bytes(int residual) {
 
 // What the rounds read of the stages before.
 struct Similarity {
-  const uint16_t* ids;   // (R, 32) neighbour lists, best first (id_slot)
-  const uint32_t* keys;  // (R, 32) ordered keys of the redundancies they give (key_slot)
+  const uint16_t* ids;   // (R, 32) neighbour lists, best first (list_slot)
+  const uint32_t* keys;  // (R, 32) ordered keys of the redundancies they give
   const float* matrix;   // (R, ld) for tokens none of whose neighbours is in B
   int ld;
   const float* inv;  // (R)
 };
 
+// An entry of the list: a token, and in the upper half a bit per group of eight of its neighbours
+// that are not all dropped.
+constexpr uint32_t kAllGroups = ((1u << kNeighbours / kProbes) - 1) << 16;
+__device__ __forceinline__ int token_of(uint32_t entry) {
+  return static_cast<int>(entry & 0xffffu);
+}
+
 struct Round {
-  const uint16_t* list;  // (n) tokens: A at even positions, B at odd ones
-  uint16_t* next;        // the list after this round
-  const uint32_t* in_b;
-  uint32_t* next_in_b;
-  uint32_t* before;
-  uint32_t* next_before;
-  const uint32_t* extremes;
+  uint32_t* list;  // (n) entries: A at even positions, B at odd ones
+  uint32_t* next;  // the list after this round
+  uint32_t* extremes;
   uint32_t* next_extremes;
   int n, a_count, r;
   bool buckets;  // A is to be ranked by them
 };
 
 // Which bucket a key falls into: by its distance from the highest key of the round before, on a
-// logarithmic scale (the bits of a float are its logarithm, linear between powers of two) that
-// ends at twice the distance of the lowest. Any rule that never falls with the key would give the
-// same ranks; redundancies bunch near the highest, and this one still spreads them.
+// logarithmic scale (the bits of a float are its logarithm, linear between powers of two) that ends
+// at twice the distance of the lowest. Any rule that never falls with the key would give the same
+// ranks; redundancies bunch near the highest, and this one still spreads them.
+template <typename B>
 struct BucketRule {
-  float high;
+  uint32_t high;
   int first;
 
   __device__ __forceinline__ explicit BucketRule(const uint32_t* extremes)
-      : high(key_float(extremes[0])), first(distance(extremes[1]) - ((kOctaves - 1) << 23)) {}
+      : high(extremes[0]), first(distance(extremes[1]) - (((1 << kLog2Octaves) - 1) << 23)) {}
 
   __device__ __forceinline__ int operator()(uint32_t key) const {
-    constexpr int kShift = 23 + 4 - 10;  // bits of an octave, times octaves, over buckets
-    static_assert(kOctaves == 1 << 4 && kBuckets == 1 << 10, "");
-    return min(max((distance(key) - first) >> kShift, 0), kBuckets - 1);
+    constexpr int kShift = 23 + kLog2Octaves - B::kLog2;  // bits of an octave, times octaves
+    return min(max((distance(key) - first) >> kShift, 0), B::kCount - 1);
   }
 
-  // The bits; redundancies are within [-1, 1] and a rounding error, so that sums stay in range.
   __device__ __forceinline__ int distance(uint32_t key) const {
-    return static_cast<int>(float_bits(max(high - key_float(key), 0.0f)));
+    return static_cast<int>(float_bits(__uint2float_rn(high - min(key, high))));
   }
 };
 
-// The redundancy of the token at A position p is known.
-__device__ __forceinline__ void store_key(const Shared& shared, const DedupState& state,
-                                          const Round& round, const BucketRule& bucket, int p,
+// The redundancy of the token at A position p is known. Returns whether its bucket is crowded.
+template <typename B>
+__device__ __forceinline__ bool store_key(const Shared& shared, const DedupState& state,
+                                          const Round& round, const BucketRule<B>& bucket, int p,
                                           uint32_t key) {
   state.keys[p] = key;
-  if (!round.buckets) return;
+  if (!round.buckets) return false;
   const int b = bucket(key);
-  atomicAdd(&shared.counts[b], 1u);
-  // The first token of a bucket gets what the head was before; its count ends the chain there.
-  state.chain[p] = static_cast<uint16_t>(atomicExch(&shared.heads[b], static_cast<uint32_t>(p)));
+  const int shift = 8 * (b % 4);
+  const uint32_t place = atomicAdd(&shared.counts[b / 4], 1u << shift) >> shift & 0xffu;
+  atomicAdd(&shared.totals[b / kGroup], 1u);
+  state.places[p] = static_cast<uint16_t>(b * B::kMost + place);
+  if (place < B::kMost) return false;
+  atomicOr(shared.crowded, 1u);
+  return true;
 }
 
-// How many lanes, a power of two up to 2^most, share a token of A: as many as there are threads
-// for.
-__device__ __forceinline__ int log2_lanes(int most, int a_count) {
-  while (most > 0 && static_cast<int>(blockDim.x >> most) < a_count) --most;
-  return most;
-}
-
-// (1) The keys of A, as far as the neighbour lists tell them; the other positions are left in
-// `next`. Returns whether this thread left one.
+// Look up: the keys of A, as far as the neighbour lists tell them; the other positions are left in
+// `next`. Returns whether the buckets are not ready after it.
+template <typename B>
 __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& state,
                                         const Similarity& similarity, const Round& round) {
-  struct alignas(2 * kProbes) Ids {
-    uint16_t of[kProbes];
+  struct alignas(16) Ids {
+    uint32_t of[kProbes / 2];
   };
-  const BucketRule bucket(round.extremes);
-  const int lane = threadIdx.x % kWarp;
-  const int shift = log2_lanes(3, round.a_count);
-  static_assert(kProbes << 3 == kNeighbours, "eight lanes see the whole list");
-  const int lanes = 1 << shift, own = lane & (lanes - 1);
-  const unsigned team = ((1u << lanes) - 1) << (lane - own);
+  constexpr uint32_t kFoundInB = kInB * 0x01010101u;
+  const BucketRule<B> bucket(round.extremes);
   bool left = false;
-  for (int p0 = threadIdx.x / kWarp * (kWarp >> shift); p0 < round.a_count;
-       p0 += blockDim.x >> shift) {
-    const int p = p0 + (lane >> shift);
-    bool open = p < round.a_count;
-    const int token = round.list[2 * (open ? p : p0)];
-    for (int first = 0; first < kNeighbours; first += lanes * kProbes) {
-      const int entry = first + own * kProbes;
-      const Ids ids = *reinterpret_cast<const Ids*>(similarity.ids + id_slot(token, entry));
-      unsigned hits = 0;
-#pragma unroll
-      for (int i = 0; i < kProbes; ++i) {
-        const uint32_t id = ids.of[i];
-        hits |= (round.in_b[id / 32] >> (id % 32) & 1u) << i;
+  for (int p = threadIdx.x; p < round.a_count; p += blockDim.x) {
+    const uint32_t entry = round.list[2 * p];
+    const int row = list_slot(token_of(entry), 0);
+    uint32_t groups = entry >> 16;
+    uint32_t hits = 0;
+    int at = 0;
+    for (uint32_t open = groups; open; open &= open - 1) {
+      const int group = __ffs(static_cast<int>(open)) - 1;
+      at = row ^ (group * kProbes);
+      const Ids ids = *reinterpret_cast<const Ids*>(similarity.ids + at);
+      const auto four = [&](uint32_t left, uint32_t right) {  // a byte each
+        const uint32_t first = shared.where[left & 0xffffu], second = shared.where[left >> 16];
+        const uint32_t third = shared.where[right & 0xffffu], fourth = shared.where[right >> 16];
+        return __byte_perm(__byte_perm(first, second, 0x0040), __byte_perm(third, fourth, 0x0040),
+                           0x5410);
+      };
+      const uint32_t near = four(ids.of[0], ids.of[1]), far = four(ids.of[2], ids.of[3]);
+      hits = near & kFoundInB;
+      if (!hits) {
+        hits = far & kFoundInB;
+        at += 4;
       }
-      const unsigned votes = __ballot_sync(kAllLanes, open && hits) & team;
-      if (votes) {
-        open = false;
-        if (lane == __ffs(static_cast<int>(votes)) - 1) {
-          const int best = entry + __ffs(static_cast<int>(hits)) - 1;
-          store_key(shared, state, round, bucket, p, similarity.keys[key_slot(token, best)]);
-        }
-      }
-      if (!__ballot_sync(kAllLanes, open)) break;
+      if (hits) break;
+      if (!(near | far)) groups ^= 1u << group;
     }
-    if (open && own == 0) {
+    round.list[2 * p] = static_cast<uint32_t>(token_of(entry)) | groups << 16;
+    if (hits) {
+      const uint32_t key = similarity.keys[at + __ffs(static_cast<int>(hits)) / 8];
+      left |= store_key(shared, state, round, bucket, p, key);
+    } else {
       left = true;
-      round.next[atomicAdd(shared.missing, 1u)] = static_cast<uint16_t>(p);
+      round.next[atomicAdd(shared.missing, 1u)] = static_cast<uint32_t>(p);
     }
   }
   return left;
 }
 
-// (2) The keys that look_up left, one warp a token.
+// The keys that look_up left, one warp per token.
+template <typename B>
 __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupState& state,
                                              const Similarity& similarity, const Round& round) {
-  const BucketRule bucket(round.extremes);
+  const BucketRule<B> bucket(round.extremes);
   const int lane = threadIdx.x % kWarp;
   const auto missing = static_cast<int>(*shared.missing);
   for (int m = threadIdx.x / kWarp; m < missing; m += blockDim.x / kWarp) {
-    const int p = round.next[m];
-    const int token = round.list[2 * p];
+    const auto p = static_cast<int>(round.next[m]);
+    const int token = token_of(round.list[2 * p]);
     const float* row = similarity.matrix + int64_t{token} * similarity.ld;
     uint32_t best = 0;
 #pragma unroll 4
     for (int b = 2 * lane + 1; b < round.n; b += 2 * kWarp) {
-      best = max(best, ordered_key(row[round.list[b]]));
+      best = max(best, ordered_key(row[token_of(round.list[b])]));
     }
     best = __reduce_max_sync(kAllLanes, best);
     if (lane == 0) {
@@ -202,31 +219,42 @@ __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupSt
   }
 }
 
-// The token comes to this place of the next list.
-__device__ __forceinline__ void put(const Round& round, int slot, int token) {
-  round.next[slot] = static_cast<uint16_t>(token);
-  if (slot & 1) atomicOr(&round.next_in_b[token / 32], 1u << (token % 32));
+// Puts the entry in this place of the next list.
+__device__ __forceinline__ void put(const Shared& shared, const Round& round, int slot,
+                                    uint32_t entry) {
+  round.next[slot] = entry;
+  shared.where[token_of(entry)] = static_cast<uint8_t>(kInA + slot % 2);
 }
 
 // B follows the survivors of A, in its old order.
-__device__ __forceinline__ void move_b(const Round& round) {
+__device__ __forceinline__ void move_b(const Shared& shared, const Round& round) {
   // From the last thread on: the first ones have more to do in the rankings.
   for (int b = blockDim.x - 1 - threadIdx.x; b < round.n / 2; b += blockDim.x) {
-    put(round, round.a_count - round.r + b, round.list[2 * b + 1]);
+    put(shared, round, round.a_count - round.r + b, round.list[2 * b + 1]);
   }
 }
 
-// Where the token at A position p, which has rank `rank`, goes: out, or on the next list.
-__device__ __forceinline__ void place(const DedupState& state, const Round& round, int p,
+// Where the token at A position p, which has this key and rank, goes: out, or on the next list.
+__device__ __forceinline__ void place(const Shared& shared, const Round& round, int p, uint32_t key,
                                       int rank) {
-  if (rank == 0) round.next_extremes[0] = state.keys[p];
-  if (rank == round.a_count - 1) round.next_extremes[1] = state.keys[p];
-  if (rank >= round.r) put(round, rank - round.r, round.list[2 * p]);
+  if (rank == 0) round.next_extremes[0] = key;
+  if (rank == round.a_count - 1) round.next_extremes[1] = key;
+  const uint32_t entry = round.list[2 * p];
+  if (rank >= round.r) {
+    put(shared, round, rank - round.r, entry);
+  } else {
+    shared.where[token_of(entry)] = kDropped;
+  }
 }
 
 // Beaten by a higher key, or by an equal one of a lower position (keys are below 2^32 - 1).
 __device__ __forceinline__ bool beats(const DedupState& state, int other, uint32_t key, int p) {
   return state.keys[other] >= key + (other >= p ? 1u : 0u);
+}
+
+// Ascending order of these words is the stable order by redundancy, highest first.
+__device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
+  return (uint64_t{~key} << 32) | static_cast<uint32_t>(p);
 }
 
 // The sum over the lanes below.
@@ -241,42 +269,89 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t value) {
   return sum - value;
 }
 
-// (3) for a longer A: a token's rank is the tokens in the buckets before its own and those of its
-// own that beat it. False, and nothing done, where a bucket is crowded.
-__device__ __forceinline__ bool sort_by_buckets(const Shared& shared, const DedupState& state,
-                                                const Round& round) {
-  const int lane = threadIdx.x % kWarp;
-  bool crowded = false;
-  for (int b = threadIdx.x; b < kBuckets; b += blockDim.x) {
-    const uint32_t count = shared.counts[b];
-    shared.counts[b] = 0;
-    crowded = crowded || count > kMostInBucket;
-    shared.spans[b] = count << 16 | sum_before(count);
-    const uint32_t sum = __reduce_add_sync(kAllLanes, count);
-    if (lane > b / kWarp) atomicAdd(&round.before[lane], sum);
-    static_assert(kBuckets / kWarp == kWarp, "a lane adds to each");
+// Scatter: the words of A come into the order of their buckets, in any order within each.
+template <typename B>
+__device__ __forceinline__ void scatter(const Shared& shared, const DedupState& state,
+                                        const Round& round) {
+  constexpr uint32_t kOnes = 0x01010101u;
+  if (threadIdx.x < kSentinels) state.sorted[0][round.a_count + threadIdx.x] = ~uint64_t{0};
+  if (static_cast<int>(threadIdx.x & ~(kWarp - 1)) >= round.a_count) return;
+  // The tokens in all groups before each of those that this lane adds up.
+  struct alignas(4 * B::kEach) Totals {
+    uint32_t of[B::kEach];
+  };
+  Totals before = reinterpret_cast<const Totals*>(shared.totals)[threadIdx.x % kWarp];
+  uint32_t all = 0;
+#pragma unroll
+  for (int e = 0; e < B::kEach; ++e) all += before.of[e];
+  uint32_t sum = sum_before(all);
+#pragma unroll
+  for (int e = 0; e < B::kEach; ++e) {
+    const uint32_t own = before.of[e];
+    before.of[e] = sum;
+    sum += own;
   }
-  if (__syncthreads_or(crowded)) return false;
-
-  const BucketRule bucket(round.extremes);
-  for (int p = threadIdx.x; p < round.a_count; p += blockDim.x) {
-    const uint32_t key = state.keys[p];
-    const int b = bucket(key);
-    const uint32_t span = shared.spans[b];
-    auto rank = static_cast<int>(round.before[b / kWarp] + (span & 0xffffu));
-    auto other = static_cast<int>(shared.heads[b]);
-    for (int left = static_cast<int>(span >> 16); left > 0; --left) {
-      rank += beats(state, other, key, p);
-      other = state.chain[other];
+  // Whole warps make every turn, so that all lanes meet in the shuffle.
+  for (int p = threadIdx.x; p - static_cast<int>(threadIdx.x % kWarp) < round.a_count;
+       p += blockDim.x) {
+    const bool inside = p < round.a_count;
+    const uint32_t at = inside ? state.places[p] : 0u;
+    const int bucket = static_cast<int>(at / B::kMost), group = bucket / kGroup;
+    uint32_t base = 0;
+#pragma unroll
+    for (int e = 0; e < B::kEach; ++e) {
+      const uint32_t of = __shfl_sync(kAllLanes, before.of[e], group / B::kEach);
+      if (group % B::kEach == e) base = of;
     }
-    place(state, round, p, rank);
+    if (!inside) continue;
+    struct alignas(16) Counts {
+      uint32_t of[kGroup / 4];
+    };
+    const Counts counts = *reinterpret_cast<const Counts*>(shared.counts + group * (kGroup / 4));
+    const int bits = bucket % kGroup * 8;  // before this bucket's own
+#pragma unroll
+    for (int w = 0; w < kGroup / 4; ++w) {
+      const uint32_t ones = __funnelshift_rc(kOnes, 0u, max(32 * (w + 1) - bits, 0));
+      base = __dp4a(counts.of[w], ones, base);
+    }
+    const uint32_t count = reinterpret_cast<const uint8_t*>(shared.counts)[bucket];
+    state.sorted[0][base + at % B::kMost] = sort_word(state.keys[p], p);
+    state.keys[p] = base * 256 + count;  // at most 16384 tokens, 128 in a bucket
   }
-  return true;
 }
 
-// (3) for a short A: a group of lanes counts who beats a token.
-__device__ __forceinline__ void sort_by_counting(const DedupState& state, const Round& round) {
-  const int shift = log2_lanes(5, round.a_count);
+// Rank: each token counts the words of its bucket that are less than its own. Those of the buckets
+// before it are, and those of later buckets are not, so that whole vectors can be read.
+template <typename B>
+__device__ __forceinline__ void rank_in_buckets(const Shared& shared, const DedupState& state,
+                                                const Round& round) {
+  for (int p = threadIdx.x; p < round.a_count; p += blockDim.x) {
+    struct alignas(16) Words {
+      uint64_t of[2];
+    };
+    const uint32_t span = state.keys[p];
+    const auto base = static_cast<int>(span / 256), end = base + static_cast<int>(span % 256);
+    const uint64_t word = state.sorted[0][base + state.places[p] % B::kMost];
+    int rank = base / kSentinels * kSentinels;
+#pragma unroll 1
+    for (int i = rank; i < end; i += kSentinels) {
+#pragma unroll
+      for (int pair = 0; pair < kSentinels; pair += 2) {
+        const Words words = *reinterpret_cast<const Words*>(state.sorted[0] + i + pair);
+        rank += words.of[0] < word;
+        rank += words.of[1] < word;
+      }
+    }
+    place(shared, round, p, ~static_cast<uint32_t>(word >> 32), rank);
+  }
+  for (int w = blockDim.x - 1 - threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
+}
+
+// Rank where a bucket is crowded: a group of lanes counts who beats a token.
+__device__ __forceinline__ void sort_by_counting(const Shared& shared, const DedupState& state,
+                                                 const Round& round) {
+  int shift = 5;  // as many lanes as there are threads for
+  while (shift > 0 && static_cast<int>(blockDim.x >> shift) < round.a_count) --shift;
   const int lanes = 1 << shift, groups = blockDim.x >> shift;
   const int lane = threadIdx.x & (lanes - 1);
   // Every thread makes every turn, so that whole warps meet in the shuffles.
@@ -290,19 +365,15 @@ __device__ __forceinline__ void sort_by_counting(const DedupState& state, const 
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       rank += __shfl_xor_sync(kAllLanes, rank, offset);
     }
-    if (p < round.a_count && lane == 0) place(state, round, p, rank);
+    if (p < round.a_count && lane == 0) place(shared, round, p, state.keys[p], rank);
   }
 }
 
-// Ascending order of these words is the stable order by redundancy, highest first.
-__device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
-  return (uint64_t{~key} << 32) | static_cast<uint32_t>(p);
-}
-
-// (3) for a long A of crowded buckets: warps sort 32 words each, then sorted runs are merged in
+// Rank for a long A of crowded buckets: warps sort 32 words each, then sorted runs are merged in
 // pairs; a word's place in the merged run is its own place plus the number of smaller words in the
 // other run.
-__device__ __forceinline__ void sort_by_merging(const DedupState& state, const Round& round) {
+__device__ __forceinline__ void sort_by_merging(const Shared& shared, const DedupState& state,
+                                                const Round& round) {
   const int a_count = round.a_count;
   const int lane = threadIdx.x % kWarp;
   uint64_t* from = state.sorted[0];
@@ -343,7 +414,9 @@ __device__ __forceinline__ void sort_by_merging(const DedupState& state, const R
     from = swapped;
   }
   for (int rank = threadIdx.x; rank < a_count; rank += blockDim.x) {
-    place(state, round, static_cast<int>(static_cast<uint32_t>(from[rank])), rank);
+    const uint64_t word = from[rank];
+    place(shared, round, static_cast<int>(static_cast<uint32_t>(word)),
+          ~static_cast<uint32_t>(word >> 32), rank);
   }
 }
 
@@ -368,62 +441,71 @@ __device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, 
 }
 
 // All rounds; returns the list that is left.
-__device__ __forceinline__ const uint16_t* run_rounds(const Shared& shared, const DedupState& state,
+template <typename B>
+__device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, const DedupState& state,
                                                       const Similarity& similarity, int residual,
-                                                      int diverse, int step, int few_tokens) {
+                                                      int diverse, int step, bool buckets) {
   for (int i = threadIdx.x; i < residual; i += blockDim.x) {
-    state.lists[i] = static_cast<uint16_t>(i);
+    state.lists[i] = static_cast<uint32_t>(i) | kAllGroups;
+    shared.where[i] = static_cast<uint8_t>(kInA + i % 2);
   }
-  for (int w = threadIdx.x; w < words(residual); w += blockDim.x) shared.in_b[w] = 0xaaaaaaaau;
-  for (int b = threadIdx.x; b < kBuckets; b += blockDim.x) shared.counts[b] = 0;
-  if (threadIdx.x < kBuckets / kWarp) shared.before[threadIdx.x] = 0;
+  for (int w = threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
   if (threadIdx.x == 0) {
     *shared.missing = 0;
+    *shared.crowded = 0;
     shared.extremes[0] = ordered_key(1.0f);
-    shared.extremes[1] = ordered_key(-1.0f);
+    shared.extremes[1] = ordered_key(1.0f) - (1u << 26);  // about 0.004: most are above it
   }
   __syncthreads();
-  int now = 0;
-  for (int n = residual; n > diverse; now ^= 1) {
-    Round round{};
-    round.list = state.lists + now * residual;
-    round.next = state.lists + (now ^ 1) * residual;
-    round.in_b = shared.in_b + now * words(residual);
-    round.next_in_b = shared.in_b + (now ^ 1) * words(residual);
-    round.before = shared.before + now * (kBuckets / kWarp);
-    round.next_before = shared.before + (now ^ 1) * (kBuckets / kWarp);
-    round.extremes = shared.extremes + now * 2;
-    round.next_extremes = shared.extremes + (now ^ 1) * 2;
+  Round round{};
+  round.list = state.lists;
+  round.next = state.lists + residual;
+  round.extremes = shared.extremes;
+  round.next_extremes = shared.extremes + 2;
+  round.buckets = buckets;
+  for (int n = residual; n > diverse; n -= round.r) {
     round.n = n;
-    round.a_count = half_up(n);
+    round.a_count = static_cast<int>((static_cast<unsigned>(n) + 1) / 2);
     round.r = min(min(step, n - diverse), round.a_count);
-    round.buckets = round.a_count > few_tokens;
 
-    const bool left = look_up(shared, state, similarity, round);
-    for (int w = threadIdx.x; w < words(residual); w += blockDim.x) round.next_in_b[w] = 0;
-    if (threadIdx.x < kBuckets / kWarp) round.next_before[threadIdx.x] = 0;
+    const bool left = look_up<B>(shared, state, similarity, round);
+    bool crowded = !buckets;
     if (__syncthreads_or(left)) {
-      scan_missing(shared, state, similarity, round);
-      __syncthreads();
-      if (threadIdx.x == 0) *shared.missing = 0;
+      if (*shared.missing) {
+        scan_missing<B>(shared, state, similarity, round);
+        __syncthreads();
+      }
+      crowded |= *shared.crowded != 0;
+      __syncthreads();  // the flags have been read
+      if (threadIdx.x == 0) *shared.missing = *shared.crowded = 0;
     }
-    move_b(round);
-    if (!round.buckets || !sort_by_buckets(shared, state, round)) {
+    move_b(shared, round);
+    if (!crowded) {
+      scatter<B>(shared, state, round);
+      __syncthreads();
+      rank_in_buckets<B>(shared, state, round);
+    } else {
+      for (int w = threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
       if (round.a_count <= kMostCounting) {
-        sort_by_counting(state, round);
+        sort_by_counting(shared, state, round);
       } else {
-        sort_by_merging(state, round);
+        sort_by_merging(shared, state, round);
       }
     }
     __syncthreads();
-    n -= round.r;
+    uint32_t* list = round.list;
+    round.list = round.next;
+    round.next = list;
+    uint32_t* extremes = round.extremes;
+    round.extremes = round.next_extremes;
+    round.next_extremes = extremes;
   }
-  return state.lists + now * residual;
+  return round.list;
 }
 
 template <bool kListsShared, bool kStateShared>
 __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads, 1)
-    dedup_kernel(Batch batch, int64_t channels, int step, int few_tokens, int64_t* indices,
+    dedup_kernel(Batch batch, int64_t channels, int step, bool buckets, int64_t* indices,
                  unsigned char* workspace) {
   begin_dependent(batch.more);
   VP_SHARED_MEMORY(memory);
@@ -434,17 +516,17 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, residual, channels);
   unsigned char* own = workspace + image.workspace;
   const auto* order = reinterpret_cast<const uint16_t*>(own + at.order);
-  const SharedLayout shared_at = shared_layout(image.shape.tokens, residual);
+  using B = std::conditional_t<kListsShared, FewBuckets, ManyBuckets>;
   auto* shared_words = reinterpret_cast<uint32_t*>(memory);
+  uint32_t* flags = shared_words + B::kWords;
   const Shared shared{shared_words,
-                      shared_words + shared_at.heads,
-                      shared_words + shared_at.spans,
-                      shared_words + shared_at.before,
-                      shared_words + shared_at.extremes,
-                      shared_words + shared_at.missing,
-                      shared_words + shared_at.in_b,
-                      shared_words + shared_at.keep};
-  int64_t used = shared_at.bytes;
+                      shared_words + B::kCount / 4,
+                      flags,
+                      flags + 4,
+                      flags + 5,
+                      reinterpret_cast<uint8_t*>(flags + kFlags),
+                      shared_words + keep_at<B>(residual)};
+  int64_t used = fixed_bytes<B>(image.shape.tokens, residual);
 
   for (int w = threadIdx.x; w < words(image.shape.tokens); w += blockDim.x) shared.keep[w] = 0;
   __syncthreads();
@@ -460,8 +542,8 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
     const DedupState state{{reinterpret_cast<uint64_t*>(base + state_at.sorted[0]),
                             reinterpret_cast<uint64_t*>(base + state_at.sorted[1])},
                            reinterpret_cast<uint32_t*>(base + state_at.keys),
-                           reinterpret_cast<uint16_t*>(base + state_at.chain),
-                           reinterpret_cast<uint16_t*>(base + state_at.lists)};
+                           reinterpret_cast<uint16_t*>(base + state_at.places),
+                           reinterpret_cast<uint32_t*>(base + state_at.lists)};
     if (kStateShared) used += state_at.bytes;
     Similarity similarity{reinterpret_cast<const uint16_t*>(own + at.ids),
                           reinterpret_cast<const uint32_t*>(own + at.keys),
@@ -482,10 +564,10 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
       copy_async_commit();
       copy_async_wait<0>();  // run_rounds begins with a barrier
     }
-    const uint16_t* survivors =
-        run_rounds(shared, state, similarity, residual, image.shape.diverse, step, few_tokens);
+    const uint32_t* survivors =
+        run_rounds<B>(shared, state, similarity, residual, image.shape.diverse, step, buckets);
     for (int i = threadIdx.x; i < image.shape.diverse; i += blockDim.x) {
-      mark(image.shape.important + survivors[i]);
+      mark(image.shape.important + token_of(survivors[i]));
     }
   }
   __syncthreads();
@@ -497,16 +579,16 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
 }
 
 plan::DedupBytes shared_bytes(const WaveSize& size) {
-  const int64_t least = shared_layout(size.tokens, size.residual).bytes;
-  const int64_t state = least + dedup_layout(size.residual).bytes;
-  return {state + list_bytes(size.residual), state, least};
+  const int64_t state = dedup_layout(size.residual).bytes;
+  const int64_t far = fixed_bytes<ManyBuckets>(size.tokens, size.residual);
+  return {fixed_bytes<FewBuckets>(size.tokens, size.residual) + state + list_bytes(size.residual),
+          far + state, far};
 }
 
-// Four lanes a token of A in the first round, if there are as many.
+// A lane for each token of A in the first round, if there are as many.
 int threads_for(int residual, int most) {
-  int threads = 128;
-  while (threads < most && threads < residual * 2) threads *= 2;
-  return threads;
+  const auto threads = static_cast<int>(round_up(half_up(residual), kWarp));
+  return threads < 128 ? 128 : threads < most ? threads : most;
 }
 
 }  // namespace
@@ -521,7 +603,8 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
   const int64_t bytes = needed.of(plan);
   if (bytes > limit) {
     return refuse(
-        "the plan for dedup takes %lld bytes of shared memory per block for %d residual tokens, "
+        "the plan for dedup takes %lld bytes of shared memory per "
+        "block for %d residual tokens, "
         "and this GPU has %d: use dedup=auto",
         static_cast<long long>(bytes), size.residual, limit);
   }
@@ -531,7 +614,7 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
   const auto run = [&](auto lists_shared, auto state_shared) {
     return launch_dependent<dedup_kernel<lists_shared(), state_shared()>>(
         size.images, threads, static_cast<int>(bytes), stream, batch, channels, step,
-        plan::most_counted(asked.sort), indices, ws);
+        plan::ranks_by_buckets(asked.sort), indices, ws);
   };
   switch (plan) {
     case plan::Dedup::kListsShared: return run(std::true_type{}, std::true_type{});

@@ -171,12 +171,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = 0; e < kEach; ++e) {
     const int entry = threadIdx.x + e * kThreads;
     if (entry < count && place[e] < kNeighbours) {
-      ids[id_slot(self, place[e])] = found_ids[entry];
-      redundancies[key_slot(self, place[e])] = ordered_key(key_float(key[e]) * inv);
+      const int slot = list_slot(self, place[e]);
+      ids[slot] = found_ids[entry];
+      redundancies[slot] = ordered_key(key_float(key[e]) * inv);
     } else if (entry >= count && entry < kNeighbours) {
       // An unused entry: a token is never in B when its own list is read.
-      ids[id_slot(self, entry)] = static_cast<uint16_t>(self);
-      redundancies[key_slot(self, entry)] = 0;
+      const int slot = list_slot(self, entry);
+      ids[slot] = static_cast<uint16_t>(self);
+      redundancies[slot] = 0;
     }
   }
 }

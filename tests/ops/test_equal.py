@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import bitwise_equal
 from support.compiled_kernels import A100, ADA, BLACKWELL, H100, Device, Kernels
-from support.problems import Problem, problems
+from support.problems import Problem, crowded, problems
 
 from vispruner_cuda import reference
 
@@ -276,6 +276,18 @@ def test_every_kernel_of_neighbours(
             with implementation.plans.use(neighbours=plan):
                 got = implementation.prune(feats, attn, problem.k, **problem.keywords())
             assert_equal(expected, got, name)
+
+
+@pytest.mark.parametrize("identical", [31, 32, 33, 127, 128, 129, 256])
+@pytest.mark.parametrize("dedup", ["lists_shared", "workspace"])  # these have other buckets
+def test_buckets_that_are_full(identical: int, dedup: str, implementations: dict[str, Any]) -> None:
+    feats = crowded(identical)
+    k = feats.shape[1] - 40
+    expected = reference.dedup(feats, k, step=7)
+    for name, implementation in implementations.items():
+        plan = {"dedup": dedup} if "dedup" in implementation.plans.choices() else {}
+        with implementation.plans.use(**plan):
+            assert torch.equal(implementation.dedup(feats, k, step=7), expected), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -70,7 +70,7 @@ def test_dependent_launches_are_those_asked_for(plan: str, compiled: Kernels) ->
 def test_sorting_runs_the_lines_of_its_plan(sort: str, compiled: Kernels) -> None:
     """One kernel holds both ways: which lines ran tells them apart."""
     lines = {
-        "buckets": "sort_by_buckets",
+        "buckets": "rank_in_buckets",
         "counting": "sort_by_counting",
     }
     compiled.options = {"profile": True}

@@ -215,6 +215,17 @@ def test_a_reader_writes_after_others_have_read(runner):
     assert kinds(runner.run(text.format(between=""))) == {"racecheck"}
 
 
+@pytest.mark.parametrize("writer", [0, 32])
+def test_readers_of_two_warps(runner, writer):
+    """Both read, turn by turn; then one of them writes, and only the other one's read matters."""
+    text = f""".shared .align 4 .b32 s; and.b32 %r1, %t, 31; setp.eq.u32 %p1, %r1, 0;
+        setp.eq.u32 %p2, %t, {writer}; @%p1 ld.shared.u32 %r2, [s]; @%p2 st.shared.u32 [s], 1;"""
+    found = runner.run(text, block=64, quantum=1, initialized=False)
+    assert kinds(found) == {"racecheck"}
+    assert f"thread {writer}: writes" in found[0]
+    assert f"after the read of thread {32 - writer} " in found[0]
+
+
 BETWEEN_BLOCKS = {
     "write, read": ("st.global.u32 [%arg0], 1;", "ld.global.u32 %r1, [%arg0];", True),
     "read, write": ("ld.global.u32 %r1, [%arg0];", "st.global.u32 [%arg0], 1;", True),

@@ -105,11 +105,11 @@ def _with_heads(cls_attn: Tensor, dim: int) -> Tensor:
 
 @functools.cache
 def _function_at(file: str, line: int) -> str:
-    """The function of csrc/cuda that a line belongs to."""
+    """The device function of csrc/cuda that a line is in, or the last one before it."""
     name = ""
     lines = (ROOT / "csrc" / "cuda" / file).read_text().splitlines()
     for text in lines[:line]:
-        if match := re.match(r"(?:__device__ )?(?:__forceinline__ )?[\w:<>*& ]+?\b(\w+)\(", text):
+        if match := re.match(r"__device__ __forceinline__ [\w:<>*& ]+?\b(\w+)\(", text):
             name = match[1]
     return name
 

@@ -106,6 +106,21 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+def crowded(identical: int) -> Tensor:
+    """(1, N, 256) float32 features that fill one bucket of the dedup kernel's first round.
+
+    So many tokens of A are identical, and six are a little different: theirs are the buckets next
+    to the full one.
+    """
+    g = torch.Generator().manual_seed(0)
+    token = torch.randn(256, generator=g)
+    different = 6
+    x = token.expand(2 * (identical + different), 256).clone()
+    for i in range(different):
+        x[2 * (identical // different) * i] += (0.09 + 0.004 * i) * torch.randn(256, generator=g)
+    return x.unsqueeze(0)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of `prune`."""

@@ -101,15 +101,8 @@ inline Dedup choose(Dedup asked, const DedupBytes& bytes, int64_t limit) {
   return bytes.state_shared <= limit ? Dedup::kStateShared : Dedup::kWorkspace;
 }
 
-// Up to how many tokens of A are ranked by counting, which takes a barrier less than buckets.
-inline int most_counted(Sort asked) {
-  constexpr int kFewTokens = 96;
-  switch (asked) {
-    case Sort::kBuckets: return 0;
-    case Sort::kCounting: return INT32_MAX;
-    default: return kFewTokens;
-  }
-}
+// Whether A is ranked by buckets, unless one is crowded.
+inline bool ranks_by_buckets(Sort asked) { return asked != Sort::kCounting; }
 
 // `bytes` of shared memory for the logits and the query. The limit fits every GPU that the kernels
 // run on, so that the workspace's size does not depend on the device.
