@@ -77,7 +77,7 @@ __device__ __forceinline__ Sum<T> partial_dot(const float* q, const T* k, int di
 // Shared memory: the dots (tokens sums), then the query (head_dim floats). kFar: the dots are in
 // `far_dots`, one array per block.
 template <typename T, bool kFar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // no spills for the sake of more blocks
     softmax_kernel(ClsAttentionArgs args, Sum<T>* far_dots, float* weights) {
   VP_SHARED_MEMORY(shared);
   using S = Sum<T>;
