@@ -91,7 +91,7 @@ def test_costs() -> None:
     llava = Case("prune", (576,), 1024, 16, 64, dtype="float16")
     assert 20 < llava.cost < 200
     assert Case("prune", (576,) * 8, 1024, 16, 64).cost == pytest.approx(8 * llava.cost)
-    assert Case("prune", (10,), 4, None, 20).cost < 0.001
+    assert Case("prune", (10,), 4, None, 20).cost < 0.1
 
 
 def test_integers_are_the_same_everywhere() -> None:

@@ -221,6 +221,8 @@ class Case:
         heads = self.heads or 1
         total = 0.0
         for n, k in zip(self.tokens, ks, strict=True):
+            # A block or more, of several hundred threads, whatever the image holds.
+            total += 2e4 * (1 if self.operator in EXACT else heads)
             if self.operator == "cls_attention":
                 total += 2 * heads * n * self.channels
             elif self.operator == "received_attention":
