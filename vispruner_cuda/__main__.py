@@ -1,4 +1,7 @@
-"""`python -m vispruner_cuda`: what is installed, and whether it works here."""
+"""`python -m vispruner_cuda`: what is installed, and whether it works here.
+
+With `--verify` it compares every operator with the reference on every device.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +20,8 @@ import vispruner_cuda
 
 from . import _library
 from ._version import __version__
+
+DEFAULT_OUTPUT = "vispruner_verify.json"  # of --verify
 
 
 def coverage(archs: str, major: int, minor: int) -> str:
@@ -115,19 +122,70 @@ def _text(data: dict[str, Any]) -> str:
     return "\n".join(f"{name:<15}{value}" for name, value in rows)
 
 
+def _chosen_devices(wanted: Sequence[str] | None, available: Sequence[str]) -> list[str]:
+    """The devices to verify; ValueError for one that is not there."""
+    if wanted is None:
+        return list(available)
+    chosen: list[str] = []
+    for name in wanted:
+        found = [a for a in available if a == name or a.partition(":")[0] == name]
+        if not found:
+            raise ValueError(f"no device {name!r} to verify here, only {', '.join(available)}")
+        chosen += [device for device in found if device not in chosen]
+    return chosen
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status. Wrong options exit with status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m vispruner_cuda",
         description="Print what is installed and whether it works on the devices of this machine.",
-        epilog="The exit status is 1 if there is a GPU that the kernels cannot use.",
+        epilog="The exit status is 1 if there is a GPU that the kernels cannot use, or if a result "
+        "of --verify differs from the reference.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    verifying = parser.add_argument_group("verification")
+    verifying.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every operator, dtype and launch plan with the reference on each device, "
+        "which takes about a minute, and write a file to attach to a report",
+    )
+    verifying.add_argument(
+        "--device",
+        nargs="+",
+        metavar="DEVICE",
+        help="verify these alone: cpu, cuda (each GPU) or cuda:N",
+    )
+    verifying.add_argument("--quick", action="store_true", help="a small part of the cases")
+    verifying.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help=f"default: {DEFAULT_OUTPUT}"
+    )
     options = parser.parse_args(arguments)
+    if not options.verify:
+        for option in ("device", "quick", "output"):
+            if getattr(options, option):
+                parser.error(f"--{option} is an option of --verify")
+        data = report()
+        print(json.dumps(data, indent=2) if options.json else _text(data))
+        for problem in data["problems"]:
+            print(f"vispruner_cuda: {problem}", file=sys.stderr)
+        return 1 if data["problems"] else 0
+
+    from .verification import command, machine
+
+    output = options.output or Path(DEFAULT_OUTPUT)
+    if reason := command.unwritable(output):
+        parser.error(f"cannot write {output}: {reason}")
     data = report()
-    print(json.dumps(data, indent=2) if options.json else _text(data))
+    try:
+        devices = _chosen_devices(options.device, machine.device_names(data))
+    except ValueError as error:
+        parser.error(f"--device: {error}")
     for problem in data["problems"]:
         print(f"vispruner_cuda: {problem}", file=sys.stderr)
-    return 1 if data["problems"] else 0
+    status = command.run(data, devices, options.quick, output, options.json)
+    return 1 if data["problems"] and options.device is None else status
 
 
 if __name__ == "__main__":

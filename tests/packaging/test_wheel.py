@@ -37,6 +37,7 @@ def test_contents(names):
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert packages <= {"vispruner", "vispruner_cuda"}
     assert "vispruner_cuda/__init__.py" in names
+    assert "vispruner_cuda/known_answers.json" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
