@@ -40,9 +40,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"{name}: {count} comparisons")
 
 
+#: The host run of the CUDA kernels takes most of the time of tests/ops. It is left out where the
+#: kernels themselves can run, unless it is asked for.
+RUN_HOST_KERNELS = (
+    not torch.cuda.is_available() or os.environ.get("VISPRUNER_TEST_HOST_KERNELS") == "1"
+)
+
+
 @pytest.fixture(scope="session")
 def host() -> host_kernels.Kernels:
     """The CUDA kernels, run on the host. Built once a session, incrementally."""
+    if not RUN_HOST_KERNELS:
+        pytest.skip("the CUDA kernels run on the GPU (VISPRUNER_TEST_HOST_KERNELS=1 runs these)")
     directory = host_kernels.default_build_directory()
     return host_kernels.Kernels(host_kernels.build(host_kernels.ROOT / "csrc", directory))
 
@@ -57,9 +66,11 @@ def host_kernels_default(host: host_kernels.Kernels) -> host_kernels.Kernels:
 
 
 @pytest.fixture(scope="session")
-def implementations(host: host_kernels.Kernels) -> dict[str, Any]:
+def implementations(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Everything that must return what the reference returns."""
-    found: dict[str, Any] = {"cpu": backends.operators("cpu"), "kernels on host": host}
+    found: dict[str, Any] = {"cpu": backends.operators("cpu")}
+    if RUN_HOST_KERNELS:
+        found["kernels on host"] = request.getfixturevalue("host")
     if torch.cuda.is_available():
         found["cuda"] = backends.operators("cuda")
     return found
