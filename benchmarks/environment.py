@@ -106,5 +106,7 @@ def write(name: str, data: dict[str, Any], directory: Path = RESULTS) -> Path:
     """Writes NAME.json, environment first."""
     path = directory / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**describe(), **data}, indent=1) + "\n")
+    written = path.with_suffix(".json.new")
+    written.write_text(json.dumps({**describe(), **data}, indent=1) + "\n")
+    os.replace(written, path)  # never half a file, should a time limit end the program here
     return path

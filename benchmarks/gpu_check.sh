@@ -3,33 +3,99 @@
 #
 #   bash benchmarks/gpu_check.sh [OUTPUT_DIRECTORY]
 #
-# Builds for this GPU in the source tree, runs the kernel tests on the device, compute-sanitizer,
-# the stress program and the benchmarks. Needs torch with CUDA, nvcc, cmake and pytest in the current
-# environment (PYTHON names the interpreter), and nothing from a network. Writes logs, kernels.json
-# and gpu_verified.json to the output directory (benchmarks/results by default). DRY_RUN=1 goes
-# through the same steps on a CPU and writes no gpu_verified.json.
+# Builds for this GPU in the source tree, verifies all operators, runs the kernel tests on the device,
+# compute-sanitizer, the stress program and the benchmarks. Needs torch with CUDA, nvcc, cmake, ninja,
+# pytest, hypothesis, numpy and pybind11 in the current environment (PYTHON names the interpreter), and
+# nothing from a network.
+#
+# The output directory (benchmarks/results by default) gets four files, each as soon as there is
+# something to write:
+#
+#   gpu_verified.json        what passed, and on which sources; written again after every step
+#   vispruner_verify.json    of `python -m vispruner_cuda --verify`
+#   kernels.json             the benchmarks
+#   gpu_check_logs.tar.gz    the logs of all steps
+#
+# The script ends by itself within TIME_LIMIT seconds (585 by default): a step gets what is left of them
+# at most. If it is stopped, the files hold what was done until then. DRY_RUN=1 goes through the same
+# steps on a CPU in less than 290 seconds and writes gpu_dry_run.json instead of gpu_verified.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+dry=${DRY_RUN:-}
 python=${PYTHON:-python3}
+time_limit=${TIME_LIMIT:-$([ -n "$dry" ] && echo 285 || echo 585)}
 out=${1:-benchmarks/results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-logs=$out/gpu_check_logs
-mkdir -p "$logs"
-dry=${DRY_RUN:-}
+work=$(mktemp -d)
+logs=$work/gpu_check_logs
+mkdir "$logs"
+rm -f "$out/vispruner_verify.json"  # that of an earlier run would be read as this one's
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-began=$SECONDS
+# On a busy machine, threads would wait for each other much longer than they work.
+[ -z "$dry" ] || export OMP_NUM_THREADS=1
+export PATH=$PATH:/usr/local/cuda/bin  # compute-sanitizer may be there alone
 
-step() {  # step NAME SECONDS COMMAND...: with a limit and a log; says how it went
-  local name=$1 limit=$2 start=$SECONDS status
-  shift 2
-  timeout "$limit" bash -c '"$@"' _ "$@" >"$logs/$name.log" 2>&1
-  status=$?
-  echo "$status" >"$logs/$name.status"
-  printf '%-22s %s after %d s: %s\n' "$name" "$([ $status = 0 ] && echo passed || echo "FAILED ($status)")" \
-    $((SECONDS - start)) "$(tail -n 1 "$logs/$name.log" | cut -c1-120)"
-  return $status
+tools=(memcheck racecheck initcheck synccheck)
+closing=6 # seconds kept for the last report
+declare -A pids=()
+
+report() {  # the verdict and the logs, as they are now
+  local verdict
+  "$python" -S benchmarks/verdict.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
+  verdict=$?
+  tar -C "$work" -czf "$out/gpu_check_logs.tar.gz.new" gpu_check_logs &&
+    mv "$out/gpu_check_logs.tar.gz.new" "$out/gpu_check_logs.tar.gz"
+  return $verdict
 }
+
+start() {  # start NAME SECONDS COMMAND...: in the background, with a limit and a log
+  local name=$1 most=$2 room=$((time_limit - closing - SECONDS))
+  shift 2
+  [ "$most" -lt "$room" ] || most=$room
+  if [ "$most" -lt 5 ]; then
+    echo 'not run' >"$logs/$name.status"
+    return
+  fi
+  # A time limit for the command and all of its children; the inner shell can run the functions below.
+  timeout --kill-after=5 "$most" bash -c 'at=$1; shift; "$@"; status=$?; echo "$SECONDS" >"$at"; exit $status' \
+    _ "$logs/$name.seconds" "$@" >"$logs/$name.log" 2>&1 </dev/null &
+  pids[$name]=$!
+}
+
+finish() {  # finish NAME: waits for it and says how it went
+  local name=$1 status=1
+  if [ -n "${pids[$name]:-}" ]; then
+    wait "${pids[$name]}"  # a signal interrupts this wait, and no other command
+    status=$?
+    unset "pids[$name]"
+    echo "$status" >"$logs/$name.status"
+  fi
+  printf '%-16s %s, %s s: %s\n' "$name" "$(case $(cat "$logs/$name.status") in
+    0) echo passed ;; 124 | 137) echo 'TIMED OUT' ;; *[a-z]*) cat "$logs/$name.status" ;;
+    *) echo "FAILED ($status)" ;; esac)" "$(cat "$logs/$name.seconds" 2>/dev/null || echo '-')" \
+    "$(tail -n 1 "$logs/$name.log" 2>/dev/null | cut -c1-120)"
+  report --quiet
+  return "$status"
+}
+
+step() { start "$@"; finish "$1"; }
+
+stopped() {  # stopped STATUS: however the script ends
+  trap '' EXIT TERM INT HUP
+  local name unclean=0
+  for name in "${!pids[@]}"; do
+    kill "${pids[$name]}" 2>/dev/null  # of `timeout`, which passes it on
+    echo 'stopped' >"$logs/$name.status"
+  done
+  report || unclean=1
+  rm -rf "$work"
+  exit $(($1 ? $1 : unclean))
+}
+trap 'stopped $?' EXIT
+trap 'stopped 143' TERM
+trap 'stopped 130' INT
+trap 'stopped 129' HUP
 
 build() {
   local torch_dir archs=90
@@ -41,35 +107,68 @@ build() {
     cmake --build build/gpu_check --parallel &&
     rm -f vispruner_cuda/libvispruner.so &&
     cp build/gpu_check/libvispruner.so vispruner_cuda/ &&
+    nvcc -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/sanitizer_probe.cu &&
     "$python" -m vispruner_cuda
 }
 
-sanitizer() {  # sanitizer TOOL
-  local options=(--tool "$1" --error-exitcode 9 --print-limit 20)
-  [ "$1" != memcheck ] || options+=(--leak-check no)
-  # Memory from the caching allocator hides overruns between tensors.
-  if [ -n "$dry" ]; then echo "dry run: compute-sanitizer ${options[*]}"; return 0; fi
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" "$python" benchmarks/sanitize.py
+describe() {
+  "$python" -c 'import json, sys; sys.path.insert(0, "benchmarks"); import environment
+json.dump(environment.describe(), open(sys.argv[1], "w"))' "$logs/environment.json"
 }
 
-export python dry
-export -f build sanitizer  # timeout starts a shell of its own
-step build 240 build || { cat "$logs/build.log"; exit 1; }
+sanitizer() {  # sanitizer TOOL COMMAND...
+  local options=(--tool "$1" --error-exitcode 9 --print-limit 20)
+  # Only the kernels of this library: those of torch take long, and their errors are not ours.
+  options+=(--kernel-regex kns=vispruner)
+  # A CUDA call that fails is not an invalid access: torch probes for features in this way.
+  [ "$1" != memcheck ] || options+=(--leak-check no --report-api-errors no)
+  compute-sanitizer "${options[@]}" "${@:2}"
+}
+
+# compute-sanitizer is missing from some installations and cannot trace a process in some containers
+# (gVisor). It works if it finds the fault of a program that has one.
+sanitizer_works() {
+  if ! command -v compute-sanitizer; then
+    echo 'there is no compute-sanitizer'
+    return 1
+  fi
+  sanitizer memcheck build/gpu_check/sanitizer_probe
+  [ $? = 9 ] || { echo 'compute-sanitizer does not find the fault of benchmarks/sanitizer_probe.cu'; return 1; }
+}
+
+sanitize() {
+  # Memory from the caching allocator hides overruns between tensors.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer "$1" "$python" benchmarks/sanitize.py
+}
+
+export python dry logs
+export -f build describe sanitizer sanitizer_works sanitize
+
+step build 200 build || { cat "$logs/build.log"; exit 1; }
+step environment 30 describe
+
+step verify 70 "$python" -m vispruner_cuda --verify -o "$out/vispruner_verify.json" \
+  --device $([ -n "$dry" ] && echo cpu --quick || echo cuda)
 
 # Beside each other: none of these is timed, and all of them wait for a processor most of the time.
-for tool in memcheck racecheck initcheck synccheck; do
-  step "$tool" 240 sanitizer "$tool" &
-done
+if step sanitizer_works 40 sanitizer_works; then
+  for tool in "${tools[@]}"; do start "$tool" 170 sanitize "$tool"; done
+else
+  for tool in "${tools[@]}"; do
+    echo unavailable >"$logs/$tool.status"
+    tail -n 1 "$logs/sanitizer_works.log" >"$logs/$tool.log"
+  done
+fi
 # The random cases are shared out over the tests; a GPU call each costs about a millisecond. What is
-# left out tests the CPU's instruction sets.
-export VISPRUNER_RANDOM_CASES=${VISPRUNER_RANDOM_CASES:-2000}
-step tests 260 "$python" -m pytest tests/ops -q -p no:cacheprovider \
-  --ignore tests/ops/test_instruction_sets.py
-wait
-if [ -z "$dry" ]; then step stress 90 "$python" benchmarks/stress.py; fi
-left=$((595 - (SECONDS - began)))
-step benchmarks $((left < 5 ? 5 : left < 220 ? left : 220)) "$python" benchmarks/kernels.py --rows --quick \
-  --compile-limit 40 ${dry:+--device cpu --no-compile} -o "$out"
+# left out tests the CPU's instruction sets and the compiled kernels on the host.
+export VISPRUNER_TEST_COMPILED_KERNELS=0
+export VISPRUNER_RANDOM_CASES=${VISPRUNER_RANDOM_CASES:-$([ -n "$dry" ] && echo 100 || echo 2000)}
+step tests 170 "$python" -m pytest tests/ops -q -p no:cacheprovider \
+  --ignore tests/ops/test_instruction_sets.py ${dry:+-m 'not slow'}
+for tool in "${tools[@]}"; do finish "$tool"; done
 
-if [ -n "$dry" ]; then echo "dry run: nothing verified"; exit 0; fi
-"$python" benchmarks/verdict.py "$logs" "$out"
+step stress 80 "$python" benchmarks/stress.py ${dry:+--help}
+
+step benchmarks 300 "$python" benchmarks/kernels.py --rows --quick --compile-limit 25 \
+  ${dry:+--device cpu} -o "$out"
+exit 0

@@ -12,12 +12,15 @@ compile run in a process of their own with a time limit. The stage times come fr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +29,12 @@ import environment
 import peers
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 import vispruner_cuda
 from vispruner_cuda import plans
 
 Call = Callable[[], Any]
-console = Console(stderr=True)
 
 # Ceilings that the floors are counted with: NVIDIA H200 SXM, datasheet and measured copy.
 BYTES_PER_US = 4.3e6
@@ -123,18 +123,8 @@ CURVES: dict[str, tuple[Row, ...]] = {
 
 PEERED_CURVES = ("tokens", "images")
 
-# Launch plans to force in turn (docs/performance.md), and the rows to do it for.
-PLANS: list[dict[str, str]] = [
-    {},
-    {"launch": "dependent"},
-    {"rank": "tokens_8"},
-    {"rank": "tokens_32"},
-    {"gram": "tiles_32"},
-    {"gram": "tiles_64"},
-    {"gram": "tiles_128"},
-    {"sort": "buckets"},
-    {"sort": "counting"},
-]
+# Rows to measure under every plan of these stages (docs/performance.md).
+PLANNED_STAGES = ("launch", "rank", "gram", "sort")
 PLANNED_ROWS = ("1 image", "64 images", "4096 tokens (Qwen)")
 
 
@@ -357,44 +347,60 @@ def compiled_peer(name: str, row: Row, device: str, seconds: float) -> float:
     return gpu_or_cpu_time([compiled], device, seconds, graph=False)
 
 
-def compiled_peers(row: Row, arguments: argparse.Namespace) -> dict[str, float | None]:
+def compiled_peers(row: Row, arguments: argparse.Namespace) -> Iterator[tuple[str, float | None]]:
     """Each in a process of its own; None where the time limit came first."""
-    found: dict[str, float | None] = {}
-    for name in track(COMPILED, "compiled peers", console=console):
+    for name in COMPILED:
+        say(f"compiled peer: {name}")
         command = [sys.executable, __file__, "--peer", name, "--device", arguments.device]
         command += ["--seconds", str(arguments.seconds)]
+        command += ["--quick"] if arguments.quick else []
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [*command, *(["--quick"] if arguments.quick else [])],
-                capture_output=True,
-                text=True,
-                timeout=arguments.compile_limit,
-            )
-            found[name] = float(done.stdout.split()[-1]) if done.returncode == 0 else None
-            if done.returncode:
-                console.print(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+            output, errors = process.communicate(timeout=arguments.compile_limit)
+            if process.returncode:
+                say(f"{name}: {errors.strip().splitlines()[-1:]}")
+            yield name, float(output.split()[-1]) if process.returncode == 0 else None
         except subprocess.TimeoutExpired:
-            found[name] = None
-    return found
+            yield name, None
+        finally:
+            # With the compilers it has started, which would keep its pipes open.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def plan_times(row: Row, device: str, seconds: float) -> list[dict[str, Any]]:
     """The row under every plan, in turn, so that a GPU that slows down slows all of them."""
     calls = [call_of(row, x) for x in input_sets(row, device)]
-    known = plans.choices()  # a library without CUDA kernels (a dry run) has fewer stages
-    usable = [plan for plan in PLANS if all(stage in known for stage in plan)]
-    times: list[list[float]] = [[] for _ in usable]
+    choices = plans.choices()
+    forced: list[dict[str, str]] = [{}]
+    forced += [
+        {stage: name}
+        for stage in PLANNED_STAGES
+        for name in choices.get(stage, ())
+        if name not in ("auto", "ordered")  # in order is what "auto" does
+    ]
+    times: list[list[float]] = [[] for _ in forced]
     for _ in range(3):
-        for plan, own in zip(usable, times, strict=True):
-            with plans.use(**plan):  # read when a call is made, or captured
+        for plan, own in zip(forced, times, strict=True):
+            with plans.use(**plan):  # in force when a call is made, or captured
                 own.append(gpu_or_cpu_time(calls, device, seconds))
     return [
         {"plan": plan, "us": statistics.median(own)}
-        for plan, own in zip(usable, times, strict=True)
+        for plan, own in zip(forced, times, strict=True)
     ]
 
 
 # --------------------------------------------------------------------------------------- reports
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def shrunk(row: Row) -> Row:
     """The row at a size that a dry run on a CPU takes moments for."""
     small = {"images": min(row.images, 2), "tokens": min(row.tokens, 64), "k": min(row.k, 16)}
@@ -448,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(compiled_peer(arguments.peer, rows[0], arguments.device, arguments.seconds))
         return 0
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that peers are ended, too
     data: dict[str, Any] = {"dry_run": dry, "rows": [], "curves": {}}
 
     def save() -> Path:
@@ -456,24 +463,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return environment.write(name, data, arguments.output)
 
     data["host_us"] = host_time(rows[0], arguments.device)
-    for row in track(rows, "rows", console=console):
+    for row in rows:
         data["rows"].append(measure(row, arguments, with_peers=True, with_stages=True))
         if row.name in PLANNED_ROWS:
-            plans = plan_times(row, arguments.device, arguments.seconds)
-            data["rows"][-1]["plans"] = plans
-        console.print(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
+            data["rows"][-1]["plans"] = plan_times(row, arguments.device, arguments.seconds)
+        say(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
         path = save()
     if not arguments.rows:
         for name, curve in CURVES.items():
             points = tuple(map(shrunk, curve)) if dry else curve
             data["curves"][name] = [
-                measure(row, arguments, with_peers=name in PEERED_CURVES)
-                for row in track(points, f"curve over {name}", console=console)
+                measure(row, arguments, with_peers=name in PEERED_CURVES) for row in points
             ]
-        path = save()
+            say(f"curve over {name}")
+            path = save()
     if not arguments.no_compile:
-        data["rows"][0]["peers_us"].update(compiled_peers(rows[0], arguments))
-        path = save()
+        for peer, time_ in compiled_peers(rows[0], arguments):
+            data["rows"][0]["peers_us"][peer] = time_
+            path = save()
     print(path)
     print(json.dumps({row["name"]: round(row["us"], 2) for row in data["rows"]}))
     return 0

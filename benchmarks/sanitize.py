@@ -5,11 +5,10 @@ compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 import vispruner_cuda
+from vispruner_cuda import plans
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,21 +33,23 @@ def main() -> None:
     vispruner_cuda.prune_varlen(
         random(400, 64), random(4, 400), [0, 1, 200, 200, 329, 400], [3, 20, 1, 128, 99]
     )
-    for plan in ("lists_shared", "state_shared", "workspace"):
-        os.environ["VISPRUNER_DEDUP_PLAN"] = plan
-        for sort in ("buckets", "counting"):  # the long one is merged if it has no buckets
-            os.environ["VISPRUNER_SORT_PLAN"] = sort
-            vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
-            vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)
-    del os.environ["VISPRUNER_SORT_PLAN"]
+    for dedup in plans.choices()["dedup"]:
+        for sort in plans.choices()["sort"]:  # without buckets, the long list is merged
+            with plans.use(dedup=dedup, sort=sort):
+                vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
+                if dedup != "lists_shared":  # 1070 tokens are too many for most GPUs
+                    vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)
     for n in (300, 1100):  # all alike: crowded buckets, which give way to counting and merging
         vispruner_cuda.prune(random(1, 1, 16).expand(1, n, 16), random(1, n), 60, step=100)
-    os.environ["VISPRUNER_LAUNCH"] = "dependent"
-    for tokens, tiles in (("8", "32"), ("32", "64"), ("32", "128")):
-        os.environ["VISPRUNER_RANK_PLAN"] = f"tokens_{tokens}"
-        os.environ["VISPRUNER_GRAM_PLAN"] = f"tiles_{tiles}"
-        vispruner_cuda.prune(random(2, 161, 200), random(2, 161), 20)
-        vispruner_cuda.pairwise_cosine(random(2, 161, 200))
+    for neighbours in plans.choices()["neighbours"]:
+        with plans.use(neighbours=neighbours):
+            vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
+    launch = plans.choices()["launch"][-1]  # dependent, if the GPU can
+    for rank in plans.choices()["rank"]:
+        for gram in plans.choices()["gram"]:
+            with plans.use(rank=rank, gram=gram, launch=launch):
+                vispruner_cuda.prune(random(2, 161, 200), random(2, 161), 20)
+                vispruner_cuda.pairwise_cosine(random(2, 161, 200))
     torch.cuda.synchronize()
     print("done")
 

@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lines", type=int, default=12, help="source lines to name per kernel")
     parser.add_argument("--json", action="store_true", help="print the counters as JSON")
     o = parser.parse_args(argv)
-    if missing := compiled_kernels.missing_compiler():
+    if missing := compiled_kernels.not_tested():
         print(missing, file=sys.stderr)
         return 1
     kernels = Kernels(compiled_kernels.build_module(o.csrc))

@@ -230,3 +230,5 @@ def test_atomics_of_all_threads(runner, seed):
     assert sorted(order) == list(range(256))
     assert list(cells) == [256, 512]
     assert (list(order) == list(range(256))) == (seed == 0)
+    ascending_in_warps = bool(np.all(np.diff(order.reshape(-1, 32).astype(np.int64)) > 0))
+    assert ascending_in_warps == (seed == 0)

@@ -151,6 +151,14 @@ def test_the_waiting_thread_alone_has_the_data(runner, source):
     assert not runner.run(text.format(between="bar.sync 0;"), Input(source), Buffer(out))
 
 
+def test_a_barrier_before_the_wait_does_not_help(runner, source):
+    """The data arrive at the wait, so that others need a barrier after it."""
+    out = aligned(32)
+    text = COPY + COMMIT + "bar.sync 0;" + WAIT + "xor.b32 %r3, %t, 1; mov.u32 %r1, s;"
+    found = runner.run(text + "mad.lo.u32 %r1, %r3, 16, %r1;" + READ, Input(source), Buffer(out))
+    assert kinds(found) == {"racecheck"}
+
+
 def test_a_copy_over_bytes_that_others_read(runner, source):
     out = aligned(64)
     text = """.shared .align 16 .b8 s[512]; mov.u32 %r1, s; setp.eq.u32 %p1, %t, 0;

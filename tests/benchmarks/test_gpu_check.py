@@ -1,0 +1,273 @@
+"""benchmarks/gpu_check.sh with programs that only pretend: its limits, and what a run leaves.
+
+The fake programs are first on the PATH, in a copy of the two scripts alone. Each step takes no time
+unless a variable SLEEP_<step> says so, and succeeds unless STATUS_<step> says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import compiled_kernels
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "timeout", "tar"))), reason="needs bash and coreutils"
+)
+
+PRETEND = """
+pretend() { local sleep=SLEEP_$1 status=STATUS_$1; sleep "${!sleep:-0}"; exit "${!status:-0}"; }
+"""
+PYTHON = f"""#!/usr/bin/env bash
+{PRETEND}
+echo "$*" >>"$CALLS"
+case "$*" in
+  *verdict.py*) exec {sys.executable} "$@" ;;
+  *environment.describe*)
+    echo '{{"device": {{"gpu": {{"name": "Imagined"}}}}, "versions": {{}}}}' >"${{@: -1}}" ;;
+  *find_spec*) echo /nowhere ;;
+  *capability*) echo 90 ;;
+  *--verify*)
+    echo '{{"complete": false, "results": []}}' >"$5"
+    pretend verify ;;
+  "-m pytest "*) echo '... [ 50%]'; pretend tests ;;
+  *stress.py*) echo '{{"repeats": {{}}, "differed": []}}'; pretend stress ;;
+  *kernels.py*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
+  *sanitize.py*) pretend sanitize ;;
+esac
+"""
+CMAKE = f"""#!/usr/bin/env bash
+{PRETEND}
+mkdir -p build/gpu_check
+touch build/gpu_check/libvispruner.so
+pretend build
+"""
+SANITIZER = """#!/usr/bin/env bash
+echo "sanitizer $*" >>"$CALLS"
+case "$*" in *sanitizer_probe*) exit "${STATUS_probe:-9}" ;; esac
+while [[ "$1" == --* ]]; do shift 2; done
+"$@" || exit 9
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree with the scripts, and the fake programs in bin/."""
+    for name in ("benchmarks", "vispruner_cuda", "bin"):
+        (tmp_path / name).mkdir()
+    for script in ("gpu_check.sh", "verdict.py"):
+        shutil.copy(BENCHMARKS / script, tmp_path / "benchmarks")
+    programs = {
+        "python": PYTHON,
+        "cmake": CMAKE,
+        "nvcc": "#!/bin/sh\n",
+        "compute-sanitizer": SANITIZER,
+    }
+    for name, text in programs.items():
+        program = tmp_path / "bin" / name
+        program.write_text(text)
+        program.chmod(0o755)
+    return tmp_path
+
+
+def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
+    own = {
+        "PATH": f"{tree / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": str(tree / "bin" / "python"),
+        "CALLS": str(tree / "calls"),
+        "TMPDIR": str(tree),
+        **{name: str(value) for name, value in variables.items()},
+    }
+    return subprocess.Popen(
+        ["bash", str(tree / "benchmarks" / "gpu_check.sh"), str(tree / "out")],
+        env={**{k: v for k, v in os.environ.items() if k != "DRY_RUN"}, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(tree: Path, **variables: object) -> tuple[int, str, dict[str, Any]]:
+    """Exit status, output and verdict."""
+    process = begin(tree, **variables)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output, verdict(tree)
+
+
+def verdict(tree: Path) -> Any:
+    return json.loads((tree / "out" / "gpu_verified.json").read_text())
+
+
+def logs(tree: Path) -> set[str]:
+    with tarfile.open(tree / "out" / "gpu_check_logs.tar.gz") as archive:
+        return {Path(name).name for name in archive.getnames()}
+
+
+def test_clean_run(tree: Path) -> None:
+    status, output, found = run(tree)
+    assert status == 0, output
+    assert found["clean"]
+    assert found["device"] == "Imagined"
+    assert all(tool["status"] == 0 for tool in found["sanitizers"].values())
+    assert all(step["status"] == 0 for step in found["steps"].values())
+    files = sorted(file.name for file in (tree / "out").rglob("*"))
+    assert files == [
+        "gpu_check_logs.tar.gz",
+        "gpu_verified.json",
+        "kernels.json",
+        "vispruner_verify.json",
+    ]
+    assert {"build.log", "memcheck.log", "tests.status", "benchmarks.seconds"} <= logs(tree)
+    assert not list(tree.glob("tmp.*"))
+
+
+def test_the_verdict_is_there_before_the_benchmarks(tree: Path) -> None:
+    calls = run(tree) and (tree / "calls").read_text().splitlines()
+    benchmarks = next(i for i, call in enumerate(calls) if "kernels.py" in call)
+    assert sum("verdict.py" in call for call in calls[:benchmarks]) >= 10
+    assert any("verdict.py" in call for call in calls[benchmarks:])
+
+
+def test_sanitizers_look_at_kernels_of_this_library_alone(tree: Path) -> None:
+    run(tree)
+    calls = [c for c in (tree / "calls").read_text().splitlines() if c.startswith("sanitizer ")]
+    assert len(calls) == 5
+    assert all("--kernel-regex kns=vispruner " in call for call in calls)
+    (memcheck,) = [call for call in calls if "memcheck" in call and "sanitize.py" in call]
+    assert "--report-api-errors no" in memcheck
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_sanitizers_that_are_not_there_or_find_nothing(tree: Path, missing: bool) -> None:
+    if missing:
+        (tree / "bin" / "compute-sanitizer").unlink()
+        if shutil.which("compute-sanitizer"):
+            pytest.skip("this machine has a compute-sanitizer")
+    status, output, found = run(tree, STATUS_probe=0)
+    assert status == 0, output
+    assert found["clean"]
+    memcheck = found["sanitizers"]["memcheck"]
+    assert memcheck["status"] == "unavailable"
+    assert ("there is no" if missing else "does not find the fault") in memcheck["summary"]
+
+
+@pytest.mark.parametrize("step", ["verify", "tests", "stress", "sanitize"])
+def test_a_step_that_fails(tree: Path, step: str) -> None:
+    status, output, found = run(tree, **{f"STATUS_{step}": 3})
+    assert status == 1, output
+    assert not found["clean"]
+    assert found["steps"]["benchmarks"]["status"] == 0  # the others run all the same
+
+
+def test_a_build_that_fails_ends_it(tree: Path) -> None:
+    status, _, found = run(tree, STATUS_build=1)
+    assert status == 1
+    assert not found["clean"]
+    assert found["steps"]["tests"]["status"] is None
+
+
+def test_benchmarks_that_fail_do_not_count(tree: Path) -> None:
+    status, _, found = run(tree, STATUS_benchmarks=1)
+    assert status == 0
+    assert found["clean"]
+
+
+def test_the_time_limit(tree: Path) -> None:
+    """A step gets what is left, those after it do not start, and the report is in time."""
+    start = time.monotonic()
+    status, _, found = run(tree, TIME_LIMIT=16, SLEEP_tests=100)
+    assert time.monotonic() - start < 16
+    assert status == 1
+    assert found["steps"]["tests"]["status"] == 124
+    assert found["tests"]["passed"] == 3
+    assert found["steps"]["stress"]["status"] == "not run"
+    assert found["steps"]["benchmarks"]["status"] == "not run"
+
+
+def test_benchmarks_that_take_too_long_leave_a_clean_run(tree: Path) -> None:
+    status, _, found = run(tree, TIME_LIMIT=16, SLEEP_benchmarks=100)
+    assert status == 0
+    assert found["clean"]
+    assert found["steps"]["benchmarks"]["status"] == 124
+    assert (tree / "out" / "kernels.json").exists()
+
+
+def wait_for(tree: Path, call: str) -> None:
+    for _ in range(300):
+        if (tree / "calls").exists() and call in (tree / "calls").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{call} was not called")
+
+
+def children(tree: Path) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if str(tree / "bin") in line]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
+def test_a_stopped_run_leaves_what_it_has(tree: Path, sent: signal.Signals, status: int) -> None:
+    process = begin(tree, SLEEP_tests=100, SLEEP_sanitize=100)
+    wait_for(tree, "-m pytest ")
+    start = time.monotonic()
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - start < 5
+    assert process.returncode == status, output
+    found = verdict(tree)
+    assert not found["clean"]
+    assert found["steps"]["verify"]["status"] == 0
+    assert found["steps"]["tests"]["status"] == "stopped"
+    assert found["sanitizers"]["memcheck"]["status"] == "stopped"
+    assert found["tests"]["passed"] == 3
+    assert {"build.log", "tests.log", "verify.log"} <= logs(tree)
+    assert len(list((tree / "out").iterdir())) == 3
+    time.sleep(0.5)
+    assert children(tree) == []
+
+
+def test_a_killed_run_leaves_what_came_before(tree: Path) -> None:
+    """Even where no trap can run."""
+    process = begin(tree, SLEEP_tests=5)
+    wait_for(tree, "-m pytest ")
+    process.kill()
+    process.wait()
+    found = verdict(tree)
+    assert found["steps"]["verify"]["status"] == 0
+    assert found["steps"]["tests"]["status"] is None
+    assert "verify.log" in logs(tree)
+
+
+def test_a_report_of_an_earlier_run_is_not_read(tree: Path) -> None:
+    (tree / "out").mkdir()
+    (tree / "out" / "vispruner_verify.json").write_text('{"complete": true, "results": []}')
+    _, _, found = run(tree, STATUS_build=1)
+    assert found["verify"] is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "asked", "expected"),
+    [(False, "", True), (True, "", False), (True, "0", False), (True, "1", True)],
+)
+def test_compiled_kernels_are_left_out_where_there_is_a_gpu(
+    gpu: bool, asked: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take most of the time of tests/ops."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(compiled_kernels.build(), "find_nvcc", lambda: None)
+    monkeypatch.setenv("VISPRUNER_TEST_COMPILED_KERNELS", asked)
+    assert (compiled_kernels.not_tested() is None) == expected
