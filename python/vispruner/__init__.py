@@ -13,11 +13,13 @@ model in the box and the pictures it understands. Models need the extra
 `vispruner-cuda[transformers]`; importing the package does not.
 """
 
+from .hf import Pruner, apply, prepare
 from .models import Family, UnsupportedModelError, register, supported
-from .pruner import Pruner, apply, prepare
 from .report import Kept, Report
+from .selection import Budget
 
 __all__ = [
+    "Budget",
     "Family",
     "Kept",
     "Pruner",

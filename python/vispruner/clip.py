@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from .releases import encoder_layers
 from .shapes import MODELS
 from .taps import tower_tap
 
@@ -68,8 +69,7 @@ class ClipTower:
         self.image_processor: Any = _ImageProcessor(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
-        # transformers 5.23 has the encoder in the model, earlier versions in model.vision_model
-        layers = getattr(model, "vision_model", model).encoder.layers
+        layers = encoder_layers(model)
         states = len(layers) + 1  # hidden state 0 is the embedding, state i the output of i - 1
         if not 1 <= feature_layer % states <= len(layers) or not -states <= feature_layer < states:
             raise TowerError(

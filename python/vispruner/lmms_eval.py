@@ -15,7 +15,8 @@ import functools
 import importlib
 from typing import Any, NamedTuple
 
-from .pruner import Pruner, apply
+from .hf import Pruner, apply
+from .selection import Budget
 
 PREFIX = "vispruner_"
 
@@ -56,10 +57,8 @@ class _Pruned:
     ) -> None:
         super().__init__(*args, **kwargs)
         model: Any = self.model  # type: ignore[attr-defined]
-        options = {} if tiles is None else {"tiles": tiles}
-        self.pruner = apply(
-            model, k, ratio=ratio, important_ratio=important_ratio, step=step, **options
-        )
+        options: dict[str, Any] = {} if tiles is None else {"tiles": tiles}
+        self.pruner = apply(model, Budget(k, ratio, important_ratio, step), **options)
 
 
 @functools.cache

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vispruner
 from vispruner import flops, shapes
-from vispruner.budget import Budget
 from vispruner.models import family_of
+from vispruner.selection import Budget
 
 K = 5
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..budget import Budget
-from ..pruner import Pruner, apply
+from ..hf import Pruner, apply
+from ..selection import Budget
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -216,13 +216,7 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
 
 def apply_budget(model: Any, budget: Budget) -> Pruner:
     """`vispruner.apply` with what the command line asked for."""
-    return apply(
-        model,
-        budget.k,
-        ratio=budget.ratio,
-        important_ratio=budget.important_ratio,
-        step=budget.step,
-    )
+    return apply(model, budget)
 
 
 def model_inputs(processor: Any, image: Image.Image, question: str, device: torch.device) -> Any:

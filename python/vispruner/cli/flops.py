@@ -11,7 +11,7 @@ import argparse
 import re
 from typing import Any
 
-from ..budget import Budget
+from ..selection import Budget
 from .common import CommandError, budget_of, one_line, positive
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..budget import Budget
+from ..selection import Budget
 from .common import (
     CommandError,
     add_budget,
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _montage(found: list[_Picture], *, random_weights: bool) -> Image.Image:
-    from .. import pictures
+    from . import pictures
 
     rows = []
     for picture in found:

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from .base import Encoded, Family, UnsupportedModelError
+from .checks import check_model, check_scores, unwrapped
 
 _FAMILIES: dict[str, str | type[Family]] = {
     "llava": f"{__name__}.llava:Llava",
@@ -35,6 +36,18 @@ def register(model_type: str, family: type[Family]) -> None:
     _FAMILIES[model_type] = family
 
 
+def whole_model(model: Any) -> Any:
+    """The model to prune: the one inside PEFT's wrapper, or the model itself.
+
+    Raises:
+        UnsupportedModelError: it cannot be pruned.
+    """
+    model = unwrapped(model)
+    family_of(model)
+    check_model(model)
+    return model
+
+
 def family_of(model: Any) -> type[Family]:
     """The family of a transformers model.
 
@@ -59,7 +72,10 @@ __all__ = [
     "Encoded",
     "Family",
     "UnsupportedModelError",
+    "check_scores",
     "family_of",
     "register",
     "supported",
+    "unwrapped",
+    "whole_model",
 ]

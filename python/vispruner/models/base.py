@@ -11,9 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
+from ..shapes import picture
 
 
 class UnsupportedModelError(ValueError):
@@ -42,13 +43,13 @@ class Places(NamedTuple):
     Attributes:
         positions: (3, B, L) of each column.
         following: (B,) of the token that comes after the prompt.
-        resumed: (B,) where the model itself resumes in a decoding loop without position ids, which
+        rope_end: (B,) where the model itself goes on in a decoding loop without position ids, which
             for videos may be another place.
     """
 
     positions: Tensor
     following: Tensor
-    resumed: Tensor
+    rope_end: Tensor
 
 
 class Family(ABC):
@@ -70,6 +71,8 @@ class Family(ABC):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: options of `apply` beyond the budget, with their allowed values, the default first
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    #: whether tokens have a time, height and width (then `positions` is not None)
+    has_grid_positions: ClassVar[bool] = False
 
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         self.base: Any = model.base_model
@@ -124,6 +127,32 @@ class Family(ABC):
             for name, value in inputs.items()
         }
 
+    @property
+    def arguments(self) -> set[str]:
+        """Names of all arguments that belong to an encoder."""
+        return {name for names in self.parameters.values() for name in names}
+
+    @property
+    def language_model(self) -> Any:
+        """The part that reads the prompt."""
+        return self.base.language_model
+
+    def attention_config(self) -> Any:
+        """The configuration that tells the encoder's layers how to attend."""
+        return self.config.vision_config
+
+    def sample(self, height: int, width: int) -> dict[str, Any]:
+        """The encoder's arguments for a picture of random pixels of that size."""
+        reference = next(self.base.parameters())
+        dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: torch.randn(value.shape, generator=generator).to(self.base.device, dtype)
+            if value.is_meta
+            else value.to(self.base.device)
+            for name, value in picture(self.config, height, width).items()
+        }
+
     # ------------------------------------------------------------------------------- the encoding
     @abstractmethod
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
@@ -165,11 +194,15 @@ class Family(ABC):
         """
         return None
 
-    def follow(self, offset: Tensor) -> None:  # noqa: B027 (most families have nothing to do)
-        """Told how far, (B, 1), positions are ahead of the number of tokens that were kept."""
+    def set_rope_delta(self, delta: Tensor) -> None:  # noqa: B027 (most have nothing to do)
+        """Called with (B, 1), how far positions are ahead of the number of tokens kept.
 
-    def offset(self) -> Tensor | None:
-        """How far positions are ahead of the number of tokens, as the model has it now."""
+        For those who go on with the cache after `remove()`: the model adds it to the number of
+        cached tokens.
+        """
+
+    def rope_delta(self) -> Tensor | None:
+        """(B, 1): how far positions are ahead of the number of tokens, as the model has it now."""
         return None
 
     def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
 from .base import Encoded
 from .towers import TowerFamily

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
+from ..taps import in_this_thread
 from .base import Encoded, UnsupportedModelError
 from .towers import TowerFamily
 
@@ -155,7 +156,7 @@ class LlavaNext(TiledFamily):
             empty = output.new_zeros((len(output), patches, output.shape[-1]))
             return empty.scatter(1, where, output)
 
-        handle = self.base.multi_modal_projector.register_forward_hook(spread)
+        handle = self.base.multi_modal_projector.register_forward_hook(in_this_thread(spread))
         try:
             with self.projecting(modality, inputs, clock, prune), clock("vision"):
                 output = self.base.get_image_features(**inputs, return_dict=True)

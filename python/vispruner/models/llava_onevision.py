@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
 from .base import Encoded, keep_rows
 from .llava_next import TiledFamily
 

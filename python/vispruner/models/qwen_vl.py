@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
 from ..taps import RotaryTap
 from .base import Encoded, Family, Places, UnsupportedModelError, keep_rows
 
@@ -32,6 +32,8 @@ class QwenVL(Family):
         "image": "get_image_features",
         "video": "get_video_features",
     }
+
+    has_grid_positions = True
 
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         super().__init__(model, budget, **options)
@@ -171,22 +173,21 @@ class QwenVL(Family):
             attention_mask=mask,
             **{name: call[name] for name in names},
         )
-        resumed = delta[:, 0] + mask.long().sum(1)
+        rope_end = delta[:, 0] + mask.long().sum(1)
         # The text after a video does not wait for the video's last second.
         columns = torch.arange(ids.shape[1], device=ids.device)
         last = (columns * mask).argmax(1, keepdim=True)
         text = positions[0].gather(1, last)[:, 0] + 1
         return Places(
-            positions, torch.where(kinds.gather(1, last)[:, 0] == 0, text, resumed), resumed
+            positions, torch.where(kinds.gather(1, last)[:, 0] == 0, text, rope_end), rope_end
         )
 
-    def follow(self, offset: Tensor) -> None:
-        # For a decoding loop of one's own: the model adds it to the number of cached tokens.
-        self.base.rope_deltas = offset
+    def set_rope_delta(self, delta: Tensor) -> None:
+        self.base.rope_deltas = delta
 
-    def offset(self) -> Tensor | None:
-        offset: Tensor | None = self.base.rope_deltas
-        return offset
+    def rope_delta(self) -> Tensor | None:
+        delta: Tensor | None = self.base.rope_deltas
+        return delta
 
     def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
         ready = super().embeddings_of(ids, outputs)

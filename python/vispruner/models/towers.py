@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget
-from ..phases import Clock
-from ..taps import tower_tap
+from ..clock import Clock
+from ..releases import encoder_layers
+from ..selection import Budget
+from ..taps import in_this_thread, tower_tap
 from .base import Family, UnsupportedModelError
 
 _HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
@@ -58,8 +59,7 @@ class TowerFamily(Family):
             UnsupportedModelError: there is more than one feature layer, or it is the embedding.
         """
         tower = self.tower(modality)
-        # In earlier versions of transformers the layers are one module deeper.
-        layers = getattr(tower, "vision_model", tower).encoder.layers
+        layers = encoder_layers(tower)
         layer = self.setting("vision_feature_layer", inputs)
         states = len(layers) + 1  # hidden state 0 is the embedding, state i the output of layer i-1
         if not isinstance(layer, int) or not -states <= layer < states or layer % states == 0:
@@ -108,7 +108,7 @@ class TowerFamily(Family):
 
         attention = self.attention(modality, inputs)
         with tower_tap(attention, has_cls=self.has_cls(modality)) as tap:
-            handle = self.base.multi_modal_projector.register_forward_pre_hook(hook)
+            handle = self.base.multi_modal_projector.register_forward_pre_hook(in_this_thread(hook))
             try:
                 yield
             finally:
