@@ -58,6 +58,7 @@ class Columns:
         """(B, W) bool: first tokens behind padding that the caller's prompt did not have."""
         mask, index = self.layout.mask, self.layout.index
         first = mask & (mask.long().cumsum(1) == 1)
+        first[:, 0] = False
         before = self.mask.gather(1, (index - 1).clamp(min=0))
         return first & (before | (index == 0))
 

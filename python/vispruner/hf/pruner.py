@@ -115,7 +115,7 @@ class Pruner:
     # ------------------------------------------------------------------------------- the surface
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See :func:`prepare`."""
-        prepared = self._rewriter.rewrite(releases.canonical(inputs), whole=False)
+        prepared = self._rewrite(releases.canonical(inputs), whole=False)
         if prepared is None:
             raise ValueError("inputs hold no images: there is nothing to prune")
         self._note(prepared)
@@ -154,6 +154,10 @@ class Pruner:
             )
         return columns.labels(labels)
 
+    def _rewrite(self, call: dict[str, Any], *, whole: bool) -> Prepared | None:
+        with self._outputs.withheld():  # the encoders run, even inside a call that holds outputs
+            return self._rewriter.rewrite(call, whole=whole)
+
     def _note(self, prepared: Prepared | None) -> None:
         self._columns.value = None if prepared is None else prepared.columns
         if prepared is not None and prepared.report is not None:
@@ -173,7 +177,7 @@ class Pruner:
             if running is not None:
                 running.read(call)
             return output
-        with self._generation.set(None), self._outputs.withheld():
+        with self._generation.set(None), self._outputs.withheld():  # what is around it waits
             return self._prune_and_forward(args, kwargs, call)
 
     def _is_plain(self, call: Mapping[str, Any], running: Generation | None) -> bool:
@@ -193,7 +197,7 @@ class Pruner:
             self._warn_of_encoder_outputs()
             self._note(None)
             return self._forward(*args, **kwargs)
-        prepared = self._rewriter.rewrite(call, whole=False)
+        prepared = self._rewrite(call, whole=False)
         if prepared is None:
             if not torch.compiler.is_compiling():
                 self._note(None)
@@ -293,7 +297,7 @@ class Pruner:
         prepared_inputs = arguments.visual_inputs(self._family, call)
         if chunk is not None and prepared_inputs and not releases.takes_chunked_images():
             raise ValueError("prefill_chunk_size with images needs transformers 5.23 or newer")
-        return self._rewriter.rewrite(call, whole=True)
+        return self._rewrite(call, whole=True)
 
     @staticmethod
     def _in_the_callers_prompt(
