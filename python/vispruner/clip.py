@@ -25,7 +25,7 @@ from .taps import tower_tap
 #: The tower of LLaVA-1.5, CLIP ViT-L/14 at 336 pixels: 24 x 24 patches.
 LLAVA_1_5 = {
     name: value
-    for name, value in MODELS["llava-1.5-7b"][1]["vision_config"].items()
+    for name, value in MODELS["llava-1.5-7b"]["vision_config"].items()
     if name != "model_type"
 }
 

@@ -223,9 +223,7 @@ def test_trainers_that_hold_the_labels(tmp_path: Path) -> None:
         others = [name for name in output if name not in ("loss", "logits")]
         expected = LabelSmoother(0.1)(output, pruner.labels(inputs["labels"]))
     with vispruner.apply(model, k=K, logits="prompt"):
-        found = trainer(model, inputs, tmp_path).predict(
-            [0], ignore_keys=others
-        )
+        found = trainer(model, inputs, tmp_path).predict([0], ignore_keys=others)
         logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
         assert logits.shape[:2] == found.label_ids.shape
         result = trainer(model, inputs, tmp_path, label_smoothing_factor=0.1).train()

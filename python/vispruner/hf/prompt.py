@@ -210,7 +210,8 @@ class Rewriter:
 
     # ---------------------------------------------------------------------------- 3. the encoders
     def _encode(self, placed: _Placed, clock: Clock) -> dict[str, Encoded]:
-        return {m: self._family.encode(m, inputs, clock) for m, inputs in placed.visual.items()}
+        with releases.loaded(self._family.base):
+            return {m: self._family.encode(m, inputs, clock) for m, inputs in placed.visual.items()}
 
     # --------------------------------------------------------------------- 4. the columns that stay
     def _shorten(

@@ -146,12 +146,13 @@ class Family(ABC):
         reference = next(self.base.parameters())
         dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
         generator = torch.Generator().manual_seed(0)
-        return {
-            name: torch.randn(value.shape, generator=generator).to(self.base.device, dtype)
-            if value.is_meta
-            else value.to(self.base.device)
-            for name, value in picture(self.config, height, width).items()
-        }
+        pixels = next(name for name in self.parameters["image"] if name.startswith("pixel_values"))
+        inputs = {}
+        for name, value in picture(self.config, height, width).items():
+            own = pixels if name == "pixel_values" else name
+            made = torch.randn(value.shape, generator=generator) if value.is_meta else value
+            inputs[own] = made.to(self.base.device, dtype if value.is_meta else value.dtype)
+        return inputs
 
     # ------------------------------------------------------------------------------- the encoding
     @abstractmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
+from ..releases import loaded
 from ..taps import observed
 from .base import Family, UnsupportedModelError
 
@@ -117,7 +118,12 @@ def check_scores(family: Family) -> None:
     inputs = family.sample(_SIDE, _SIDE)
     eager = _Eager(ALL_ATTENTION_FUNCTIONS["sdpa"])
     config = family.attention_config()
-    with torch.no_grad(), _attending_with(config, eager), observed() as seen:
+    with (
+        torch.no_grad(),
+        loaded(family.base),
+        _attending_with(config, eager),
+        observed() as seen,
+    ):
         family.encode("image", inputs, Clock(torch.device("cpu")))
     if not seen:
         raise UnsupportedModelError(f"{type(family).__name__} reads no attention to be checked")
