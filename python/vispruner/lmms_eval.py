@@ -16,6 +16,7 @@ import importlib
 from typing import Any, NamedTuple
 
 from .hf import Pruner, apply
+from .models import families
 from .selection import Budget
 
 PREFIX = "vispruner_"
@@ -29,10 +30,9 @@ class _Harness(NamedTuple):
 
 
 _HARNESS = {
-    "llava_hf": _Harness("LlavaHf", ("simple", "chat")),  # LLaVA-1.5, -NeXT and -OneVision
-    "qwen2_vl": _Harness("Qwen2_VL", ("simple",)),
-    "qwen2_5_vl": _Harness("Qwen2_5_VL", ("simple", "chat")),
-    "qwen3_vl": _Harness("Qwen3_VL", ("simple", "chat")),
+    module: _Harness(name, interfaces)
+    for family in dict.fromkeys(families().values())
+    for module, name, interfaces in family.harness
 }
 
 

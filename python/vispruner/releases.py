@@ -79,8 +79,9 @@ def cached_rows(cache: Any) -> int | None:
 
 # ----------------------------------------------------------------------------------- the encoders
 def encoder_layers(tower: Any) -> Any:
-    """The layers of a CLIP or SigLIP tower, which earlier releases have one module deeper."""
-    return getattr(tower, "vision_model", tower).encoder.layers
+    """The layers of a vision tower, which earlier releases have one module deeper."""
+    encoder = getattr(tower, "vision_model", tower).encoder
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
 def takes_encoder_outputs(model: Any) -> bool:

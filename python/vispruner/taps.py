@@ -85,8 +85,10 @@ class ClsTap:
 
     def __init__(self, attention: Any, stack: ExitStack) -> None:
         self._attention = attention
-        self._q = _Kept(attention.q_proj, "query projection", first_only=True)
-        self._k = _Kept(attention.k_proj, "key projection")
+        # Where queries and keys are normalized, it is these that attend.
+        q, k = (getattr(attention, f"{x}_norm", getattr(attention, f"{x}_proj")) for x in "qk")
+        self._q = _Kept(q, "query projection", first_only=True)
+        self._k = _Kept(k, "key projection")
         for kept in (self._q, self._k):
             stack.callback(kept.handle.remove)
 
@@ -144,6 +146,8 @@ class RotaryTap:
         qkv = self._qkv.take().detach()
         assert self._embeddings is not None
         q, k, _ = qkv.view(qkv.shape[0], 3, int(self._attention.num_heads), -1).unbind(1)
+        if hasattr(self._attention, "q_norm"):
+            q, k = self._attention.q_norm(q), self._attention.k_norm(k)
         q, k = self._rotary(q, k, *self._embeddings)
         self._embeddings = None
         bounds = [0, *itertools.accumulate(lengths)]

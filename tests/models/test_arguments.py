@@ -28,6 +28,7 @@ import vispruner
 
 K = 5
 ONE, TWO = [1, image(0), 10, 11, 12], [1, 20, image(1), 22, image(2), 24, 25]
+MIXES = ("qwen3.5", "qwen3.5-moe", "gemma3")  # linear attention; masks of images
 GRID = ("qwen", "glm")  # families with positions of their own
 
 
@@ -77,6 +78,11 @@ def test_packed_prompts_are_those_alone(tiny: Tiny) -> None:
         with vispruner.apply(model, k=K, **tiny.options):
             want = torch.cat([model(**one, use_cache=False).logits[0] for one in alone])
             found = model(**inputs, position_ids=packed, use_cache=False).logits[0]
+        if tiny.name in MIXES:
+            apart = torch.cat([model(**one, use_cache=False).logits[0] for one in alone])
+            mixed = model(**inputs, position_ids=packed, use_cache=False).logits[0]
+            assert not torch.allclose(mixed, apart, atol=1e-3)
+            pytest.skip("the unpruned model does not keep packed prompts apart")
     close(found, want)
 
 
@@ -264,8 +270,10 @@ def test_a_layer_whose_attention_changed_is_found(tiny: Tiny) -> None:
     """A release that scales, or normalizes, what the family takes for the query."""
     model = tiny.build()
     changed = 0
-    for module in model.modules():
-        if type(module).__name__ in ATTENTION:
+    towers = ("vision_tower", "vision_model", "visual", "image_tower", "video_tower")
+    for path, module in model.named_modules():
+        scaled = hasattr(module, "scaling") or hasattr(module, "scale")
+        if scaled and any(tower in path for tower in towers):
             original = module.forward
             name = "scaling" if hasattr(module, "scaling") else "scale"
 
@@ -285,9 +293,3 @@ def test_a_layer_whose_attention_changed_is_found(tiny: Tiny) -> None:
     with pytest.raises(vispruner.UnsupportedModelError, match="are not those of its attention"):
         vispruner.apply(model, k=K, check=True, **tiny.options)
     assert "generate" not in vars(model)
-
-
-ATTENTION = (
-    "CLIPAttention", "SiglipAttention", "VisionAttention", "Qwen2_5_VLVisionAttention",
-    "Qwen3VLVisionAttention",
-)  # fmt: skip

@@ -115,6 +115,11 @@ class Pruner:
     # ------------------------------------------------------------------------------- the surface
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See :func:`prepare`."""
+        if self._family.not_prepared is not None:
+            raise UnsupportedModelError(
+                f"the inputs of a {self.model.config.model_type} cannot be prepared, "
+                f"{self._family.not_prepared}: call the model"
+            )
         prepared = self._rewrite(releases.canonical(inputs), whole=False)
         if prepared is None:
             raise ValueError("inputs hold no images: there is nothing to prune")

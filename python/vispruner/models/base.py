@@ -14,7 +14,6 @@ from torch import Tensor
 from ..clock import Clock
 from ..report import Kept
 from ..selection import Budget
-from ..shapes import picture
 
 
 class UnsupportedModelError(ValueError):
@@ -67,10 +66,16 @@ class Family(ABC):
         UnsupportedModelError: the model has a setting that pruning cannot serve.
     """
 
+    #: `config.model_type` of the models of this family
+    model_types: ClassVar[tuple[str, ...]] = ()
+    #: classes of lmms-eval that load them: module, class, interfaces
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
     #: modality to the name of the base model's method that encodes it
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: options of `apply` beyond the budget, with their allowed values, the default first
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    #: why `vispruner.prepare` is refused, None where it is not
+    not_prepared: ClassVar[str | None] = None
     #: whether tokens have a time, height and width (then `positions` is not None)
     has_grid_positions: ClassVar[bool] = False
 
@@ -148,11 +153,39 @@ class Family(ABC):
         generator = torch.Generator().manual_seed(0)
         pixels = next(name for name in self.parameters["image"] if name.startswith("pixel_values"))
         inputs = {}
-        for name, value in picture(self.config, height, width).items():
+        for name, value in self.picture(self.config, height, width).items():
             own = pixels if name == "pixel_values" else name
             made = torch.randn(value.shape, generator=generator) if value.is_meta else value
             inputs[own] = made.to(self.base.device, dtype if value.is_meta else value.dtype)
         return inputs
+
+    # ------------------------------------------------------------------- from a configuration alone
+    @classmethod
+    def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
+        """What the model's processor makes of one picture, its pixels on the meta device.
+
+        Args:
+            config: of the model; height, width: pixels of the picture.
+
+        Raises:
+            ValueError: the picture is too small or narrow for the model.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not tell the shapes of a picture")
+
+    @classmethod
+    def vision_flops(cls, config: Any, inputs: Mapping[str, Any], projected: int) -> int:
+        """Floating-point operations of the encoder with its projector.
+
+        Args:
+            config: of the model; inputs: of its encoder, as from `picture`.
+            projected: patches that reach the projector.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not count its operations")
+
+    @classmethod
+    def projected_patches(cls, config: Any, inputs: Mapping[str, Any]) -> int:
+        """Patches that reach the projector unpruned, 0 where `vision_flops` knows."""
+        return 0
 
     # ------------------------------------------------------------------------------- the encoding
     @abstractmethod

@@ -17,6 +17,11 @@ from .towers import TowerFamily
 class Llava(TowerFamily):
     """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower."""
 
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+        ("llava_hf", "LlavaHf", ("simple", "chat")),
+    )  # and LLaVA-NeXT, LLaVA-OneVision
+
     def _pixels(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
         """The pixels of a call, and the pictures of each item: 1, or the frames of a video."""
         name = self.pixels_name(modality, inputs)
@@ -84,6 +89,8 @@ class VideoLlava(Llava):
     stays beside the k patches.
     """
 
+    model_types = ("video_llava",)
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",
         "video": "get_video_features",

@@ -24,6 +24,17 @@ class TiledFamily(TowerFamily):
         super().__init__(model, budget, **options)
         self._refuse_cls({})
 
+    @classmethod
+    def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        side = config.vision_config.image_size
+        tiles = image_size_to_num_patches([height, width], config.image_grid_pinpoints, side)
+        return {
+            "pixel_values": torch.empty(1, tiles, 3, side, side, device="meta"),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+
     @property
     def modeling(self) -> Any:
         """The module of transformers that the model is defined in."""
@@ -103,6 +114,7 @@ class LlavaNext(TiledFamily):
     code.
     """
 
+    model_types = ("llava_next",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"tiles": ("unpad", "all")}
 
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:

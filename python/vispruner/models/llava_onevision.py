@@ -26,6 +26,7 @@ class LlavaOnevision(TiledFamily):
     and k for each tile out of the pooled rest; of a video, k of each frame. Line ends stay.
     """
 
+    model_types = ("llava_onevision",)
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",
         "video": "get_video_features",
