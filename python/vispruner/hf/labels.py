@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,21 @@ class Columns:
         rank = (kept.long().cumsum(1) - 1).clamp(min=0)
         rows = torch.arange(len(x), device=x.device).unsqueeze(1)
         return x[rows, places.gather(1, rank)]
+
+
+def with_restored_logits(output: Any, columns: Columns, keep: int) -> Any:
+    """An output of `forward` whose logits are in the columns of the caller's prompt."""
+
+    def restore(logits: Tensor) -> Tensor:
+        return columns.restore(logits)[:, -keep if keep else 0 :]
+
+    if isinstance(output, tuple):
+        place = next(
+            i for i, part in enumerate(output) if isinstance(part, Tensor) and part.dim() == 3
+        )
+        return (*output[:place], restore(output[place]), *output[place + 1 :])
+    output.logits = restore(output.logits)
+    return output
 
 
 def share_of_labels(before: Tensor, after: Tensor, *, shifted: bool) -> Tensor:

@@ -17,23 +17,23 @@ from torch import Tensor
 
 from .. import releases
 from ..methods import Replacement
-from ..models import Family, UnsupportedModelError, check_scores, family_of, unwrapped, whole_model
+from ..models import Family, UnsupportedModelError, check_scores, family_of, whole_model
 from ..report import Report
 from ..selection import Budget
 from . import arguments, generation
 from .cache import forget, layout_of, remember
 from .encoder_outputs import EncoderOutputs
 from .generation import Generation, PromptStreamer
-from .labels import Columns
+from .labels import Columns, with_restored_logits
 from .prompt import Prepared, Rewriter
 from .threads import PerThread
 
-_MODEL_ATTRIBUTE = "_vispruner_pruner"
+MODEL_ATTRIBUTE = "_vispruner_pruner"
 _LOGITS = ("kept", "prompt")
 
 
 class Pruner:
-    """Pruning applied to one model; made by :func:`apply`.
+    """Pruning applied to one model; made by `vispruner.apply`.
 
     Threads may call the model at the same time, as they may without pruning.
 
@@ -56,7 +56,7 @@ class Pruner:
         if logits is not None and logits not in _LOGITS:
             raise ValueError(f"logits must be one of {', '.join(_LOGITS)}, got {logits!r}")
         model = whole_model(model)
-        if getattr(model, _MODEL_ATTRIBUTE, None) is not None:
+        if getattr(model, MODEL_ATTRIBUTE, None) is not None:
             raise ValueError("this model is pruned already: call remove() on its pruner first")
         family = family_of(model)(model, budget, **options)
         if check:
@@ -79,16 +79,16 @@ class Pruner:
         ]
         self._generate, self._forward, _ = (one.__wrapped__ for one in self._replacements)
         self._outputs.install()
-        setattr(model, _MODEL_ATTRIBUTE, self)
+        setattr(model, MODEL_ATTRIBUTE, self)
 
     def remove(self) -> None:
         """Gives the model back as it was. Harmless the second time."""
-        if getattr(self.model, _MODEL_ATTRIBUTE, None) is not self:
+        if getattr(self.model, MODEL_ATTRIBUTE, None) is not self:
             return
         for replacement in self._replacements:
             replacement.remove()
         self._outputs.uninstall()
-        delattr(self.model, _MODEL_ATTRIBUTE)
+        delattr(self.model, MODEL_ATTRIBUTE)
 
     def __enter__(self) -> Pruner:
         return self
@@ -114,7 +114,7 @@ class Pruner:
 
     # ------------------------------------------------------------------------------- the surface
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """See :func:`prepare`."""
+        """See `vispruner.prepare`."""
         if self._family.not_prepared is not None:
             raise UnsupportedModelError(
                 f"the inputs of a {self.model.config.model_type} cannot be prepared, "
@@ -223,7 +223,7 @@ class Pruner:
             remember(cache, prepared.layout)
         if restored:
             assert prepared.columns is not None
-            return _with_restored_logits(output, prepared.columns, keep)
+            return with_restored_logits(output, prepared.columns, keep)
         return output
 
     def _check_labels(self, call: Mapping[str, Any]) -> None:
@@ -322,88 +322,3 @@ class Pruner:
             return whole
         output.sequences = whole
         return output
-
-
-def _with_restored_logits(output: Any, columns: Columns, keep: int) -> Any:
-    """An output of `forward` whose logits are in the columns of the caller's prompt."""
-
-    def restore(logits: Tensor) -> Tensor:
-        return columns.restore(logits)[:, -keep if keep else 0 :]
-
-    if isinstance(output, tuple):
-        place = next(
-            i for i, part in enumerate(output) if isinstance(part, Tensor) and part.dim() == 3
-        )
-        return (*output[:place], restore(output[place]), *output[place + 1 :])
-    output.logits = restore(output.logits)
-    return output
-
-
-def apply(
-    model: Any,
-    k: int | Budget | None = None,
-    *,
-    ratio: float | None = None,
-    important_ratio: float = 0.5,
-    step: int = 8,
-    logits: str | None = None,
-    check: bool = False,
-    **options: str,
-) -> Pruner:
-    """Makes a transformers model prune its images, until `remove()` or the end of a `with` block.
-
-    The model's `forward` and `generate` keep their signatures and take the same inputs as before;
-    `generate` returns sequences that begin with the prompt as it was passed.
-
-    Args:
-        model: a `...ForConditionalGeneration` model of a supported family, or one in PEFT's
-            wrapper.
-        k: tokens to keep of every image (of every tile of a tiled one, every frame of a video), or
-            a Budget in place of k, ratio, important_ratio and step.
-        ratio: or the share of tokens to keep, in (0, 1], where images differ in size.
-        important_ratio: share of the kept tokens chosen by attention, in [0, 1].
-        step: tokens that the deduplication drops a round.
-        logits: where the logits of `forward` are: "kept", in the shortened prompt (B, W, V), or
-            "prompt", in the columns of input_ids (B, L, V), a dropped column repeating the kept one
-            before it. None is "kept", and raises where training has no labels in the call.
-        check: compare the scores of a random picture with those of eager attention first.
-        **options: of the family, such as `tiles="all"` for LLaVA-NeXT.
-
-    Raises:
-        TypeError, ValueError: on a bad argument, or if the model is pruned already.
-        UnsupportedModelError: (a ValueError) the model cannot be pruned, or its scores are not
-            those of its attention.
-
-    The model is as before if an error is raised.
-    """
-    if not isinstance(k, Budget):
-        budget = Budget(k, ratio, important_ratio, step)
-    elif ratio is not None or important_ratio != 0.5 or step != 8:
-        raise ValueError("give a Budget alone: ratio, important_ratio and step are fields of it")
-    else:
-        budget = k
-    return Pruner(model, budget, logits=logits, check=check, **options)
-
-
-def prepare(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pruned inputs of the language model, for callers who run it themselves.
-
-    Args:
-        model: a model with a pruner applied.
-        inputs: what the processor made: input_ids (B, L), attention_mask, pixel_values, labels...
-
-    Returns:
-        Arguments of `model.model.language_model`: `inputs_embeds` (B, W, C), `attention_mask` and,
-        where the family has them, `position_ids` and deepstack features. `labels`, where they were
-        passed, come back shortened as well.
-
-    Raises:
-        ValueError: the model has no pruner, or the inputs do not fit together.
-    """
-    pruner = getattr(unwrapped(model), _MODEL_ATTRIBUTE, None)
-    if pruner is None:
-        raise ValueError("this model is not pruned: call vispruner.apply(model, k=...) first")
-    return pruner.prepare(inputs)
-
-
-__all__ = ["Pruner", "apply", "prepare"]
