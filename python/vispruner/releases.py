@@ -99,6 +99,14 @@ def mixes_repeated_images() -> bool:
     return version() == (5, 18)
 
 
+def masks_images_behind_a_cache() -> bool:
+    """Whether Gemma 3 lets tokens of a new image see each other behind a cache.
+
+    It does in 5.23 and does not in 5.17; releases between them are not relied on.
+    """
+    return version() >= (5, 23)
+
+
 # ------------------------------------------------------------------------------------- accelerate
 @contextmanager
 def loaded(module: Any) -> Iterator[None]:

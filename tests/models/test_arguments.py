@@ -81,8 +81,8 @@ def test_packed_prompts_are_those_alone(tiny: Tiny) -> None:
         if tiny.name in MIXES:
             apart = torch.cat([model(**one, use_cache=False).logits[0] for one in alone])
             mixed = model(**inputs, position_ids=packed, use_cache=False).logits[0]
-            assert not torch.allclose(mixed, apart, atol=1e-3)
-            pytest.skip("the unpruned model does not keep packed prompts apart")
+            if not torch.allclose(mixed, apart, atol=1e-3):
+                pytest.skip("the unpruned model does not keep packed prompts apart")
     close(found, want)
 
 

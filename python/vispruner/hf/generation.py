@@ -37,11 +37,22 @@ class Generation:
 
     def __init__(self, clock: Clock | None, columns: int, *, pixels: bool) -> None:
         self._prefill = None if clock is None else Prefill(clock, columns)
-        self.pixels_expected = pixels
+        self._pixels_expected = pixels
+        self._pixels: Any = None
+
+    def owns(self, pixels: Any) -> bool:
+        """Whether a forward is generate's own, told from its pixels (None without).
+
+        generate passes the same tensor again where it keeps no cache.
+        """
+        if pixels is None:
+            return True
+        if self._pixels_expected and self._pixels is None:
+            self._pixels = pixels
+        return pixels is self._pixels
 
     def read(self, call: Mapping[str, Any]) -> None:
-        """Told of every forward of its own that has ended."""
-        self.pixels_expected = False
+        """Called with every forward of its own that has ended."""
         if self._prefill is not None and self._prefill.read(call):
             self._prefill = None
 

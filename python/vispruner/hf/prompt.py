@@ -178,6 +178,8 @@ class Rewriter:
                 inputs, rows[modality] = self._assign(modality, turn.visual[modality], here, before)
                 if rows[modality]:
                     visual[modality] = inputs
+                    if turn.past.columns:
+                        self._family.check_continued()
             # (In a decoding loop the model itself may have said one.)
             elif sum(here) and (turn.whole or not turn.past.columns):
                 raise ValueError(

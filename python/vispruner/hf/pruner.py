@@ -190,9 +190,9 @@ class Pruner:
         if layout_of(call.get("cache")) is not None:
             return False
         if torch.compiler.is_compiling() or running is not None:
-            family = self._family
-            pixels = any(family.pixels_name(modality, call) for modality in family.encoders)
-            return not pixels or (running is not None and running.pixels_expected)
+            names = [self._family.pixels_name(m, call) for m in self._family.encoders]
+            pixels = next((call[name] for name in names if name is not None), None)
+            return pixels is None if running is None else running.owns(pixels)
         return False
 
     def _prune_and_forward(

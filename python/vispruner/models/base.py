@@ -15,6 +15,9 @@ from ..clock import Clock
 from ..report import Kept
 from ..selection import Budget
 
+#: the pixels of a video, in the arguments of a model
+VIDEO_PIXELS = "pixel_values_videos"
+
 
 class UnsupportedModelError(ValueError):
     """A model, or a setting of one, that cannot be pruned; the message is one line."""
@@ -101,6 +104,19 @@ class Family(ABC):
             for modality, method in self.encoders.items()
         }
 
+        # Some releases name the pixels of a video "pixel_values" in its encoder, as those of an
+        # image; the model has another name for them.
+        self._own_names = {}
+        if "video" in self.parameters and "image" in self.parameters:
+            first, *rest = self.parameters["video"]
+            if first in self.parameters["image"]:
+                self.parameters["video"] = (VIDEO_PIXELS, *rest)
+                self._own_names = {VIDEO_PIXELS: first}
+
+    def encoder_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the model as the method that encodes names them."""
+        return {self._own_names.get(name, name): value for name, value in inputs.items()}
+
     # ----------------------------------------------------------------------- the call's arguments
     def pixels_name(self, modality: str, call: Mapping[str, Any]) -> str | None:
         """The argument that holds the pixels of a modality, None if the call has none."""
@@ -115,6 +131,9 @@ class Family(ABC):
             return None
         names = self.parameters[modality]
         return {name: call[name] for name in names if call.get(name) is not None}
+
+    def check_continued(self) -> None:  # noqa: B027 (most have nothing to say)
+        """Raises ValueError where new pictures behind a cache would be read wrongly."""
 
     def token_id(self, modality: str) -> int:
         """The placeholder of a modality in the prompt."""

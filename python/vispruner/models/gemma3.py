@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .. import releases
 from . import costs
 from .pooled import PooledFamily
 
@@ -17,6 +18,13 @@ class Gemma3(PooledFamily):
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
 
     not_prepared = "the masks that let the tokens of an image see each other are made in the model"
+
+    def check_continued(self) -> None:
+        if not releases.masks_images_behind_a_cache():
+            raise ValueError(
+                "this release of transformers masks a new image behind a cache wrongly in gemma3, "
+                "pruned or not: pass the whole conversation without the cache, or use 5.23 or newer"
+            )
 
     def tokens(self) -> tuple[int, int]:
         side = int(self.config.mm_tokens_per_image**0.5)

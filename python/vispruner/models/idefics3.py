@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import costs
-from .base import Encoded
 from .pooled import PooledFamily
 
 
@@ -72,12 +71,6 @@ class Idefics3(PooledFamily):
     def features_of(self, output: Any) -> Tensor:
         rows, columns = self.tokens()
         return torch.cat(list(output.pooler_output)).unflatten(0, (-1, rows * columns))
-
-    def encode(self, modality: str, inputs: Mapping[str, Any], clock: Any) -> Encoded:
-        encoded = super().encode(modality, inputs, clock)
-        # One entry a picture, which generate can repeat with its row.
-        encoded.output.pooler_output = list(encoded.output.pooler_output)
-        return encoded
 
     @classmethod
     def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:

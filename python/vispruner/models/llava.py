@@ -52,7 +52,9 @@ class Llava(TowerFamily):
             return kept
 
         with self.projecting(modality, inputs, clock, prune), clock("vision"):
-            output = getattr(self.base, self.encoders[modality])(**inputs, return_dict=True)
+            output = getattr(self.base, self.encoders[modality])(
+                **self.encoder_arguments(inputs), return_dict=True
+            )
         pixels, pictures = self._pixels(modality, inputs)
         grid = self.grid(modality, pixels)
         extra, patches = self.extra(modality, inputs), grid[0] * grid[1]

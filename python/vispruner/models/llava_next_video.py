@@ -31,6 +31,8 @@ class LlavaNextVideo(LlavaNext):
                 "be pooled alike"
             )
         self._frames = _Frames(model, budget)
+        self._frames.parameters = self.parameters
+        self._frames._own_names = self._own_names
 
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
         return (
