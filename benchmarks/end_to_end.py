@@ -65,8 +65,8 @@ def prompt(
     model: Any, batch: int, image_size: tuple[int, int], text: int
 ) -> tuple[dict[str, Any], int]:
     """A call of generate with one picture a row, and the visual tokens of each."""
-    from vispruner.budget import Budget
     from vispruner.models import family_of
+    from vispruner.selection import Budget
 
     device, dtype = model.device, model.dtype
     one = shapes.picture(model.config, image_size[1], image_size[0])

@@ -114,8 +114,9 @@ def drawn_scenes(images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Patch features and scores of scenes in the embedded model's trained tower."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from vispruner import embedded, scenes
+    from vispruner import embedded
     from vispruner.clip import ClipTower
+    from vispruner.embedded import scenes
 
     model: Any = LlavaForConditionalGeneration.from_pretrained(embedded.path(), dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(embedded.path()).image_processor

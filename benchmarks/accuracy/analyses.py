@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from vispruner.scenes import Scene
+from vispruner.embedded.scenes import Scene
 
 from . import fastv
 from .evaluation import Subject, describe, flat, in_batches, shipped, test_scenes

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vispruner import scenes
-from vispruner.scenes import Question, Scene
+from vispruner.embedded import scenes
+from vispruner.embedded.scenes import Question, Scene
 
 from .model import EOS, MEAN, PAD, STD, word_tokenizer
 from .recipe import Recipe

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 import vispruner
-from vispruner import scenes
-from vispruner.scenes import Scene
+from vispruner.embedded import scenes
+from vispruner.embedded.scenes import Scene
 
 from . import fastv, training
 from .data import Packed, owners, pack, stack_pixels

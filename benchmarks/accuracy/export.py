@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vispruner import embedded, scenes
+from vispruner import embedded
+from vispruner.embedded import scenes
 
 from . import guard
 from .model import processor

@@ -12,8 +12,8 @@ from typing import Any
 import environment
 import torch
 
-from vispruner import scenes
-from vispruner.scenes import Scene
+from vispruner.embedded import scenes
+from vispruner.embedded.scenes import Scene
 
 from .evaluation import generated
 

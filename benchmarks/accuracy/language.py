@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vispruner import scenes
+from vispruner.embedded import scenes
 
 from .data import IGNORED, Batch, Packed, normalize, pack, stack_pixels
 from .model import BOS, word_tokenizer

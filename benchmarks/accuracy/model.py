@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vispruner.scenes import Style, vocabulary
+from vispruner.embedded.scenes import Style, vocabulary
 
 from .recipe import Recipe
 

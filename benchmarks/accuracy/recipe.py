@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from vispruner.scenes import Style
+from vispruner.embedded.scenes import Style
 
 DIRECTORY = Path(__file__).with_name("recipes")
 STAGES = ("tower", "language", "subset")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vispruner.scenes import KINDS
+from vispruner.embedded.scenes import KINDS
 
 from .analyses import RATIOS, STEPS
 from .evaluation import UNSEEN, Asked

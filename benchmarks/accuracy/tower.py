@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vispruner import scenes
+from vispruner.embedded import scenes
 
 from .data import Batch, label_patches, normalize, stack_pixels
 from .recipe import Recipe

@@ -1,4 +1,4 @@
-"""VisPruner for vision-language models: what stands around the operators of `vispruner_cuda`.
+"""VisPruner for vision-language models: integrations built on the operators of `vispruner_cuda`.
 
     import vispruner
     pruner = vispruner.apply(model, k=64)     # a transformers model; see vispruner.supported()
@@ -6,18 +6,60 @@
     pruner.last                               # what was kept, and the milliseconds it took
     pruner.remove()
 
-`vispruner.models` holds one module for each family of models and the interface between them.
-Beside that: `cli` is the `vispruner` command, `vllm` a plugin for vLLM, `clip` a CLIP vision tower
-alone, `shapes` and `flops` tell what published models cost, `embedded` and `scenes` are a small
-model in the box and the pictures it understands. Models need the extra
-`vispruner-cuda[transformers]`; importing the package does not.
+By role, each room using only those above it in this list:
+
+- `selection`: budgets, scores and the choice of tokens; `report`, `clock`: what a call did;
+- `releases`, `methods`, `taps`: what is known of transformers' releases, hooks on its objects;
+- `models`: a file for each family of models;
+- `hf`: pruning in transformers; `vllm`: a plugin for vLLM; `lmms_eval`: pruned models for it;
+- `embedded`: a small model in the package and the scenes it understands; `cli`: the `vispruner`
+  command; `clip`: a CLIP vision tower alone; `shapes`, `flops`: what published models cost.
+
+Models need the extra `vispruner-cuda[transformers]`; importing the package does not. Nothing below
+is imported before it is used, so that the command can answer without torch.
 """
 
-from .models import Family, UnsupportedModelError, register, supported
-from .pruner import Pruner, apply, prepare
-from .report import Kept, Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .hf import Pruner, apply, prepare
+    from .models import Family, UnsupportedModelError, register, supported
+    from .report import Kept, Report
+    from .selection import Budget
+
+_PLACES = {
+    "Budget": "selection",
+    "Family": "models",
+    "Kept": "report",
+    "Pruner": "hf",
+    "Report": "report",
+    "UnsupportedModelError": "models",
+    "apply": "hf",
+    "prepare": "hf",
+    "register": "models",
+    "supported": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    place = _PLACES.get(name)
+    if place is not None:
+        return getattr(importlib.import_module(f"{__name__}.{place}"), name)
+    # `import vispruner` made these attributes before anything was imported late.
+    if name in ("models", "selection", "report", "hf"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
 
 __all__ = [
+    "Budget",
     "Family",
     "Kept",
     "Pruner",

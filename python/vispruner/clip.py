@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from .releases import encoder_layers
 from .shapes import MODELS
 from .taps import tower_tap
 
 #: The tower of LLaVA-1.5, CLIP ViT-L/14 at 336 pixels: 24 x 24 patches.
 LLAVA_1_5 = {
     name: value
-    for name, value in MODELS["llava-1.5-7b"][1]["vision_config"].items()
+    for name, value in MODELS["llava-1.5-7b"]["vision_config"].items()
     if name != "model_type"
 }
 
@@ -68,8 +69,7 @@ class ClipTower:
         self.image_processor: Any = _ImageProcessor(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
-        # transformers 5.23 has the encoder in the model, earlier versions in model.vision_model
-        layers = getattr(model, "vision_model", model).encoder.layers
+        layers = encoder_layers(model)
         states = len(layers) + 1  # hidden state 0 is the embedding, state i the output of i - 1
         if not 1 <= feature_layer % states <= len(layers) or not -states <= feature_layer < states:
             raise TowerError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from .models import family_for
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,27 @@ class Cost:
     visual_only: int
 
 
+def _mlps(text: Any) -> tuple[int, ...]:
+    """Operations of one token in the MLP of each layer: dense, or of the experts it is sent to."""
+    width, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    gated = 3 * 2 * width
+    dense = gated * int(getattr(text, "intermediate_size", None) or 0)
+    experts = getattr(text, "num_experts", None) or getattr(text, "n_routed_experts", None)
+    if not experts:
+        return (dense,) * layers
+    inner = int(text.moe_intermediate_size)
+    shared = int(getattr(text, "shared_expert_intermediate_size", None) or 0)
+    sparse = gated * (int(text.num_experts_per_tok) * inner + shared)
+    sparse += gated * int(getattr(text, "n_shared_experts", None) or 0) * inner
+    sparse += 2 * width * (int(experts) + bool(shared))  # routers and gates
+    first = int(getattr(text, "first_k_dense_replace", None) or 0)
+    alone = set(getattr(text, "mlp_only_layers", None) or ()) | set(range(first))
+    return tuple(dense if layer in alone else sparse for layer in range(layers))
+
+
 @dataclass(frozen=True)
 class _Text:
-    """A Llama-like decoder."""
+    """A Llama-like decoder, its MLPs dense or of experts."""
 
     layers: int
     width: int
@@ -47,99 +65,47 @@ class _Text:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    mlps: tuple[int, ...]
 
     @classmethod
     def of(cls, config: Any) -> _Text:
         text = config.get_text_config()
+        if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+            raise ValueError(
+                f"the linear attention of {config.model_type} cannot be counted: give a model "
+                "whose layers are all softmax attention"
+            )
         heads = int(text.num_attention_heads)
         return cls(
             layers=int(text.num_hidden_layers),
             width=int(text.hidden_size),
-            inner=int(text.intermediate_size),
+            inner=int(getattr(text, "intermediate_size", None) or text.moe_intermediate_size),
             heads=heads,
             kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
             vocabulary=int(text.vocab_size),
+            mlps=_mlps(text),
         )
 
-    def layer(self, tokens: int, attended: int) -> int:
-        """One layer: `tokens` queries, each over `attended` keys, as dense products."""
+    def stack(self, tokens: int, attended: int) -> int:
+        """All layers: `tokens` queries, each over `attended` keys, as dense products."""
         projections = 2 * self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        mlp = 3 * 2 * self.width * self.inner
         attention = 2 * 2 * attended * self.heads * self.head_dim
-        return tokens * (projections + mlp + attention)
+        return tokens * (self.layers * (projections + attention) + sum(self.mlps))
 
     def head(self) -> int:
         return 2 * self.width * self.vocabulary
 
     def prefill(self, tokens: int) -> int:
         """All tokens of a prompt, logits of the last one."""
-        return self.layers * self.layer(tokens, tokens) + self.head()
+        return self.stack(tokens, tokens) + self.head()
 
     def decode(self, prompt: int, new: int) -> int:
         """The tokens of an answer after its first one, each over all that came before."""
-        return sum(self.layers * self.layer(1, prompt + i) + self.head() for i in range(1, new))
+        return sum(self.stack(1, prompt + i) + self.head() for i in range(1, new))
 
     def cache_bytes(self, tokens: int, element: int) -> int:
         return 2 * self.layers * tokens * self.kv_heads * self.head_dim * element
-
-
-def _encoder(tokens: int, attended: int, width: int, inner: int, matrices: int) -> int:
-    """One layer of a vision encoder, with two matrices in its MLP, or three if it is gated."""
-    return tokens * (8 * width**2 + 4 * attended * width + 2 * matrices * width * inner)
-
-
-def _pixels(inputs: Mapping[str, Any]) -> Tensor:
-    """The pixels of a call, whose name differs between families and versions."""
-    return next(value for name, value in inputs.items() if name.startswith("pixel_values"))
-
-
-def _tower(config: Any, inputs: Mapping[str, Any]) -> int:
-    """A CLIP or SigLIP tower on pixels (..., 3, S, S), without the projector."""
-    vision = config.vision_config
-    pixels = _pixels(inputs)
-    pictures = pixels.shape[:-3].numel()
-    patch, width = int(vision.patch_size), int(vision.hidden_size)
-    patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-    tokens = patches + (vision.model_type == "clip_vision_model")
-    layer = _encoder(tokens, tokens, width, int(vision.intermediate_size), 2)
-    embedding = 2 * patches * 3 * patch**2 * width
-    return pictures * (embedding + int(vision.num_hidden_layers) * layer)
-
-
-def _projector(config: Any, rows: int) -> int:
-    """Two linear layers on `rows` patches."""
-    width, out = int(config.vision_config.hidden_size), int(config.get_text_config().hidden_size)
-    return 2 * rows * (width * out + out * out)
-
-
-def _qwen(config: Any, inputs: Mapping[str, Any]) -> int:
-    """Qwen's vision transformer on packed patches, mergers included."""
-    vision = config.vision_config
-    merge = int(vision.spatial_merge_size)
-    width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
-    out = int(getattr(vision, "out_hidden_size", None) or vision.hidden_size)
-    inner = int(getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio)
-    gated = config.model_type == "qwen2_5_vl"
-    pixels = inputs["pixel_values"]
-    total = 2 * pixels.shape[0] * pixels.shape[1] * width
-    windowed = getattr(vision, "fullatt_block_indexes", None)
-    for frames, rows, columns in inputs["image_grid_thw"].tolist():
-        whole, windows = [rows * columns], [rows * columns]
-        if windowed is not None:
-            side = int(vision.window_size) // int(vision.patch_size)
-            windows = [
-                min(side, rows - top) * min(side, columns - left)
-                for top in range(0, rows, side)
-                for left in range(0, columns, side)
-            ]
-        for block in range(int(vision.depth)):
-            sizes = whole if windowed is None or block in windowed else windows
-            total += frames * sum(_encoder(n, n, width, inner, 3 if gated else 2) for n in sizes)
-        merged = frames * rows * columns // merge**2
-        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
-        total += mergers * 2 * merged * ((width * merge**2) ** 2 + width * merge**2 * out)
-    return total
 
 
 def vision_flops(config: Any, inputs: Mapping[str, Any], projected: int) -> int:
@@ -149,9 +115,7 @@ def vision_flops(config: Any, inputs: Mapping[str, Any], projected: int) -> int:
         config: of the model; inputs: of its encoder, as from `shapes.picture`.
         projected: patches that reach the projector of a LLaVA model.
     """
-    if "image_grid_thw" in inputs:
-        return _qwen(config, inputs)
-    return _tower(config, inputs) + _projector(config, projected)
+    return family_for(config).vision_flops(config, inputs, projected)
 
 
 def visual_only_flops(config: Any, visual: int) -> int:
@@ -188,7 +152,7 @@ def cost(
     model = _Text.of(config)
     tokens = sum(visual) + text
     if projected is None:
-        projected = _patches(config, inputs)
+        projected = family_for(config).projected_patches(config, inputs)
     return Cost(
         visual=sum(visual),
         text=text,
@@ -198,13 +162,3 @@ def cost(
         cache_bytes=model.cache_bytes(tokens, element),
         visual_only=visual_only_flops(config, sum(visual)),
     )
-
-
-def _patches(config: Any, inputs: Mapping[str, Any]) -> int:
-    """Patches that a tower makes of pixels (..., S, S); 0 where the projector is counted inside."""
-    if "image_grid_thw" in inputs:
-        return 0
-    pixels = _pixels(inputs)
-    patch = int(config.vision_config.patch_size)
-    cells = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-    return int(pixels.shape[:-3].numel() * cells)

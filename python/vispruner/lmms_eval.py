@@ -15,7 +15,9 @@ import functools
 import importlib
 from typing import Any, NamedTuple
 
-from .pruner import Pruner, apply
+from .hf import Pruner, apply
+from .models import families
+from .selection import Budget
 
 PREFIX = "vispruner_"
 
@@ -28,10 +30,9 @@ class _Harness(NamedTuple):
 
 
 _HARNESS = {
-    "llava_hf": _Harness("LlavaHf", ("simple", "chat")),  # LLaVA-1.5, -NeXT and -OneVision
-    "qwen2_vl": _Harness("Qwen2_VL", ("simple",)),
-    "qwen2_5_vl": _Harness("Qwen2_5_VL", ("simple", "chat")),
-    "qwen3_vl": _Harness("Qwen3_VL", ("simple", "chat")),
+    module: _Harness(name, interfaces)
+    for family in dict.fromkeys(families().values())
+    for module, name, interfaces in family.harness
 }
 
 
@@ -56,10 +57,8 @@ class _Pruned:
     ) -> None:
         super().__init__(*args, **kwargs)
         model: Any = self.model  # type: ignore[attr-defined]
-        options = {} if tiles is None else {"tiles": tiles}
-        self.pruner = apply(
-            model, k, ratio=ratio, important_ratio=important_ratio, step=step, **options
-        )
+        options: dict[str, Any] = {} if tiles is None else {"tiles": tiles}
+        self.pruner = apply(model, Budget(k, ratio, important_ratio, step), **options)
 
 
 @functools.cache

@@ -1,96 +1,21 @@
-"""Where the time of a call goes: vision, score, select, rewrite, prefill, decode."""
+"""Times a model without a pruner by the phases of a pruned one."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import nn
-
-
-class Clock:
-    """Milliseconds of named phases, without making the host wait for a GPU.
-
-    On CUDA a phase is a pair of events, read when somebody asks. A phase inside another does not
-    count for the outer one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spans: list[tuple[str, str | None, object, object]] = []
-        self._open: list[tuple[str, object]] = []
-
-    def _now(self) -> object:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _end(self) -> None:
-        phase, start = self._open.pop()
-        outer = self._open[-1][0] if self._open else None
-        self._spans.append((phase, outer, start, self._now()))
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._open.append((phase, self._now()))
-        try:
-            yield
-        finally:
-            self._end()
-
-    def turn(self, phase: str) -> None:
-        """Ends the innermost open phase and begins another in its place."""
-        self._end()
-        self._open.append((phase, self._now()))
-
-    def milliseconds(self) -> dict[str, float]:
-        """Phase to milliseconds; waits for the GPU."""
-        total: dict[str, float] = {}
-        for phase, outer, start, end in self._spans:
-            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                end.synchronize()
-                span = start.elapsed_time(end)
-            else:
-                assert isinstance(start, float)
-                assert isinstance(end, float)
-                span = 1e3 * (end - start)
-            total[phase] = total.get(phase, 0.0) + span
-            if outer is not None:
-                total[outer] = total.get(outer, 0.0) - span
-        return total
-
-
-class Prefill:
-    """Tells when a call of generate has read its prompt: what comes after that is decoding.
-
-    Args:
-        clock: has the phase "prefill" open, which becomes "decode".
-        columns: columns of the prompt that the cache does not hold yet.
-    """
-
-    def __init__(self, clock: Clock, columns: int) -> None:
-        self._clock, self._columns = clock, columns
-
-    def read(self, call: dict[str, Any]) -> bool:
-        """Told of every forward that has ended, with its arguments; True when prefill is over."""
-        tokens = call.get("input_ids")
-        tokens = call.get("inputs_embeds") if tokens is None else tokens
-        self._columns -= 0 if tokens is None else tokens.shape[1]
-        if self._columns > 0:  # there are more chunks
-            return False
-        self._clock.turn("decode")
-        return True
+from .clock import Clock, Prefill
+from .methods import Replacement
+from .models import family_of
+from .releases import canonical
 
 
 @contextmanager
 def unpruned(model: Any) -> Iterator[Clock]:
-    """Times a call of `generate` of a model without a pruner, by the phases of a pruned one.
+    """Times calls of `generate` of a model without a pruner, by the phases of a pruned one.
 
     Args:
         model: a `...ForConditionalGeneration` model of a supported family, unpruned.
@@ -98,19 +23,18 @@ def unpruned(model: Any) -> Iterator[Clock]:
     Yields:
         A clock with the phases "vision", "prefill" and "decode" of the calls in the block.
     """
-    from .handover import Method
-    from .models import family_of
-
     clock = Clock(model.device)
     prefill: list[Prefill] = []
 
-    def timed(encode: Any, *args: Any, **kwargs: Any) -> Any:
+    def encode(original: Any, *args: Any, **kwargs: Any) -> Any:
         with clock("vision"):
-            return encode(*args, **kwargs)
+            return original(*args, **kwargs)
 
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if prefill and prefill[-1].read(kwargs):
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if prefill and prefill[-1].read(canonical(kwargs)):
             prefill.clear()
+        return output
 
     def generate(original: Any, *args: Any, **kwargs: Any) -> Any:
         prefill.append(Prefill(clock, kwargs["input_ids"].shape[1]))
@@ -118,10 +42,16 @@ def unpruned(model: Any) -> Iterator[Clock]:
             return original(*args, **kwargs)
 
     with ExitStack() as stack:
-        places = [(model.base_model, name, timed) for name in family_of(model).encoders.values()]
-        for place, name, body in [*places, (model, "generate", generate)]:
-            method = getattr(place, name)
-            setattr(place, name, Method(method, functools.partial(body, method)))
-            stack.callback(delattr, place, name)
-        stack.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+        names = family_of(model).encoders.values()
+        bodies: list[tuple[Any, str, Any]] = [
+            *((model.base_model, name, encode) for name in names),
+            (model, "forward", forward),
+            (model, "generate", generate),
+        ]
+        for owner, name, body in bodies:
+            replacement = Replacement(owner, name, functools.partial(body, getattr(owner, name)))
+            stack.callback(replacement.remove)
         yield clock
+
+
+__all__ = ["Clock", "Prefill", "unpruned"]

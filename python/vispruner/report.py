@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vispruner_cuda
 
-from .phases import Clock
+from .clock import Clock
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,47 @@ layer only while pictures are being encoded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from contextvars import ContextVar
+from threading import get_ident
+from typing import Any
 
 from torch import Tensor, nn
 
-from . import scores
+from . import selection
+
+#: an attention module, whether [CLS] scores its patches, and the scores that a tap read off it
+Observation = tuple[Any, bool, Tensor]
+_OBSERVED: ContextVar[list[Observation] | None] = ContextVar("vispruner_observed", default=None)
 
 
-class Tap(Protocol):
-    """Scores of the patches that the last pass of a tower saw."""
+@contextmanager
+def observed() -> Iterator[list[Observation]]:
+    """While open, notes what taps read, as they read it."""
+    seen: list[Observation] = []
+    token = _OBSERVED.set(seen)
+    try:
+        yield seen
+    finally:
+        _OBSERVED.reset(token)
 
-    def scores(self) -> Tensor:
-        """(B, N) float32, without [CLS]."""
-        ...
+
+def _noted(attention: Any, scores: Tensor, *, has_cls: bool) -> Tensor:
+    seen = _OBSERVED.get()
+    if seen is not None:
+        seen.append((attention, has_cls, scores))
+    return scores
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that sees calls of the thread that made it only: others may use the module, too."""
+    owner = get_ident()
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if get_ident() == owner else None
+
+    return guarded
 
 
 class _Kept:
@@ -31,7 +57,7 @@ class _Kept:
     def __init__(self, module: nn.Module, what: str, *, first_only: bool = False) -> None:
         self._what, self._first_only = what, first_only
         self._output: Tensor | None = None
-        self.handle = module.register_forward_hook(self)
+        self.handle = module.register_forward_hook(in_this_thread(self))
 
     def __call__(self, module: nn.Module, args: object, output: Tensor) -> None:
         # A copy of the one token: a view would keep the whole query alive.
@@ -59,15 +85,18 @@ class ClsTap:
 
     def __init__(self, attention: Any, stack: ExitStack) -> None:
         self._attention = attention
-        self._q = _Kept(attention.q_proj, "query projection", first_only=True)
-        self._k = _Kept(attention.k_proj, "key projection")
+        # Where queries and keys are normalized, it is these that attend.
+        q, k = (getattr(attention, f"{x}_norm", getattr(attention, f"{x}_proj")) for x in "qk")
+        self._q = _Kept(q, "query projection", first_only=True)
+        self._k = _Kept(k, "key projection")
         for kept in (self._q, self._k):
             stack.callback(kept.handle.remove)
 
     def scores(self) -> Tensor:
         q = _heads(self._q.take(), self._attention)[:, 0]
         k = _heads(self._k.take(), self._attention).transpose(1, 2)
-        return scores.cls_attention(q, k, float(self._attention.scale))
+        scores = selection.cls_attention(q, k, float(self._attention.scale))
+        return _noted(self._attention, scores, has_cls=True)
 
 
 class ReceivedTap:
@@ -86,10 +115,10 @@ class ReceivedTap:
         q, k = (_heads(kept.take(), self._attention) for kept in (self._q, self._k))
         batch, tokens = q.shape[:2]
         bounds = list(range(0, (batch + 1) * tokens, tokens)) if tokens else [0]
-        received = scores.received_attention(
+        received = selection.received_attention(
             q.flatten(0, 1), k.flatten(0, 1), float(self._attention.scale), bounds
         )
-        return received.view(batch, tokens)
+        return _noted(self._attention, received.view(batch, tokens), has_cls=False)
 
 
 class RotaryTap:
@@ -106,7 +135,7 @@ class RotaryTap:
         self._embeddings: tuple[Tensor, Tensor] | None = None
         self._qkv = _Kept(attention.qkv, "qkv projection")
         stack.callback(self._qkv.handle.remove)
-        before = attention.register_forward_pre_hook(self._before, with_kwargs=True)
+        before = attention.register_forward_pre_hook(in_this_thread(self._before), with_kwargs=True)
         stack.callback(before.remove)
 
     def _before(self, module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
@@ -117,10 +146,13 @@ class RotaryTap:
         qkv = self._qkv.take().detach()
         assert self._embeddings is not None
         q, k, _ = qkv.view(qkv.shape[0], 3, int(self._attention.num_heads), -1).unbind(1)
+        if hasattr(self._attention, "q_norm"):
+            q, k = self._attention.q_norm(q), self._attention.k_norm(k)
         q, k = self._rotary(q, k, *self._embeddings)
         self._embeddings = None
         bounds = [0, *itertools.accumulate(lengths)]
-        return scores.received_attention(q, k, float(self._attention.scaling), bounds)
+        scores = selection.received_attention(q, k, float(self._attention.scaling), bounds)
+        return _noted(self._attention, scores, has_cls=False)
 
 
 @contextmanager

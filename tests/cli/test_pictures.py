@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from vispruner.pictures import DIVERSE, IMPORTANT, draw_kept, draw_scores, montage
+from vispruner.cli.pictures import DIVERSE, IMPORTANT, draw_kept, draw_scores, montage
 
 GRID = (6, 8)
 CELL = 16

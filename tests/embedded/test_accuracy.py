@@ -11,7 +11,7 @@ pytest.importorskip("yaml")
 
 from accuracy import evaluation, guard
 
-from vispruner.scenes import Scene
+from vispruner.embedded.scenes import Scene
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from accuracy.evaluation import Subject
 from accuracy.statistics import clustered_mean
 
 import vispruner
-from vispruner import scenes
-from vispruner.scenes import Scene
+from vispruner.embedded import scenes
+from vispruner.embedded.scenes import Scene
 
 RECIPE = recipe.load("cpu")
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import vispruner
-from vispruner import embedded, scenes
+from vispruner import embedded
+from vispruner.embedded import scenes
 
 LARGEST = 8_000_000  # bytes
 

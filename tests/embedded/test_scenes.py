@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vispruner import scenes
-from vispruner.scenes import Object, Question, Scene, Style
+from vispruner.embedded import scenes
+from vispruner.embedded.scenes import Object, Question, Scene, Style
 
 SEEDS = range(120)
 OBJECTS_2026 = ["orange triangle", "cyan triangle", "black star", "cyan square", "blue ring"]

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from vispruner.budget import Budget
+from vispruner.selection import Budget
 from vispruner.vllm import ARCHITECTURES, compatibility
 from vispruner.vllm.config import KEY, Pruning, identity
 from vispruner.vllm.model import counts_of, encoder_batches

@@ -19,7 +19,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from vispruner import embedded, lmms_eval, scenes
+from vispruner import embedded, lmms_eval
+from vispruner.embedded import scenes
 
 TASK = Path(__file__).with_name("task")
 QUESTIONS = 12

@@ -12,8 +12,11 @@ import torch
 import transformers
 from support.tiny_models import (
     IMAGE,
+    Glm4v,
+    Idefics3,
     Llava,
     LlavaNext,
+    LlavaNextVideo,
     Qwen25,
     Tiny,
     VideoLlava,
@@ -26,6 +29,7 @@ import vispruner
 from vispruner.models import Encoded, Family
 from vispruner.models.llava import Llava as LlavaFamily
 from vispruner.models.qwen_vl_v1 import resampled_scores
+from vispruner.models.refused import REFUSED
 
 FAMILIES: tuple[Tiny, ...] = (Llava(), LlavaNext(), Qwen25(), VideoLlava())
 ROW = [1, 20, image(1), 22, image(2), 24, 25]
@@ -92,6 +96,40 @@ def test_unknown_models_and_parts_of_models() -> None:
         vispruner.apply(torch.nn.Linear(2, 2), k=5)
     with pytest.raises(vispruner.UnsupportedModelError, match="whole"):
         vispruner.apply(Llava().build().model, k=5)
+
+
+def test_models_that_are_refused_by_name() -> None:
+    for model_type, reason in REFUSED.items():
+        config = type("Config", (), {"model_type": model_type})()
+        model = type("SomeModel", (), {"config": config})()
+        with pytest.raises(vispruner.UnsupportedModelError) as caught:
+            vispruner.apply(model, k=5)
+        assert str(caught.value) == (
+            f"cannot prune a SomeModel (model type {model_type!r}): {reason}"
+        )
+        assert model_type not in vispruner.supported()
+
+
+def test_settings_of_families_that_are_refused() -> None:
+    video = LlavaNextVideo()
+    config = video.config()
+    config.spatial_pool_mode = "conv"
+    with pytest.raises(vispruner.UnsupportedModelError, match="spatial_pool_mode='conv'"):
+        vispruner.apply(video.architecture()(config), k=5)
+    model, inputs = Glm4v().build(), Glm4v().inputs([ROW])
+    with vispruner.apply(model, k=5), pytest.raises(ValueError, match="pixel_values_videos cannot"):
+        model(**inputs, pixel_values_videos=inputs["pixel_values"])
+    tiny = Idefics3()
+    model, inputs = tiny.build(), tiny.inputs([ROW])
+    mask = torch.ones((*inputs["pixel_values"].shape[:2], 112, 112), dtype=torch.bool)
+    with vispruner.apply(model, k=5), torch.no_grad():
+        want = model(**inputs).logits
+        assert torch.equal(model(**inputs, pixel_attention_mask=mask).logits, want)
+        mask[0, 1, 100:] = False
+        with pytest.raises(ValueError, match="pixel_attention_mask hides"):
+            model(**inputs, pixel_attention_mask=mask)
+        with pytest.raises(ValueError, match=r"must have shape \(B, pictures, 3, 112, 112\)"):
+            model(**inputs | {"pixel_values": inputs["pixel_values"][..., :56, :56]})
 
 
 @pytest.mark.parametrize("layer", [0, -5, [-2, -1], 9])

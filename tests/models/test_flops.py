@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vispruner
 from vispruner import flops, shapes
-from vispruner.budget import Budget
 from vispruner.models import family_of
+from vispruner.selection import Budget
 
 K = 5
 
@@ -40,6 +40,13 @@ def test_costs_are_those_torch_counts(tiny: Tiny) -> None:
     media = family.inputs_of("image", inputs)
     assert media is not None
     visual = family.placeholders("image", media)
+    if tiny.name.startswith("qwen3.5"):
+        with pytest.raises(ValueError, match="linear attention of qwen3_5"):
+            flops.cost(model.config, media, visual, text=prompt - sum(visual))
+        assert flops.vision_flops(model.config, media, 0) == pytest.approx(
+            counted(model.model.get_image_features, **media), rel=2e-3
+        )
+        return
     cost = flops.cost(model.config, media, visual, text=prompt - sum(visual), new=3)
 
     vision = counted(model.model.get_image_features, **media)
@@ -100,7 +107,7 @@ def test_names_and_types_that_are_not_known() -> None:
     with pytest.raises(ValueError, match=r"no model named 'gpt', there are: llava-1\.5-7b"):
         shapes.config_of("gpt")
     config = shapes.config_of("llava-1.5-7b").text_config
-    with pytest.raises(ValueError, match="model type 'llama' is not known, only llava"):
+    with pytest.raises(ValueError, match=r"model type 'llama' is not known, only gemma3, .*llava"):
         shapes.picture(config, 336, 336)
 
 

@@ -14,6 +14,10 @@ import torch
 import transformers
 from support.tiny_models import (
     IMAGE,
+    Gemma3,
+    Glm4v,
+    Idefics3,
+    InternVL,
     Llava,
     LlavaNext,
     Qwen3,
@@ -31,7 +35,10 @@ from vispruner.phases import Clock, Prefill, unpruned
 K = 5
 STEPS = 5
 TOLERANCE = 1e-5
-FAMILIES: tuple[Tiny, ...] = (Llava(), LlavaNext(), Qwen25(), Qwen3(), VideoLlava())
+FAMILIES: tuple[Tiny, ...] = (
+    Llava(), LlavaNext(), Qwen25(), Qwen3(), VideoLlava(), Gemma3(), Idefics3(), InternVL(),
+    Glm4v(),
+)  # fmt: skip
 TWO = [1, 20, image(1), 22, image(2), 24, 25]
 ROWS = [[1, image(0), 10, 11, 12], TWO]
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -119,7 +126,7 @@ def test_compiled_language_model(tiny: Tiny) -> None:
     model, inputs = tiny.build(), tiny.inputs(ROWS)
     with vispruner.apply(model, k=K):
         expected = generate(model, inputs)
-        model.model.language_model.compile(backend="eager")
+        tiny.reader(model).compile(backend="eager")
         assert torch.equal(generate(model, inputs), expected)
     torch.compiler.reset()
 
@@ -331,6 +338,9 @@ def test_second_turn_on_the_kept_cache_equals_a_fresh_start(tiny: Tiny, pixels: 
 
 def test_a_new_image_in_the_second_turn(tiny: Tiny) -> None:
     model = tiny.build()
+    if tiny.name == "gemma3" and VERSION < (5, 23):
+        refused_behind_a_cache(model, tiny)
+        return
     with vispruner.apply(model, k=K) as pruner:
         _, sequences, cache = first_turn(model, tiny, ROWS)
         answers = sequences[:, -STEPS:].tolist()
@@ -358,8 +368,19 @@ def test_a_new_image_in_the_second_turn(tiny: Tiny) -> None:
         assert torch.equal(found, fresh)
 
 
+def refused_behind_a_cache(model: Any, tiny: Tiny) -> None:
+    with vispruner.apply(model, k=K):
+        inputs, sequences, cache = first_turn(model, tiny, ROWS[:1])
+        new = torch.tensor([[30, *tiny.tokens(image(3)), 31]])
+        call = whole(tiny, inputs, torch.cat([sequences, new], 1))
+        with pytest.raises(ValueError, match="masks a new image behind a cache wrongly"):
+            generate(model, call | tiny.media([image(3)]), past_key_values=cache)
+
+
 def test_an_image_after_a_cached_text(tiny: Tiny) -> None:
     """The cached beginning of a conversation, a system prompt for instance."""
+    if tiny.name == "gemma3" and VERSION < (5, 23):
+        pytest.skip("refused, as in the test before")
     model = tiny.build()
     row = [1, 5, 6, 7, image(1), 8, 9]
     inputs = tiny.inputs([row])
@@ -407,12 +428,14 @@ def test_a_decoding_loop_with_padding() -> None:
 
 def test_a_decoding_loop_over_the_language_model(tiny: Tiny) -> None:
     """The callers who prepare the prompt themselves may go on with the model."""
+    if tiny.name == "gemma3":
+        pytest.skip("its inputs cannot be prepared")
     model, inputs = tiny.build(), tiny.inputs(ROWS)
     with vispruner.apply(model, k=K), torch.no_grad():
         expected = generate(model, inputs)[:, -1 - STEPS : -STEPS + 1]
         cache = transformers.DynamicCache()
         ready = vispruner.prepare(model, inputs | {"past_key_values": cache})
-        hidden = model.model.language_model(**ready).last_hidden_state[:, -1:]
+        hidden = tiny.reader(model)(**ready).last_hidden_state[:, -1:]
         scores = model.lm_head(hidden)[:, -1]
         scores[:, 198:] = -torch.inf
         token = scores.argmax(-1, keepdim=True)
@@ -438,7 +461,10 @@ def test_training(tiny: Tiny) -> None:
     with vispruner.apply(model, k=K):
         model.train()
         model(**inputs, labels=labels).loss.backward()
-    part = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
+    inner = model.model
+    places = ("multi_modal_projector", "connector", "visual")
+    part = next(getattr(inner, place) for place in places if hasattr(inner, place))
+    part = getattr(part, "merger", part)
     gradients = [p.grad for p in part.parameters()]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients[:1])
 

@@ -76,6 +76,7 @@ def _phases(milliseconds: Mapping[str, float]) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from .. import embedded
@@ -134,9 +135,10 @@ def run(options: argparse.Namespace) -> int:
         way: {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
         for way, runs in times.items()
     }
-    console.print(f"[bold]{path.name}[/bold]  {question}", highlight=False)
+    console.print(f"[bold]{escape(path.name)}[/bold]  {escape(question)}", highlight=False)
     for way, text in answers.items():
-        console.print(f"  {way + ':' if options.compare else '->'} {text}", highlight=False)
+        shown = f"  {way + ':' if options.compare else '->'} {text}"
+        console.print(shown, highlight=False, markup=False)
     tokens = {"pruned": report.tokens_after, "unpruned": report.tokens_before}
     prompt = {"pruned": report.prompt_after, "unpruned": report.prompt_before}
     console.print(_table(medians, tokens, prompt, options.runs))

@@ -7,15 +7,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..budget import Budget
-from ..pruner import Pruner, apply
-
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    from ..hf import Pruner
+    from ..selection import Budget
+
+# torch takes seconds to import, so it is imported by what computes, not for --help.
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class CommandError(Exception):
@@ -67,6 +68,8 @@ def add_budget(parser: argparse.ArgumentParser, *, k: int = 64) -> None:
 
 
 def budget_of(options: argparse.Namespace) -> Budget:
+    from ..selection import Budget
+
     k = options.default_k if options.k is None and options.ratio is None else options.k
     try:
         return Budget(k, options.ratio, options.important_ratio, options.step)
@@ -80,8 +83,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:N, or auto to spread the model over all devices",
+        help="cpu, cuda, cuda:N, or auto to spread the model over all devices (default: cuda where "
+        "there is one)",
     )
     group.add_argument(
         "--dtype",
@@ -98,7 +101,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def device_of(options: argparse.Namespace) -> torch.device:
     """The device of the inputs."""
-    if options.device == "auto":
+    import torch
+
+    if options.device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(options.device)
@@ -114,9 +119,11 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def dtype_of(options: argparse.Namespace, device: torch.device) -> Any:
+    import torch
+
     if options.dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    return DTYPES.get(options.dtype, "auto")
+    return getattr(torch, options.dtype) if options.dtype in DTYPES else "auto"
 
 
 # -------------------------------------------------------------------------------------- the image
@@ -130,12 +137,36 @@ def read_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except FileNotFoundError:
         reason = "no such file"
     except Exception as error:  # Pillow raises many kinds for broken files
         reason = one_line(error)
     raise CommandError(f"cannot read image {path}: {reason}")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of wider grey levels at 8 bits; others as they are.
+
+    Pillow clips such levels to 0..255, which makes 16-bit pictures white and fractions black.
+    Integers of more than 8 bits count from 0 to 65535; others (float, or beyond that) go from their
+    least to their greatest value.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;"):
+        return image
+    levels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("pixels that are not finite")
+    low, high = float(levels.min()), float(levels.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        high, low = 1.0, 0.0
+    elif image.mode != "F" and low >= 0 and high <= 65535:
+        high, low = (65535.0, 0.0) if high > 255 else (255.0, 0.0)
+    scaled = (levels - low) * (255 / (high - low) if high > low else 0.0)
+    return Image.fromarray(scaled.round().astype(np.uint8))
 
 
 def check_picture_path(path: Path) -> None:
@@ -150,6 +181,14 @@ def check_picture_path(path: Path) -> None:
         raise CommandError(
             f"argument -o: cannot write {path}: unknown image format {path.suffix!r}"
         )
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise CommandError(f"argument -o: cannot write {path}: {reason}") from error
+    if not there:
+        path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -216,13 +255,9 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
 
 def apply_budget(model: Any, budget: Budget) -> Pruner:
     """`vispruner.apply` with what the command line asked for."""
-    return apply(
-        model,
-        budget.k,
-        ratio=budget.ratio,
-        important_ratio=budget.important_ratio,
-        step=budget.step,
-    )
+    from ..hf import apply
+
+    return apply(model, budget)
 
 
 def model_inputs(processor: Any, image: Image.Image, question: str, device: torch.device) -> Any:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from .. import scenes
+    from ..embedded import scenes
 
     check_picture_path(options.output)
     scene = scenes.draw(options.seed)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..budget import Budget
 from .common import CommandError, budget_of, one_line, positive
+
+if TYPE_CHECKING:
+    from ..selection import Budget
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..budget import Budget
 from .common import (
     CommandError,
     add_budget,
@@ -33,7 +29,11 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
+    from torch import Tensor
+
+    from ..selection import Budget
 
 PANEL = 480  # pixels of the longer side of a panel, about
 
@@ -86,6 +86,7 @@ class _Picture:
 
 def _pixels_as_image(pixels: Tensor, processor: Any) -> Image.Image:
     """(3, H, W) of a processor's output as an image, its normalization undone."""
+    import torch
     from PIL import Image
 
     mean, std = (
@@ -103,6 +104,8 @@ def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> l
         item: what was kept of it (a `Kept`); image: the file's.
         inputs: what the processor made of the image; processor: of images.
     """
+    import torch
+
     pixels = inputs["pixel_values"].flatten(0, -4) if inputs["pixel_values"].dim() > 2 else None
     grids = [item.grid[-2:]] * (item.grid[0] if len(item.grid) == 3 else 1)
     if len(item.grid) == 1:  # packed tokens; the first picture is the overview, a square
@@ -131,6 +134,8 @@ def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> l
 def _by_model(
     options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
 ) -> list[_Picture]:
+    import torch
+
     from .. import prepare
 
     model, processor = load_model(options, device)
@@ -154,6 +159,8 @@ def _by_model(
 def _by_tower(
     options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
 ) -> list[_Picture]:
+    import torch
+
     from ..clip import ClipTower, TowerError
     from ..report import Kept
 
@@ -211,12 +218,12 @@ def run(options: argparse.Namespace) -> int:
             f"({important} important, {diverse} diverse)",
             highlight=False,
         )
-    console.print(f"picture: {options.output}", highlight=False)
+    console.print(f"picture: {options.output}", highlight=False, markup=False)
     return 0
 
 
 def _montage(found: list[_Picture], *, random_weights: bool) -> Image.Image:
-    from .. import pictures
+    from . import pictures
 
     rows = []
     for picture in found:

@@ -1,26 +1,40 @@
-"""The model families that pruning knows, by `config.model_type`."""
+"""The model families that pruning knows: every module here that defines one, by its model types."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+import pkgutil
 from typing import Any
 
 from .base import Encoded, Family, UnsupportedModelError
+from .checks import check_model, check_scores, unwrapped
+from .refused import REFUSED
 
-_FAMILIES: dict[str, str | type[Family]] = {
-    "llava": f"{__name__}.llava:Llava",
-    "llava_next": f"{__name__}.llava_next:LlavaNext",
-    "llava_onevision": f"{__name__}.llava_onevision:LlavaOnevision",
-    "qwen2_5_vl": f"{__name__}.qwen_vl:QwenVL",
-    "qwen2_vl": f"{__name__}.qwen_vl:QwenVL",
-    "qwen3_vl": f"{__name__}.qwen_vl:QwenVL",
-    "video_llava": f"{__name__}.llava:VideoLlava",
-}
+_registered: dict[str, type[Family]] = {}
+
+
+@functools.cache
+def _own() -> dict[str, type[Family]]:
+    """Model type to the family that a module of this package has for it."""
+    families = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        for _, family in inspect.getmembers(module, inspect.isclass):
+            if issubclass(family, Family) and family.__module__ == module.__name__:
+                families.update(dict.fromkeys(vars(family).get("model_types", ()), family))
+    return families
+
+
+def families() -> dict[str, type[Family]]:
+    """Model type to its family, those of `register` included."""
+    return _own() | _registered
 
 
 def supported() -> list[str]:
     """Model types that `apply` takes."""
-    return sorted(_FAMILIES)
+    return sorted(families())
 
 
 def register(model_type: str, family: type[Family]) -> None:
@@ -32,26 +46,44 @@ def register(model_type: str, family: type[Family]) -> None:
     """
     if not (isinstance(family, type) and issubclass(family, Family)):
         raise TypeError(f"family must be a subclass of vispruner.models.Family, got {family!r}")
-    _FAMILIES[model_type] = family
+    _registered[model_type] = family
+
+
+def whole_model(model: Any) -> Any:
+    """The model to prune: the one inside PEFT's wrapper, or the model itself.
+
+    Raises:
+        UnsupportedModelError: it cannot be pruned.
+    """
+    model = unwrapped(model)
+    family_of(model)
+    check_model(model)
+    return model
 
 
 def family_of(model: Any) -> type[Family]:
     """The family of a transformers model.
 
     Raises:
-        UnsupportedModelError: there is none; the message names those there are.
+        UnsupportedModelError: there is none; the message names those there are, or the reason.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family = _FAMILIES.get(str(model_type))
+    return family_for(getattr(model, "config", None), type(model).__name__)
+
+
+def family_for(config: Any, name: str = "model") -> type[Family]:
+    """The family of a model's configuration; raises as `family_of`."""
+    model_type = getattr(config, "model_type", None)
+    family = families().get(str(model_type))
+    if family is None and model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"cannot prune a {name} (model type {model_type!r}): {REFUSED[model_type]}"
+        )
     if family is None:
         raise UnsupportedModelError(
-            f"cannot prune a {type(model).__name__} (model type {model_type!r}). Supported: "
+            f"cannot prune a {name} (model type {model_type!r}). Supported: "
             f"{', '.join(supported())}. To add one, subclass vispruner.models.Family and pass it "
             "to vispruner.register (docs/integration.md)"
         )
-    if isinstance(family, str):
-        module, _, name = family.partition(":")
-        family = getattr(importlib.import_module(module), name)
     return family
 
 
@@ -59,7 +91,12 @@ __all__ = [
     "Encoded",
     "Family",
     "UnsupportedModelError",
+    "check_scores",
+    "families",
+    "family_for",
     "family_of",
     "register",
     "supported",
+    "unwrapped",
+    "whole_model",
 ]

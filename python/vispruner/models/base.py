@@ -11,9 +11,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
+
+#: the pixels of a video, in the arguments of a model
+VIDEO_PIXELS = "pixel_values_videos"
 
 
 class UnsupportedModelError(ValueError):
@@ -42,13 +45,13 @@ class Places(NamedTuple):
     Attributes:
         positions: (3, B, L) of each column.
         following: (B,) of the token that comes after the prompt.
-        resumed: (B,) where the model itself resumes in a decoding loop without position ids, which
+        rope_end: (B,) where the model itself goes on in a decoding loop without position ids, which
             for videos may be another place.
     """
 
     positions: Tensor
     following: Tensor
-    resumed: Tensor
+    rope_end: Tensor
 
 
 class Family(ABC):
@@ -66,10 +69,18 @@ class Family(ABC):
         UnsupportedModelError: the model has a setting that pruning cannot serve.
     """
 
+    #: `config.model_type` of the models of this family
+    model_types: ClassVar[tuple[str, ...]] = ()
+    #: classes of lmms-eval that load them: module, class, interfaces
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
     #: modality to the name of the base model's method that encodes it
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: options of `apply` beyond the budget, with their allowed values, the default first
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    #: why `vispruner.prepare` is refused, None where it is not
+    not_prepared: ClassVar[str | None] = None
+    #: whether tokens have a time, height and width (then `positions` is not None)
+    has_grid_positions: ClassVar[bool] = False
 
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         self.base: Any = model.base_model
@@ -93,6 +104,19 @@ class Family(ABC):
             for modality, method in self.encoders.items()
         }
 
+        # Some releases name the pixels of a video "pixel_values" in its encoder, as those of an
+        # image; the model has another name for them.
+        self._own_names = {}
+        if "video" in self.parameters and "image" in self.parameters:
+            first, *rest = self.parameters["video"]
+            if first in self.parameters["image"]:
+                self.parameters["video"] = (VIDEO_PIXELS, *rest)
+                self._own_names = {VIDEO_PIXELS: first}
+
+    def encoder_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the model as the method that encodes names them."""
+        return {self._own_names.get(name, name): value for name, value in inputs.items()}
+
     # ----------------------------------------------------------------------- the call's arguments
     def pixels_name(self, modality: str, call: Mapping[str, Any]) -> str | None:
         """The argument that holds the pixels of a modality, None if the call has none."""
@@ -107,6 +131,9 @@ class Family(ABC):
             return None
         names = self.parameters[modality]
         return {name: call[name] for name in names if call.get(name) is not None}
+
+    def check_continued(self) -> None:  # noqa: B027 (most have nothing to say)
+        """Raises ValueError where new pictures behind a cache would be read wrongly."""
 
     def token_id(self, modality: str) -> int:
         """The placeholder of a modality in the prompt."""
@@ -123,6 +150,61 @@ class Family(ABC):
             name: value[list(items)] if isinstance(value, Tensor) and len(value) == count else value
             for name, value in inputs.items()
         }
+
+    @property
+    def arguments(self) -> set[str]:
+        """Names of all arguments that belong to an encoder."""
+        return {name for names in self.parameters.values() for name in names}
+
+    @property
+    def language_model(self) -> Any:
+        """The part that reads the prompt."""
+        return self.base.language_model
+
+    def attention_config(self) -> Any:
+        """The configuration that tells the encoder's layers how to attend."""
+        return self.config.vision_config
+
+    def sample(self, height: int, width: int) -> dict[str, Any]:
+        """The encoder's arguments for a picture of random pixels of that size."""
+        reference = next(self.base.parameters())
+        dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        pixels = next(name for name in self.parameters["image"] if name.startswith("pixel_values"))
+        inputs = {}
+        for name, value in self.picture(self.config, height, width).items():
+            own = pixels if name == "pixel_values" else name
+            made = torch.randn(value.shape, generator=generator) if value.is_meta else value
+            inputs[own] = made.to(self.base.device, dtype if value.is_meta else value.dtype)
+        return inputs
+
+    # ------------------------------------------------------------------- from a configuration alone
+    @classmethod
+    def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
+        """What the model's processor makes of one picture, its pixels on the meta device.
+
+        Args:
+            config: of the model; height, width: pixels of the picture.
+
+        Raises:
+            ValueError: the picture is too small or narrow for the model.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not tell the shapes of a picture")
+
+    @classmethod
+    def vision_flops(cls, config: Any, inputs: Mapping[str, Any], projected: int) -> int:
+        """Floating-point operations of the encoder with its projector.
+
+        Args:
+            config: of the model; inputs: of its encoder, as from `picture`.
+            projected: patches that reach the projector.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not count its operations")
+
+    @classmethod
+    def projected_patches(cls, config: Any, inputs: Mapping[str, Any]) -> int:
+        """Patches that reach the projector unpruned, 0 where `vision_flops` knows."""
+        return 0
 
     # ------------------------------------------------------------------------------- the encoding
     @abstractmethod
@@ -165,11 +247,15 @@ class Family(ABC):
         """
         return None
 
-    def follow(self, offset: Tensor) -> None:  # noqa: B027 (most families have nothing to do)
-        """Told how far, (B, 1), positions are ahead of the number of tokens that were kept."""
+    def set_rope_delta(self, delta: Tensor) -> None:  # noqa: B027 (most have nothing to do)
+        """Called with (B, 1), how far positions are ahead of the number of tokens kept.
 
-    def offset(self) -> Tensor | None:
-        """How far positions are ahead of the number of tokens, as the model has it now."""
+        For those who go on with the cache after `remove()`: the model adds it to the number of
+        cached tokens.
+        """
+
+    def rope_delta(self) -> Tensor | None:
+        """(B, 1): how far positions are ahead of the number of tokens, as the model has it now."""
         return None
 
     def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:

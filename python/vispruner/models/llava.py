@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
 from .base import Encoded
 from .towers import TowerFamily
@@ -16,6 +16,11 @@ from .towers import TowerFamily
 
 class Llava(TowerFamily):
     """`LlavaForConditionalGeneration` with a CLIP or SigLIP tower."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+        ("llava_hf", "LlavaHf", ("simple", "chat")),
+    )  # and LLaVA-NeXT, LLaVA-OneVision
 
     def _pixels(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
         """The pixels of a call, and the pictures of each item: 1, or the frames of a video."""
@@ -47,7 +52,9 @@ class Llava(TowerFamily):
             return kept
 
         with self.projecting(modality, inputs, clock, prune), clock("vision"):
-            output = getattr(self.base, self.encoders[modality])(**inputs, return_dict=True)
+            output = getattr(self.base, self.encoders[modality])(
+                **self.encoder_arguments(inputs), return_dict=True
+            )
         pixels, pictures = self._pixels(modality, inputs)
         grid = self.grid(modality, pixels)
         extra, patches = self.extra(modality, inputs), grid[0] * grid[1]
@@ -84,6 +91,8 @@ class VideoLlava(Llava):
     stays beside the k patches.
     """
 
+    model_types = ("video_llava",)
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",
         "video": "get_video_features",

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
+from ..taps import in_this_thread
 from .base import Encoded, UnsupportedModelError
 from .towers import TowerFamily
 
@@ -22,6 +23,17 @@ class TiledFamily(TowerFamily):
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         super().__init__(model, budget, **options)
         self._refuse_cls({})
+
+    @classmethod
+    def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        side = config.vision_config.image_size
+        tiles = image_size_to_num_patches([height, width], config.image_grid_pinpoints, side)
+        return {
+            "pixel_values": torch.empty(1, tiles, 3, side, side, device="meta"),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
 
     @property
     def modeling(self) -> Any:
@@ -102,6 +114,7 @@ class LlavaNext(TiledFamily):
     code.
     """
 
+    model_types = ("llava_next",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"tiles": ("unpad", "all")}
 
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
@@ -155,7 +168,7 @@ class LlavaNext(TiledFamily):
             empty = output.new_zeros((len(output), patches, output.shape[-1]))
             return empty.scatter(1, where, output)
 
-        handle = self.base.multi_modal_projector.register_forward_hook(spread)
+        handle = self.base.multi_modal_projector.register_forward_hook(in_this_thread(spread))
         try:
             with self.projecting(modality, inputs, clock, prune), clock("vision"):
                 output = self.base.get_image_features(**inputs, return_dict=True)

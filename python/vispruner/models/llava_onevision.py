@@ -10,13 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
-from .base import Encoded, keep_rows
+from .base import VIDEO_PIXELS, Encoded, keep_rows
 from .llava_next import TiledFamily
-
-_VIDEO_PIXELS = "pixel_values_videos"  # in the arguments of the model
 
 
 class LlavaOnevision(TiledFamily):
@@ -26,17 +23,11 @@ class LlavaOnevision(TiledFamily):
     and k for each tile out of the pooled rest; of a video, k of each frame. Line ends stay.
     """
 
+    model_types = ("llava_onevision",)
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",
         "video": "get_video_features",
     }
-
-    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
-        super().__init__(model, budget, **options)
-        # Early 5.x versions name the pixels of a video by another name in their encoder.
-        names = self.parameters["video"]
-        self._video_parameter = names[0]
-        self.parameters["video"] = (_VIDEO_PIXELS, *names[1:])
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
         tiles = super().tiles(inputs)
@@ -63,15 +54,15 @@ class LlavaOnevision(TiledFamily):
             pixels = inputs["pixel_values"]
             self.check_pixels(pixels, tiles)
             return self.packed_lengths(tiles, inputs)
-        pixels = inputs[_VIDEO_PIXELS]
+        pixels = inputs[VIDEO_PIXELS]
         rows, columns = self._pooled()
         return [pixels.shape[1] * rows * columns + 1] * len(pixels)
 
     def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
         if modality == "video":
-            frames = inputs[_VIDEO_PIXELS].shape[1]
+            frames = inputs[VIDEO_PIXELS].shape[1]
             rows, columns = self._pooled()
-            return [frames * self.budget.count(rows * columns) + 1] * len(inputs[_VIDEO_PIXELS])
+            return [frames * self.budget.count(rows * columns) + 1] * len(inputs[VIDEO_PIXELS])
         tiles = self.tiles(inputs)
         ends = self.line_ends(tiles, inputs)
         lengths = self.packed_lengths(tiles, inputs)
@@ -101,9 +92,7 @@ class LlavaOnevision(TiledFamily):
             scores = received
             return features
 
-        arguments = dict(inputs)
-        if modality == "video":
-            arguments[self._video_parameter] = arguments.pop(_VIDEO_PIXELS)
+        arguments = self.encoder_arguments(inputs)
         with self.projecting(modality, inputs, clock, look), clock("vision"):
             output = getattr(self.base, self.encoders[modality])(**arguments, return_dict=True)
         with clock("select"):
@@ -156,7 +145,7 @@ class LlavaOnevision(TiledFamily):
         return super().embeddings_of(ids, outputs)
 
     def _videos(self, output: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Encoded:
-        videos, frames = inputs[_VIDEO_PIXELS].shape[:2]
+        videos, frames = inputs[VIDEO_PIXELS].shape[:2]
         rows, columns = self._pooled()
         pooled = self.base.apply_pooling(scores.unsqueeze(-1))[..., 0]  # (videos * frames, n)
         tokens = output.pooler_output[:, : frames * rows * columns]

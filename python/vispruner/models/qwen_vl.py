@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..phases import Clock
+from ..clock import Clock
 from ..report import Kept
+from ..selection import Budget
 from ..taps import RotaryTap
+from . import costs
 from .base import Encoded, Family, Places, UnsupportedModelError, keep_rows
 
 _VIDEO_SECONDS = "second_per_grid_ts"  # belongs to the positions of videos, not to their encoder
@@ -33,9 +34,25 @@ class QwenVL(Family):
         "video": "get_video_features",
     }
 
+    model_types: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+    )
+    harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+        ("qwen2_vl", "Qwen2_VL", ("simple",)),
+        ("qwen2_5_vl", "Qwen2_5_VL", ("simple", "chat")),
+        ("qwen3_vl", "Qwen3_VL", ("simple", "chat")),
+    )
+    has_grid_positions = True
+
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         super().__init__(model, budget, **options)
-        self.parameters["video"] += (_VIDEO_SECONDS,)
+        if "video" in self.encoders:
+            self.parameters["video"] += (_VIDEO_SECONDS,)
         visual = self.base.visual
         blocks = visual.blocks
         full = getattr(visual, "fullatt_block_indexes", None)
@@ -47,6 +64,27 @@ class QwenVL(Family):
         self.windowed = full is not None
         self.attention = blocks[full[-1] if full is not None else -1].attn
         self.merge = int(visual.spatial_merge_size)
+
+    @classmethod
+    def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        vision = config.vision_config
+        patch = int(vision.patch_size)
+        factor = patch * int(vision.spatial_merge_size)
+        # The limits of the published processors, in merged tokens.
+        least = 64 if config.model_type.startswith("qwen3") else 4
+        limits = {"min_pixels": least * factor**2, "max_pixels": 16384 * factor**2}
+        rows, columns = (x // patch for x in smart_resize(height, width, factor, **limits))
+        channels = 3 * int(vision.temporal_patch_size) * patch**2
+        return {
+            "pixel_values": torch.empty(rows * columns, channels, device="meta"),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
+
+    @classmethod
+    def vision_flops(cls, config: Any, inputs: Mapping[str, Any], projected: int) -> int:
+        return costs.merged_patches(config, inputs)
 
     @property
     def modeling(self) -> Any:
@@ -160,7 +198,7 @@ class QwenVL(Family):
     # ------------------------------------------------------------------------------ the positions
     def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> Places:
         kinds = torch.zeros_like(ids)
-        for kind, modality in enumerate(("image", "video"), start=1):
+        for kind, modality in enumerate(self.encoders, start=1):
             kinds = kinds.masked_fill(ids == self.token_id(modality), kind)
         accepted = inspect.signature(self.base.get_rope_index).parameters
         names = [name for name in ("image_grid_thw", "video_grid_thw", _VIDEO_SECONDS)
@@ -171,22 +209,21 @@ class QwenVL(Family):
             attention_mask=mask,
             **{name: call[name] for name in names},
         )
-        resumed = delta[:, 0] + mask.long().sum(1)
+        rope_end = delta[:, 0] + mask.long().sum(1)
         # The text after a video does not wait for the video's last second.
         columns = torch.arange(ids.shape[1], device=ids.device)
         last = (columns * mask).argmax(1, keepdim=True)
         text = positions[0].gather(1, last)[:, 0] + 1
         return Places(
-            positions, torch.where(kinds.gather(1, last)[:, 0] == 0, text, resumed), resumed
+            positions, torch.where(kinds.gather(1, last)[:, 0] == 0, text, rope_end), rope_end
         )
 
-    def follow(self, offset: Tensor) -> None:
-        # For a decoding loop of one's own: the model adds it to the number of cached tokens.
-        self.base.rope_deltas = offset
+    def set_rope_delta(self, delta: Tensor) -> None:
+        self.base.rope_deltas = delta
 
-    def offset(self) -> Tensor | None:
-        offset: Tensor | None = self.base.rope_deltas
-        return offset
+    def rope_delta(self) -> Tensor | None:
+        delta: Tensor | None = self.base.rope_deltas
+        return delta
 
     def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
         ready = super().embeddings_of(ids, outputs)

@@ -9,12 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget
-from ..phases import Clock
-from ..taps import tower_tap
+from ..clock import Clock
+from ..releases import encoder_layers
+from ..selection import Budget
+from ..taps import in_this_thread, tower_tap
+from . import costs
 from .base import Family, UnsupportedModelError
 
-_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+_HAS_CLS = {
+    "clip_vision_model": True,
+    "idefics3_vision": False,
+    "internvl_vision": True,
+    "siglip_vision_model": False,
+    "smolvlm_vision": False,
+}
 
 
 class TowerFamily(Family):
@@ -39,6 +47,19 @@ class TowerFamily(Family):
                 )
             self.attention(modality, {})
 
+    @classmethod
+    def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
+        side = config.vision_config.image_size
+        return {"pixel_values": torch.empty(1, 3, side, side, device="meta")}
+
+    @classmethod
+    def vision_flops(cls, config: Any, inputs: Mapping[str, Any], projected: int) -> int:
+        return costs.tower(config, inputs) + costs.projector(config, projected)
+
+    @classmethod
+    def projected_patches(cls, config: Any, inputs: Mapping[str, Any]) -> int:
+        return costs.patches_of(config, inputs)
+
     def tower(self, modality: str) -> Any:
         return getattr(self.base, self.towers[modality])
 
@@ -51,6 +72,14 @@ class TowerFamily(Family):
         value = inputs.get(name)
         return getattr(self.config, name) if value is None else value
 
+    def feature_layer(self, inputs: Mapping[str, Any]) -> Any:
+        """The hidden state that makes the features, -1 the output of the last layer."""
+        return self.setting("vision_feature_layer", inputs)
+
+    def token_scores(self, modality: str, scores: Tensor) -> Tensor:
+        """Scores of a picture's tokens, from those (B, N) of its patches."""
+        return scores
+
     def attention(self, modality: str, inputs: Mapping[str, Any]) -> Any:
         """The attention of the feature layer.
 
@@ -58,9 +87,8 @@ class TowerFamily(Family):
             UnsupportedModelError: there is more than one feature layer, or it is the embedding.
         """
         tower = self.tower(modality)
-        # In earlier versions of transformers the layers are one module deeper.
-        layers = getattr(tower, "vision_model", tower).encoder.layers
-        layer = self.setting("vision_feature_layer", inputs)
+        layers = encoder_layers(tower)
+        layer = self.feature_layer(inputs)
         states = len(layers) + 1  # hidden state 0 is the embedding, state i the output of layer i-1
         if not isinstance(layer, int) or not -states <= layer < states or layer % states == 0:
             raise UnsupportedModelError(
@@ -68,7 +96,8 @@ class TowerFamily(Family):
                 f"vision_feature_layer must be one encoder layer, got {layer!r} with "
                 f"{len(layers)} layers"
             )
-        return layers[layer % states - 1].self_attn
+        own = layers[layer % states - 1]
+        return own.self_attn if hasattr(own, "self_attn") else own.attention
 
     def extra(self, modality: str, inputs: Mapping[str, Any]) -> int:
         """Features before the patches: 1 where [CLS] goes to the language model, too."""
@@ -102,13 +131,13 @@ class TowerFamily(Family):
 
         def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             with clock("score"):
-                scores = tap.scores()
+                scores = self.token_scores(modality, tap.scores())
             with clock("select"):
                 return (before(args[0], scores),)
 
         attention = self.attention(modality, inputs)
         with tower_tap(attention, has_cls=self.has_cls(modality)) as tap:
-            handle = self.base.multi_modal_projector.register_forward_pre_hook(hook)
+            handle = self.base.multi_modal_projector.register_forward_pre_hook(in_this_thread(hook))
             try:
                 yield
             finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import vispruner_cuda
 
-from ..budget import Budget
+from ..selection import Budget
 
 #: The key of the engine's options in `--hf-overrides`, and of a request's in `mm_processor_kwargs`.
 KEY = "vispruner"

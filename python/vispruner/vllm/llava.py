@@ -13,7 +13,7 @@ from vllm.model_executor.models.llava import (
     LlavaProcessingInfo,
 )
 
-from ..budget import Budget
+from ..selection import Budget
 from .model import counts_of, encoder_batches
 from .processing import RETAINED, PrunedInfo, PrunedProcessor, register_processor
 from .towers import PrunedTowerModel

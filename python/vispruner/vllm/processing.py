@@ -16,7 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import ProcessorInputs, PromptUpdate
 
-from ..budget import Budget
+from ..selection import Budget
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning, identity, without_key
 

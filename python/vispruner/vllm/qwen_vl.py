@@ -28,9 +28,9 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.platforms import current_platform
 
-from .. import scores as attention_scores
-from ..budget import Budget
+from .. import selection
 from ..models import UnsupportedModelError
+from ..selection import Budget
 from .config import KEY
 from .model import (
     AttentionTap,
@@ -201,7 +201,7 @@ class _PrunedQwen(PrunedModel):
         pictures = (h * w for t, h, w in grids for _ in range(t))
         bounds = list(itertools.accumulate(pictures, initial=0))
         scale = attention.hidden_size_per_attention_head**-0.5
-        scores = attention_scores.received_attention(q, k, scale, bounds)
+        scores = selection.received_attention(q, k, scale, bounds)
         scores = over_all_heads(scores, attention.tp_size)
         scores = scores.view(-1, self.visual.spatial_merge_size**2).mean(-1)
         return torch.cat(list(encoded)), self._in_raster_order(scores, grids)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from .. import scores as attention_scores
+from .. import selection
 from ..models import UnsupportedModelError
 from .config import KEY
 from .model import AttentionTap, PrunedModel, over_all_heads
@@ -53,5 +53,5 @@ class PrunedTowerModel(PrunedModel):
             features: Tensor = self._image_pixels_to_features(self.vision_tower, pixels)
         heads = (layer.num_heads_per_partition, layer.head_dim)
         q, k = (x.unflatten(-1, heads) for x in tap.take())  # (B, 1 + N, H, D)
-        scores = attention_scores.cls_attention(q[:, 0], k.transpose(1, 2), layer.scale)
+        scores = selection.cls_attention(q[:, 0], k.transpose(1, 2), layer.scale)
         return features, over_all_heads(scores, layer.tp_size)

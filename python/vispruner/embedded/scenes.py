@@ -1,6 +1,6 @@
 """Drawn scenes with questions whose answers are known: the world of the embedded model.
 
-    from vispruner import scenes
+    from vispruner.embedded import scenes
     scene = scenes.draw(seed=7)
     scene.image                               # a PIL image
     scene.questions                           # [("what color is the star?", "red"), ...]

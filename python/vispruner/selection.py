@@ -1,4 +1,8 @@
-"""How many tokens stay, and the call of the operators that chooses them."""
+"""Which tokens stay: attention scores, the budget, and the calls of the operators.
+
+Everything that prunes (the transformers side, the vLLM plugin, the command, a tower alone) scores
+and selects through this file.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,37 @@ from torch import Tensor
 import vispruner_cuda
 
 
-def _selectable(feats: Tensor) -> Tensor:
-    """The operators take half and single precision; float64 features are judged in float32."""
-    feats = feats.detach()
-    return feats.float() if feats.dtype == torch.float64 else feats
+def _computable(x: Tensor) -> Tensor:
+    """The operators take half and single precision; float64 is scored and selected in float32."""
+    x = x.detach()
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention of [CLS] to every patch, averaged over heads.
+
+    Args:
+        q_cls: (B, H, D) query of [CLS]; k: (B, H, 1 + N, D) keys, [CLS] first; any float dtype.
+        scale: factor of the attention logits.
+
+    Returns:
+        (B, N) float32.
+    """
+    return vispruner_cuda.cls_attention(_computable(q_cls), _computable(k), scale)
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float, cu_seqlens: Sequence[int]) -> Tensor:
+    """Attention every token receives, averaged over the queries and heads of its own picture.
+
+    Args:
+        q, k: (T, H, D) after rotary embedding, pictures packed one after the other.
+        scale: factor of the attention logits.
+        cu_seqlens: picture i is rows cu_seqlens[i] to cu_seqlens[i + 1].
+
+    Returns:
+        (T,) float32.
+    """
+    return vispruner_cuda.received_attention(_computable(q), _computable(k), scale, cu_seqlens)
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,7 @@ class Budget:
         if feats.shape[0] == 0 or feats.shape[1] == 0:
             return feats, torch.arange(feats.shape[1], device=feats.device).expand(feats.shape[:2])
         kept = vispruner_cuda.prune(
-            _selectable(feats),
+            _computable(feats),
             scores.to(feats.device),
             self.count(feats.shape[1]),
             important_ratio=float(self.important_ratio),
@@ -107,7 +138,7 @@ class Budget:
             (T', C) kept features, differentiable in feats, and (T',) int64 ascending rows of feats.
         """
         kept = vispruner_cuda.prune_varlen(
-            _selectable(feats),
+            _computable(feats),
             scores.to(feats.device),
             [0, *itertools.accumulate(lengths)],
             list(counts),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import Layout, identity
+from .. import releases
+from .cache import layout_of
+from .layout import Layout, whole_prompt
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Past:
     Attributes:
         layout: columns of the last shortened prompt, none for an empty cache.
         gap: columns after it, one token each.
-        mask: (B, P) attention mask of the cache's columns.
+        mask: (B, P) bool attention mask of the cache's columns.
         full_ids: input_ids begin with what the cache holds.
         mask_is_short: the caller's mask counts the cache's columns, not those of the prompt.
     """
@@ -35,30 +38,43 @@ class Past:
 
     @classmethod
     def of(
-        cls,
-        layout: Layout | None,
-        cached: int,
-        ids: Tensor,
-        mask: Tensor | None,
-        *,
-        whole: bool,
-        offset: Tensor | None,
+        cls, cache: Any, ids: Tensor, mask: Tensor | None, *, whole: bool, rope_delta: Tensor | None
     ) -> Past:
+        """Reads a cache.
+
+        Args:
+            cache: of transformers, or None.
+            ids: (B, L) input_ids of the call; mask: (B, M) bool of its attention mask.
+            whole: input_ids may begin with what the cache holds (generate), instead of holding new
+                tokens only (forward).
+            rope_delta: (B, 1), how far positions are ahead of the number of tokens in a cache that
+                was not pruned, where the model knows.
+
+        Raises:
+            ValueError: input_ids or the mask do not fit the cache.
+        """
         batch, length = ids.shape
+        cached = releases.cached_columns(cache)
+        layout = layout_of(cache) if cached else None
+        rows = (releases.cached_rows(cache) if cached else None) or batch
+        if layout is not None and layout.rows != rows:
+            raise ValueError(
+                f"the cache has {rows} rows now and had {layout.rows} when its prompt was pruned: "
+                "change its rows with its own methods (batch_repeat_interleave, "
+                "batch_select_indices, reorder_cache), or start anew"
+            )
+        if rows != batch:
+            raise ValueError(f"the cache holds a batch of {rows}, input_ids one of {batch}")
         if layout is None:
             ones = torch.ones((batch, cached), dtype=torch.bool, device=ids.device)
             if mask is not None and mask.shape[1] >= cached:
-                ones = mask[:, :cached].bool()
-            layout = identity(ones)
+                ones = mask[:, :cached]
+            layout = whole_prompt(ones)
             if cached:
                 following = ones.sum(1)
-                if offset is not None and len(offset) == batch:
-                    following = following + offset.to(ids.device)[:, 0]
+                if rope_delta is not None and len(rope_delta) == batch:
+                    following = following + rope_delta.to(ids.device)[:, 0]
                 layout = replace(layout, next_position=following)
-        if layout.index.shape[0] != batch:
-            raise ValueError(
-                f"the cache holds a batch of {layout.index.shape[0]}, input_ids one of {batch}"
-            )
         gap = cached - layout.columns
         if gap < 0:
             raise ValueError(
@@ -83,10 +99,10 @@ class Past:
         if mask is None:
             past = torch.cat([layout.mask, between], 1)
         elif short:
-            past = mask[:, :cached].bool()
+            past = mask[:, :cached]
         else:
-            past = layout.mask & layout.take(mask[:, : layout.width].bool())
-            past = torch.cat([past, mask[:, layout.width : columns].bool()], 1)
+            past = layout.mask & layout.take(mask[:, : layout.width])
+            past = torch.cat([past, mask[:, layout.width : columns]], 1)
         return cls(layout, gap, past, full, short)
 
     def new(self, x: Tensor) -> Tensor:
@@ -94,11 +110,10 @@ class Past:
         return x[..., self.columns :] if self.full_ids else x
 
     def new_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, S) attention mask of the new columns."""
-        length = self.new(ids).shape[1]
+        """(B, S) bool attention mask of the new columns."""
         if mask is None:
-            return torch.ones_like(self.new(ids))
-        return mask[:, mask.shape[1] - length :]
+            return torch.ones_like(self.new(ids), dtype=torch.bool)
+        return mask[:, mask.shape[1] - self.new(ids).shape[1] :]
 
     def old(self, x: Tensor) -> Tensor:
         """The columns of x that the cache stands for; none if x does not hold them."""
@@ -111,7 +126,7 @@ class Past:
         )
 
     def next_position(self) -> Tensor | None:
-        """(B,) the position of the first new token."""
+        """(B,) the position of the first new token, None where positions are counted."""
         if self.layout.next_position is None:
             return None
         return self.layout.next_position + self.mask[:, self.layout.columns :].sum(1)

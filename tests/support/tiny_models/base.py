@@ -80,6 +80,8 @@ class Tiny:
     name: ClassVar[str]
     options: ClassVar[dict[str, str]] = {}
     kinds: ClassVar[tuple[str, ...]] = ("image",)
+    #: float64 but for rotary tables and scores; logits are of the order of 1
+    tolerance: ClassVar[float] = 1e-5
 
     def config(self) -> Any:
         raise NotImplementedError
@@ -97,6 +99,8 @@ class Tiny:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.data.normal_(0, 0.15)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the grouped product has no float64
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None  # an answer has the length that was asked for
         return model.to(dtype)
@@ -150,6 +154,14 @@ class Tiny:
                 known[item, k] = self.choose(item, k)
         return known[item, k]
 
+    def mask(self, model: Any, ids: Tensor, embeds: Tensor) -> Any:
+        """The attention mask of the kept prompt, ids (1, W), and what comes after it."""
+        return torch.ones(embeds.shape[:2], dtype=torch.long)
+
+    def reader(self, model: Any) -> Any:
+        """The language model."""
+        return model.model.language_model
+
     def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
         return None
 
@@ -197,8 +209,8 @@ class Tiny:
             extra["deepstack_visual_embeds"] = [
                 torch.cat(layer) for layer in zip(*deep, strict=True)
             ]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        hidden = model.model.language_model(
+        mask = self.mask(model, ids[:, keep], embeds)
+        hidden = self.reader(model)(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, **extra
         ).last_hidden_state
         return model.lm_head(hidden)[0]
@@ -268,7 +280,7 @@ class LlavaWithCls(Llava):
         return keep[0], self.build().model.multi_modal_projector(torch.cat([cls, feats], 1))[keep]
 
 
-_PINPOINTS = [[84, 168], [168, 84], [168, 168]]
+PINPOINTS = [[84, 168], [168, 84], [168, 168]]
 _SIZES = [(75, 135), (150, 142), (60, 40), (84, 168)]  # height, width
 
 
@@ -279,7 +291,7 @@ class LlavaNext(Llava):
         return transformers.LlavaNextConfig(
             vision_config=clip(), text_config=llama(), image_token_id=IMAGE,
             vision_feature_layer=-2, vision_feature_select_strategy="default",
-            image_grid_pinpoints=_PINPOINTS,
+            image_grid_pinpoints=PINPOINTS,
         )  # fmt: skip
 
     def architecture(self) -> Any:
@@ -293,12 +305,12 @@ class LlavaNext(Llava):
 
     def tiles(self, item: Item) -> int:
         size = torch.tensor(self.size(item))
-        return self.modeling().image_size_to_num_patches(size, _PINPOINTS, 84)
+        return self.modeling().image_size_to_num_patches(size, PINPOINTS, 84)
 
     def unpadded(self, item: Item, tiles: Tensor) -> Tensor:
         """(tiles, 36) without the overview to the (H, W) of the tiled image."""
         size = torch.tensor(self.size(item))
-        high, wide = self.modeling().get_anyres_image_grid_shape(size, _PINPOINTS, 84)
+        high, wide = self.modeling().get_anyres_image_grid_shape(size, PINPOINTS, 84)
         grid = tiles.view(high, wide, 6, 6).permute(0, 2, 1, 3).reshape(1, high * 6, wide * 6)
         return self.modeling().unpad_image(grid, size)[0]
 
@@ -352,7 +364,7 @@ class LlavaOnevision(LlavaNext):
         return transformers.LlavaOnevisionConfig(
             vision_config=siglip(), text_config=llama(), image_token_id=IMAGE,
             video_token_id=VIDEO, vision_feature_layer=-1, vision_feature_select_strategy="full",
-            image_grid_pinpoints=_PINPOINTS, vision_aspect_ratio="anyres_max_2",
+            image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_2",
         )  # fmt: skip
 
     def architecture(self) -> Any:
@@ -542,14 +554,14 @@ class Qwen(Tiny):
     def raster(self, item: Item, scores: Tensor) -> Tensor:
         return scores
 
-    def mask(self, item: Item, k: int) -> tuple[Tensor, Any]:
+    def stays(self, item: Item, k: int) -> tuple[Tensor, Any]:
         scores, output = self.attention_of_last_block(item)
         frames = self.grid(item)[0]
         feats = output.pooler_output[0].unflatten(0, (frames, -1))
         return prune(feats, scores.view(frames, -1), k).flatten(), output
 
     def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
-        keep, output = self.mask(item, k)
+        keep, output = self.stays(item, k)
         return keep, output.pooler_output[0][keep]
 
 
@@ -620,13 +632,7 @@ class Qwen3(Qwen):
         return transformers.Qwen3VLForConditionalGeneration
 
     def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
-        keep, output = self.mask(item, k)
+        keep, output = self.stays(item, k)
         layers = output.deepstack_features
         return [(layer if isinstance(layer, Tensor) else torch.cat(list(layer)))[keep]
                 for layer in layers]  # fmt: skip
-
-
-FAMILIES: tuple[Tiny, ...] = (
-    Llava(), LlavaSiglip(), LlavaWithCls(), LlavaNext(), LlavaNextTiles(), LlavaOnevision(),
-    VideoLlava(), Qwen2(), Qwen25(), Qwen3(),
-)  # fmt: skip

@@ -17,6 +17,7 @@ class Layout:
         index: (B, W) int64, the original column of each column.
         mask: (B, W) bool, False where a column is padding.
         width: columns of the original prompt.
+        dropped: (B,) int64, tokens of each row that were taken out, padding not counted.
         next_position: (B,) int64, the position after the prompt, for models whose positions are not
             counted from the columns; else None.
         padded: whether a column may be padding (known without looking at the mask).
@@ -25,6 +26,7 @@ class Layout:
     index: Tensor
     mask: Tensor
     width: int
+    dropped: Tensor
     next_position: Tensor | None = None
     padded: bool = True
 
@@ -33,54 +35,72 @@ class Layout:
         """W."""
         return self.index.shape[1]
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.index.shape[0]
+
     def take(self, x: Tensor) -> Tensor:
         """The columns of x, (..., B, width) to (..., B, W)."""
         index = self.index.to(x.device).expand(*x.shape[:-1], -1)
         return x.gather(-1, index)
 
+    def select(self, rows: Tensor) -> Layout:
+        """The layout of a batch of some of the rows: rows (B',) int64."""
+        picked = rows.to(self.index.device)
+        after = self.next_position
+        return replace(
+            self,
+            index=self.index[picked],
+            mask=self.mask[picked],
+            dropped=self.dropped[picked],
+            next_position=None if after is None else after[picked],
+        )
+
     def repeat(self, times: int) -> Layout:
         """The layout of a batch whose rows were repeated in place, as generate does for beams."""
         if times == 1:
             return self
-        index, mask = (x.repeat_interleave(times, 0) for x in (self.index, self.mask))
-        after = self.next_position
-        after = None if after is None else after.repeat_interleave(times, 0)
-        return replace(self, index=index, mask=mask, next_position=after)
+        return self.select(torch.arange(self.rows).repeat_interleave(times))
 
     def append(self, other: Layout, gap: int) -> Layout:
         """This layout, then `gap` columns kept as they are, then another layout."""
         start = self.width + gap
         between = torch.arange(self.width, start, device=self.index.device)
-        between = between.expand(self.index.shape[0], -1)
+        between = between.expand(self.rows, -1)
         return Layout(
             index=torch.cat([self.index, between, other.index + start], 1),
             mask=torch.cat([self.mask, torch.ones_like(between, dtype=torch.bool), other.mask], 1),
             width=start + other.width,
+            dropped=self.dropped + other.dropped,
             next_position=other.next_position,
             padded=self.padded or other.padded,
         )
 
 
-def identity(mask: Tensor) -> Layout:
+def whole_prompt(mask: Tensor) -> Layout:
     """Every column stays: mask (B, W) bool."""
     index = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    return Layout(index, mask, mask.shape[1])
+    none = torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device)
+    return Layout(index, mask, mask.shape[1], none)
 
 
-def shorten(keep: Tensor, columns: int, *, left: bool) -> Layout:
+def shorten(mask: Tensor, dropped: Tensor, columns: int, *, left: bool) -> Layout:
     """Takes columns out of a padded batch.
 
     Args:
-        keep: (B, L) bool, False for padding and for placeholders to drop; at most `columns` a row.
+        mask: (B, L) bool, False for padding.
+        dropped: (B, L) bool, placeholders to take out; at most `columns` others a row.
         columns: width of the result.
         left: where the padding of the result goes; columns that stay keep their order. A prompt
             that loses nothing comes out as it was.
     """
+    keep = mask & ~dropped
     if left:
         index = torch.argsort(keep.int(), dim=1, stable=True)[:, keep.shape[1] - columns :]
     else:
         index = torch.argsort((~keep).int(), dim=1, stable=True)[:, :columns]
-    return Layout(index, keep.gather(1, index), keep.shape[1])
+    return Layout(index, keep.gather(1, index), keep.shape[1], (mask & dropped).sum(1))
 
 
 def rows_of_items(counts: Sequence[int], placeholders: Sequence[int], modality: str) -> list[int]:

@@ -1,0 +1,125 @@
+"""Hands encoded images to the unmodified model, in the way its release of transformers takes them.
+
+From transformers 5.18 on, `forward` and `generate` take `mm_encoder_outputs`. Before, the model
+encodes what it is given: there, while a pruner is applied, the methods that encode return what was
+handed over, to the thread that handed it over.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import releases
+from ..methods import Replacement
+from ..models import Family
+from .threads import PerThread
+
+#: modality to (tokens kept of each item, row of each item)
+Counts = Mapping[str, tuple[list[int], list[int]]]
+
+
+class EncoderOutputs:
+    """The way into one model.
+
+    Args:
+        model: the model; family: its family.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        self.by_argument = releases.takes_encoder_outputs(model)
+        self._base = family.base
+        self._encoders = dict(family.encoders)
+        self._replacements: dict[str, Replacement] = {}
+        self._held: PerThread[dict[str, Any]] = PerThread()
+
+    def install(self) -> None:
+        if self.by_argument:
+            return
+        for modality, name in self._encoders.items():
+            body = functools.partial(self._encode, modality)
+            self._replacements[modality] = Replacement(self._base, name, body)
+
+    def uninstall(self) -> None:
+        for replacement in self._replacements.values():
+            replacement.remove()
+
+    def _encode(self, modality: str, *args: Any, **kwargs: Any) -> Any:
+        held = (self._held.value or {}).get(modality)
+        if held is None:
+            return self._replacements[modality].__wrapped__(*args, **kwargs)
+        return held
+
+    def repeated(self, outputs: Mapping[str, Any], counts: Counts, times: int) -> dict[str, Any]:
+        """The outputs as generate will need them, which repeats each row `times` times.
+
+        Raises:
+            ValueError: this release of transformers would mix up the images of a row.
+        """
+        if not self.by_argument:
+            return {
+                modality: _repeated(output, *counts[modality], times)
+                for modality, output in outputs.items()
+            }
+        several = any(len(set(rows)) < len(rows) for _, rows in counts.values())
+        if times > 1 and several and releases.mixes_repeated_images():
+            raise ValueError(
+                "transformers 5.18 mixes up the images of a row when generate repeats it "
+                "(num_beams, num_return_sequences): use another version"
+            )
+        return dict(outputs)
+
+    @contextmanager
+    def given(
+        self, outputs: Mapping[str, Any], encoder_inputs: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Arguments for the model that carry the encoded images, good inside the block.
+
+        Args:
+            outputs: modality to the pruned output of its encoder.
+            encoder_inputs: what was encoded, for releases in which the model asks for it.
+        """
+        if self.by_argument:
+            yield {"mm_encoder_outputs": dict(outputs)} if outputs else {}
+            return
+        with self._held.set(dict(outputs)):
+            yield dict(encoder_inputs) if outputs else {}
+
+    @contextmanager
+    def withheld(self) -> Iterator[None]:
+        """Inside the block nothing is handed over: a call inside another one encodes its own."""
+        with self._held.set({}):
+            yield
+
+
+def _repeated(output: Any, counts: list[int], rows: list[int], times: int) -> Any:
+    """The output for rows repeated in place: the images of a row stay together."""
+    if times == 1:
+        return output
+    order = [
+        item
+        for row in sorted(set(rows))
+        for _ in range(times)
+        for item in range(len(rows))
+        if rows[item] == row
+    ]
+
+    def repeat(features: Any) -> Any:
+        if isinstance(features, Tensor) and features.dim() == 2:
+            return torch.cat([features.split(counts)[item] for item in order])
+        if isinstance(features, Tensor) and len(features) != len(counts):  # frames of videos
+            frames = features.unflatten(0, (len(counts), -1))
+            return frames[order].flatten(0, 1)
+        return features[order] if isinstance(features, Tensor) else [features[i] for i in order]
+
+    repeated = copy.copy(output)
+    repeated.pooler_output = repeat(output.pooler_output)
+    if getattr(output, "deepstack_features", None) is not None:
+        repeated.deepstack_features = [repeat(layer) for layer in output.deepstack_features]
+    return repeated

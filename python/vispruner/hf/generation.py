@@ -1,0 +1,96 @@
+"""Arguments of `generate` that count, show or hide the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..clock import Clock, Prefill
+
+
+class PromptStreamer:
+    """Shows a streamer the prompt that the caller passed instead of the shortened one."""
+
+    def __init__(self, streamer: Any, prompt: Tensor) -> None:
+        self._streamer, self._prompt = streamer, prompt
+        self._started = False
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value if self._started else self._prompt.cpu())
+        self._started = True
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+class Generation:
+    """A call of generate while it runs.
+
+    Args:
+        clock: has the phase "prefill" open; None where nothing is pruned.
+        columns: columns of the prompt that the cache does not hold yet.
+        pixels: whether generate itself will pass pixels to `forward`, as it does where encoded
+            images cannot be handed over by an argument.
+    """
+
+    def __init__(self, clock: Clock | None, columns: int, *, pixels: bool) -> None:
+        self._prefill = None if clock is None else Prefill(clock, columns)
+        self._pixels_expected = pixels
+        self._pixels: Any = None
+
+    def owns(self, pixels: Any) -> bool:
+        """Whether a forward is generate's own, told from its pixels (None without).
+
+        generate passes the same tensor again where it keeps no cache.
+        """
+        if pixels is None:
+            return True
+        if self._pixels_expected and self._pixels is None:
+            self._pixels = pixels
+        return pixels is self._pixels
+
+    def read(self, call: Mapping[str, Any]) -> None:
+        """Called with every forward of its own that has ended."""
+        if self._prefill is not None and self._prefill.read(call):
+            self._prefill = None
+
+
+def setting(model: Any, call: Mapping[str, Any], name: str) -> Any:
+    """A setting of generate: the argument, the caller's generation_config, the model's."""
+    if call.get(name) is not None:
+        return call[name]
+    for config in (call.get("generation_config"), model.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def expansion(model: Any, call: Mapping[str, Any]) -> int:
+    """How often generate repeats each row."""
+    names = ("num_beams", "num_return_sequences")
+    return max(int(setting(model, call, name) or 1) for name in names)
+
+
+def infer_mask(model: Any, call: dict[str, Any]) -> None:
+    """Tells padding by the token where no mask is given, as generate itself does."""
+    ids = call.get("input_ids")
+    if ids is None or call.get("attention_mask") is not None:
+        return
+    pad, eos = (setting(model, call, f"{name}_token_id") for name in ("pad", "eos"))
+    ends = eos if isinstance(eos, list) else [eos]
+    if isinstance(pad, int) and pad not in ends:
+        call["attention_mask"] = ids.ne(pad).long()
+
+
+def shift_lengths(model: Any, call: dict[str, Any], shift: int) -> None:
+    """Lengths that count the prompt are meant for the prompt that the caller passed."""
+    for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if setting(model, call, new) is not None:
+            continue
+        length = setting(model, call, name)
+        default = {"max_length": 20, "min_length": 0}[name]
+        explicit = call.get(name) is not None or length not in (None, default)
+        if explicit and length is not None:
+            call[name] = max(0, int(length) + shift)

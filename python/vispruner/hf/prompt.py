@@ -1,0 +1,333 @@
+"""Rewrites a call: its pictures are encoded and pruned, its prompt is shortened.
+
+In four steps: `_read` tells what the cache holds and what is new, `_place` which picture belongs to
+which row (before anything is computed), `_encode` runs the encoders, and `_shorten` takes the
+columns of dropped tokens out of everything that has the prompt's columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import releases
+from ..clock import Clock
+from ..models import Encoded, Family
+from ..report import Kept, Report
+from . import arguments, labels
+from .cache import layout_of
+from .encoder_outputs import Counts
+from .labels import Columns
+from .layout import Layout, rows_of_items, shorten
+from .past import Past
+from .positions import check_packing, shortened_positions, step_positions
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt without the placeholders of dropped tokens.
+
+    Attributes:
+        inputs: the call's arguments for the unmodified model, without those of the encoders.
+        outputs: modality to the pruned output of its encoder.
+        layout: the columns of the whole shortened prompt, those in the cache included; None where
+            the cache's own layout goes on being true.
+        columns: of the new part of the prompt, before and after.
+        encoder_inputs: the encoders' arguments, as they were encoded.
+        counts: modality to (tokens kept of each item, row of each item).
+        report: what was kept, None if nothing was encoded.
+        clock: the phases so far.
+    """
+
+    inputs: dict[str, Any]
+    clock: Clock
+    outputs: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
+    columns: Columns | None = None
+    encoder_inputs: dict[str, Any] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A call, split into what its cache holds and what is new.
+
+    Attributes:
+        call: arguments by their canonical names.
+        whole: input_ids may begin with what the cache holds (generate).
+        visual: modality to the arguments of its encoder.
+        past: what the cache holds.
+        ids, mask: (B, S) of the new columns, int64 and bool.
+    """
+
+    call: dict[str, Any]
+    whole: bool
+    visual: dict[str, dict[str, Any]]
+    past: Past
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where the new pictures are in the new columns.
+
+    Attributes:
+        visual: modality to the arguments of its encoder, of new pictures alone.
+        slots: modality to (B, S) bool, its placeholders.
+        rows: modality to the row of each new picture.
+        valid: tokens of each row, padding not counted.
+        left: whether no row ends with padding.
+    """
+
+    visual: dict[str, dict[str, Any]]
+    slots: dict[str, Tensor]
+    rows: dict[str, list[int]]
+    valid: list[int]
+    left: bool
+
+
+class Rewriter:
+    """Rewrites the calls of one model.
+
+    Args:
+        model: the model; family: its family.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        self._model, self._family = model, family
+        self._warned_of_count = False
+
+    def rewrite(self, call: dict[str, Any], *, whole: bool) -> Prepared | None:
+        """Encodes the images of a call and shortens its prompt; None if there is nothing to do.
+
+        Args:
+            call: arguments by their canonical names.
+            whole: input_ids may begin with what the cache holds (generate), instead of holding
+                new tokens only (forward).
+
+        Raises:
+            ValueError: arguments do not fit together, or cannot be pruned; nothing has run.
+        """
+        turn = self._read(call, whole=whole)
+        if turn is None:
+            return None
+        if not turn.visual and not whole and self._knows_the_cache(turn):
+            return self._step(turn)
+        if isinstance(call.get("logits_to_keep"), Tensor):
+            raise ValueError("logits_to_keep must be an int when images are pruned, got a tensor")
+        placed = self._place(turn)
+        clock = Clock(self._model.device)
+        encoded = self._encode(placed, clock)
+        with clock("rewrite"):
+            return self._shorten(turn, placed, encoded, clock)
+
+    # ------------------------------------------------------------------ 1. what is new in the call
+    def _read(self, call: dict[str, Any], *, whole: bool) -> _Turn | None:
+        visual = arguments.visual_inputs(self._family, call)
+        ids: Tensor | None = call.get("input_ids")
+        if ids is None:
+            return None
+        cache = call.get("cache")
+        if not visual and (layout_of(cache) is None or not releases.cached_columns(cache)):
+            if not releases.cached_columns(cache):
+                arguments.check_no_placeholders(self._family, ids)
+            return None
+        mask = arguments.mask_of(call)
+        past = Past.of(cache, ids, mask, whole=whole, rope_delta=self._family.rope_delta())
+        return _Turn(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
+
+    @staticmethod
+    def _knows_the_cache(turn: _Turn) -> bool:
+        """A step of somebody's own decoding loop whose mask, if any, is that of the cache."""
+        if turn.call.get("attention_mask") is not None:
+            return turn.past.mask_is_short
+        return not turn.past.layout.padded
+
+    def _step(self, turn: _Turn) -> Prepared | None:
+        positions = step_positions(self._family, turn.call, turn.past, turn.mask)
+        if positions is None:
+            return None
+        return Prepared(turn.call | {"position_ids": positions}, Clock(self._model.device))
+
+    # ---------------------------------------------------------- 2. which picture is in which row
+    def _place(self, turn: _Turn) -> _Placed:
+        family, modalities = self._family, list(self._family.encoders)
+        slots = {m: turn.ids == family.token_id(m) for m in modalities}
+        old_ids = turn.past.old(turn.call["input_ids"])
+        stats = [turn.mask.sum(1), turn.mask[:, -1].long()]
+        for m in modalities:
+            hidden = (slots[m] & ~turn.mask).sum(1)
+            stats += [slots[m].sum(1), (old_ids == family.token_id(m)).sum(1), hidden]
+        valid, last, *found = torch.stack(stats).tolist()  # the one time that the host waits
+        visual, rows = {}, {}
+        for i, modality in enumerate(modalities):
+            here, before, hidden = found[3 * i : 3 * i + 3]
+            if modality in turn.visual:
+                if sum(hidden):
+                    raise ValueError(
+                        f"attention_mask hides {sum(hidden)} {modality} placeholders: leave the "
+                        f"{modality}, and its placeholders, out of the prompt"
+                    )
+                inputs, rows[modality] = self._assign(modality, turn.visual[modality], here, before)
+                if rows[modality]:
+                    visual[modality] = inputs
+                    if turn.past.columns:
+                        self._family.check_continued()
+            # (In a decoding loop the model itself may have said one.)
+            elif sum(here) and (turn.whole or not turn.past.columns):
+                raise ValueError(
+                    f"the prompt has {sum(here)} {modality} placeholders but no {modality}s "
+                    "were passed"
+                )
+        return _Placed(visual, slots, rows, valid, left=all(last))
+
+    def _assign(
+        self, modality: str, inputs: dict[str, Any], here: list[int], before: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The images that need encoding, and the row that each of them belongs to.
+
+        Args:
+            inputs: the encoder's arguments.
+            here: placeholders in the new columns of each row; before: in those of the cache.
+
+        Raises:
+            ValueError: placeholders and images disagree.
+        """
+        sizes = self._family.placeholders(modality, inputs)
+        if not sum(before) or sum(sizes) != sum(before) + sum(here):
+            return inputs, rows_of_items(sizes, here, modality)
+        # All images of the conversation: those in the cache need no encoding.
+        every = [a + b for a, b in zip(before, here, strict=True)]
+        fresh = _fresh_items(sizes, rows_of_items(sizes, every, modality), before)
+        sizes = [sizes[item] for item in fresh]
+        rows = rows_of_items(sizes, here, modality)
+        return self._family.take(modality, inputs, fresh) if fresh else inputs, rows
+
+    # ---------------------------------------------------------------------------- 3. the encoders
+    def _encode(self, placed: _Placed, clock: Clock) -> dict[str, Encoded]:
+        with releases.loaded(self._family.base):
+            return {m: self._family.encode(m, inputs, clock) for m, inputs in placed.visual.items()}
+
+    # --------------------------------------------------------------------- 4. the columns that stay
+    def _shorten(
+        self, turn: _Turn, placed: _Placed, encoded: Mapping[str, Encoded], clock: Clock
+    ) -> Prepared:
+        past = turn.past
+        dropped = torch.zeros_like(turn.ids, dtype=torch.bool)
+        kept = list(placed.valid)
+        for modality, part in encoded.items():
+            away = ~part.keep.to(turn.ids.device)
+            dropped |= torch.zeros_like(dropped).masked_scatter_(placed.slots[modality], away)
+            for item, row in zip(part.items, placed.rows[modality], strict=True):
+                kept[row] -= item.before - item.after
+        width = max(kept) + turn.ids.shape[1] - max(placed.valid)
+        new = shorten(turn.mask, dropped, width, left=placed.left)
+        new = replace(new, padded=min(kept) < width)
+        check_packing(turn.call, new)
+        columns = Columns(new, turn.mask, dropped)
+        inputs = self._arranged(turn, columns)
+        own = self._family.arguments
+        shown = {name: value for name, value in turn.call.items() if name not in own}
+        for encoder_inputs in placed.visual.values():
+            shown |= encoder_inputs
+        found = shortened_positions(self._family, shown, past, new, turn.ids, turn.mask, dropped)
+        layout = past.layout.append(new, past.gap) if past.columns else new
+        if found is not None:
+            inputs["position_ids"], following = found
+            layout = replace(layout, next_position=following)
+        items: tuple[Kept, ...] = sum((part.items for part in encoded.values()), ())
+        cached = past.mask.shape[1]
+        return Prepared(
+            {name: value for name, value in inputs.items() if name not in own},
+            clock,
+            {modality: part.output for modality, part in encoded.items()},
+            layout,
+            columns,
+            {name: value for part in placed.visual.values() for name, value in part.items()},
+            {
+                m: ([item.after for item in part.items], placed.rows[m])
+                for m, part in encoded.items()
+            },
+            Report(items, past.columns + turn.ids.shape[1], cached + width, clock)
+            if items
+            else None,
+        )
+
+    def _arranged(self, turn: _Turn, columns: Columns) -> dict[str, Any]:
+        """The call's arguments with their columns taken out."""
+        call, past, new, dropped = turn.call, turn.past, columns.layout, columns.dropped
+        inputs, pad = dict(call), self._pad_id()
+        continued = turn.whole and past.full_ids
+        short = new.take(turn.ids.masked_fill(dropped, pad))
+        if continued:
+            old = past.old(call["input_ids"])
+            for modality in self._family.encoders:
+                # They are in the cache; a placeholder is to be filled.
+                old = old.masked_fill(old == self._family.token_id(modality), pad)
+            short = torch.cat([past.shorten(old), short], 1)
+        inputs["input_ids"] = short
+        whole_mask = torch.cat([past.mask, new.mask], 1)
+        if call.get("attention_mask") is not None:
+            inputs["attention_mask"] = whole_mask.to(call["attention_mask"].dtype)
+        elif turn.whole or past.columns or new.padded:
+            inputs["attention_mask"] = whole_mask.long()
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            value = call.get(name)
+            if value is not None:
+                taken = new.take(past.new(value).masked_fill(dropped, 0))
+                parts = [past.shorten(past.old(value))] if continued else []
+                inputs[name] = torch.cat([*parts, taken], 1)
+        self._arrange_labels(inputs, columns)
+        return inputs
+
+    def _arrange_labels(self, inputs: dict[str, Any], columns: Columns) -> None:
+        """Labels, and how many of them a trainer counted in the whole batch."""
+        counted = None
+        for name, shorter in (("labels", columns.labels), ("shift_labels", columns.shift_labels)):
+            value = inputs.get(name)
+            if value is None:
+                continue
+            if value.shape != columns.mask.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, the new part of the prompt "
+                    f"{tuple(columns.mask.shape)}"
+                )
+            inputs[name] = shorter(value)
+            counted = labels.share_of_labels(value, inputs[name], shifted=name == "shift_labels")
+        count = inputs.get("num_items_in_batch")
+        if count is None or counted is None:
+            return
+        if not self._warned_of_count and bool(counted < 1):
+            self._warned_of_count = True
+            warnings.warn(
+                "tokens that were pruned have labels, which num_items_in_batch counts: it is "
+                "scaled by the share of this batch's labels that is left; give image "
+                f"placeholders the label {labels.IGNORED}, and the count is exact",
+                stacklevel=2,
+            )
+        device = count.device if isinstance(count, Tensor) else counted.device
+        inputs["num_items_in_batch"] = count * counted.to(device)
+
+    def _pad_id(self) -> int:
+        taken = {self._family.token_id(modality) for modality in self._family.encoders}
+        pad = getattr(self._model.generation_config, "pad_token_id", None)
+        candidates = [pad] if isinstance(pad, int) else []
+        return next(token for token in [*candidates, *range(len(taken) + 1)] if token not in taken)
+
+
+def _fresh_items(sizes: list[int], rows: list[int], cached: list[int]) -> list[int]:
+    """Items whose placeholders come after the `cached` ones of their row."""
+    seen = dict.fromkeys(rows, 0)
+    fresh = []
+    for item, (size, row) in enumerate(zip(sizes, rows, strict=True)):
+        if seen[row] >= cached[row]:
+            fresh.append(item)
+        seen[row] += size
+    return fresh

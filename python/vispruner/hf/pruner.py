@@ -1,0 +1,324 @@
+"""Prunes the images of a transformers model at the boundary of its forward and generate.
+
+The encoder runs, the kept tokens are chosen, the placeholders of the others are taken out of the
+prompt, and the unmodified model gets the shorter prompt with the kept features. Nothing inside the
+model changes: caches, beams, sampling and attention kernels see an ordinary, shorter prompt.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import releases
+from ..methods import Replacement
+from ..models import Family, UnsupportedModelError, check_scores, family_of, whole_model
+from ..report import Report
+from ..selection import Budget
+from . import arguments, generation
+from .cache import forget, layout_of, remember
+from .encoder_outputs import EncoderOutputs
+from .generation import Generation, PromptStreamer
+from .labels import Columns, with_restored_logits
+from .prompt import Prepared, Rewriter
+from .threads import PerThread
+
+MODEL_ATTRIBUTE = "_vispruner_pruner"
+_LOGITS = ("kept", "prompt")
+
+
+class Pruner:
+    """Pruning applied to one model; made by `vispruner.apply`.
+
+    Threads may call the model at the same time, as they may without pruning.
+
+    Attributes:
+        model: the model.
+        budget: how much is kept.
+        last: what the last call with images did, None before there was one; of whichever thread
+            ended last.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        budget: Budget,
+        *,
+        logits: str | None = None,
+        check: bool = False,
+        **options: str,
+    ) -> None:
+        if logits is not None and logits not in _LOGITS:
+            raise ValueError(f"logits must be one of {', '.join(_LOGITS)}, got {logits!r}")
+        model = whole_model(model)
+        if getattr(model, MODEL_ATTRIBUTE, None) is not None:
+            raise ValueError("this model is pruned already: call remove() on its pruner first")
+        family = family_of(model)(model, budget, **options)
+        if check:
+            check_scores(family)
+        self.model = model
+        self.budget = budget
+        self.last: Report | None = None
+        self._logits = logits
+        self._family: Family = family
+        self._rewriter = Rewriter(model, family)
+        self._outputs = EncoderOutputs(model, family)
+        self._generation: PerThread[Generation] = PerThread()
+        self._columns: PerThread[Columns] = PerThread()
+        self._warned: set[str] = set()
+        # From here on nothing can fail.
+        self._replacements = [
+            Replacement(model, "generate", self._pruned_generate),
+            Replacement(model, "forward", self._pruned_forward),
+            Replacement(model, "_replicate_for_data_parallel", self._refuse_replicas),
+        ]
+        self._generate, self._forward, _ = (one.__wrapped__ for one in self._replacements)
+        self._outputs.install()
+        setattr(model, MODEL_ATTRIBUTE, self)
+
+    def remove(self) -> None:
+        """Gives the model back as it was. Harmless the second time."""
+        if getattr(self.model, MODEL_ATTRIBUTE, None) is not self:
+            return
+        for replacement in self._replacements:
+            replacement.remove()
+        self._outputs.uninstall()
+        delattr(self.model, MODEL_ATTRIBUTE)
+
+    def __enter__(self) -> Pruner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A saved pruner goes on with the saved model; what the last call did stays behind."""
+        return vars(self) | {"last": None}
+
+    @staticmethod
+    def _refuse_replicas() -> None:
+        raise UnsupportedModelError(
+            "nn.DataParallel copies the model but not its pruning: use DistributedDataParallel, or "
+            "one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    # ------------------------------------------------------------------------------- the surface
+    def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `vispruner.prepare`."""
+        if self._family.not_prepared is not None:
+            raise UnsupportedModelError(
+                f"the inputs of a {self.model.config.model_type} cannot be prepared, "
+                f"{self._family.not_prepared}: call the model"
+            )
+        prepared = self._rewrite(releases.canonical(inputs), whole=False)
+        if prepared is None:
+            raise ValueError("inputs hold no images: there is nothing to prune")
+        self._note(prepared)
+        ready = dict(prepared.inputs)
+        if ready.get("cache") is not None and prepared.layout is not None:
+            remember(ready["cache"], prepared.layout)
+        ids = ready.pop("input_ids")
+        for name in ("mm_token_type_ids", "token_type_ids"):  # the language model takes neither
+            ready.pop(name, None)
+        ready = releases.spelled(ready, self._family.language_model.forward)
+        with releases.loaded(self._family.base):
+            return ready | self._family.embeddings_of(ids, prepared.outputs)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Labels of a prompt as it was passed to those of the logits that came back.
+
+        For losses and metrics outside the model. Labels of dropped tokens go with them.
+
+        Args:
+            labels: (B, L) int64 of the last `forward` or `prepare` of this thread; label t belongs
+                to token t.
+
+        Returns:
+            (B, W) int64, W columns of logits; labels itself where nothing was pruned.
+
+        Raises:
+            ValueError: labels has another shape than the input_ids of that call.
+        """
+        columns = self._columns.value
+        if columns is None or self._logits == "prompt":
+            return labels
+        if labels.shape != columns.mask.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, the last prompt of this thread had "
+                f"{tuple(columns.mask.shape)}: pass the labels of that call"
+            )
+        return columns.labels(labels)
+
+    def _rewrite(self, call: dict[str, Any], *, whole: bool) -> Prepared | None:
+        with self._outputs.withheld():  # the encoders run, even inside a call that holds outputs
+            return self._rewriter.rewrite(call, whole=whole)
+
+    def _note(self, prepared: Prepared | None) -> None:
+        self._columns.value = None if prepared is None else prepared.columns
+        if prepared is not None and prepared.report is not None:
+            self.last = prepared.report
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+    # --------------------------------------------------------------------------------- forward
+    def _pruned_forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = arguments.bound(self._forward, args, kwargs)
+        running = None if torch.compiler.is_compiling() else self._generation.value
+        if self._is_plain(call, running):
+            output = self._forward(*args, **kwargs)
+            if running is not None:
+                running.read(call)
+            return output
+        with self._generation.set(None), self._outputs.withheld():  # what is around it waits
+            return self._prune_and_forward(args, kwargs, call)
+
+    def _is_plain(self, call: Mapping[str, Any], running: Generation | None) -> bool:
+        """A step of generate, or of a compiled graph: text that goes on in an unpruned cache."""
+        if layout_of(call.get("cache")) is not None:
+            return False
+        if torch.compiler.is_compiling() or running is not None:
+            names = [self._family.pixels_name(m, call) for m in self._family.encoders]
+            pixels = next((call[name] for name in names if name is not None), None)
+            return pixels is None if running is None else running.owns(pixels)
+        return False
+
+    def _prune_and_forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: dict[str, Any]
+    ) -> Any:
+        if call.get("mm_encoder_outputs"):
+            self._warn_of_encoder_outputs()
+            self._note(None)
+            return self._forward(*args, **kwargs)
+        prepared = self._rewrite(call, whole=False)
+        if prepared is None:
+            if not torch.compiler.is_compiling():
+                self._note(None)
+            return self._forward(*args, **kwargs)
+        if prepared.report is not None:
+            self._check_labels(call)
+        self._note(prepared)
+        inputs = prepared.inputs
+        restored = self._logits == "prompt" and prepared.columns is not None
+        keep = int(call.get("logits_to_keep") or 0)
+        if restored and keep:
+            inputs = inputs | {"logits_to_keep": 0}
+        with self._outputs.given(prepared.outputs, prepared.encoder_inputs) as given:
+            output = self._forward(**releases.spelled(inputs, self._forward), **given)
+        cache = call.get("cache")
+        cache = releases.cache_in(output) if cache is None else cache
+        if cache is not None and prepared.layout is not None:
+            remember(cache, prepared.layout)
+        if restored:
+            assert prepared.columns is not None
+            return with_restored_logits(output, prepared.columns, keep)
+        return output
+
+    def _check_labels(self, call: Mapping[str, Any]) -> None:
+        """Losses and metrics outside the model would compare logits with labels of other columns.
+
+        Raises:
+            ValueError: training without labels, and nothing says that the caller knows.
+        """
+        has_labels = any(call.get(name) is not None for name in ("labels", "shift_labels"))
+        if self._logits is not None or call.get("logits_to_keep"):
+            return
+        if self.model.training and torch.is_grad_enabled() and not has_labels:
+            raise ValueError(
+                "training without labels in the call: logits come back in the shortened prompt, so "
+                "a loss outside the model would not fit them; pass logits='prompt' to "
+                "vispruner.apply for logits in the columns of input_ids, or logits='kept' and "
+                "shorten the labels with pruner.labels(labels)"
+            )
+        if has_labels and not self.model.training:
+            self._warn_once(
+                "logits come back in the shortened prompt, labels are in the whole one: to compare "
+                "them (Trainer.predict, compute_metrics) pass logits='prompt' to vispruner.apply, "
+                "or shorten the labels with pruner.labels(labels)"
+            )
+
+    def _warn_of_encoder_outputs(self) -> None:
+        self._warn_once(
+            "mm_encoder_outputs are used as they are, unpruned: pass the pixels to have them pruned"
+        )
+
+    # -------------------------------------------------------------------------------- generate
+    def _pruned_generate(self, *args: Any, **kwargs: Any) -> Any:
+        call = arguments.bound(self._generate, args, kwargs)
+        if call.get("inputs") is not None:
+            call["input_ids"] = call.pop("inputs")
+        with torch.no_grad():
+            prepared = self._prepare_generate(call)
+        if prepared is None:
+            with self._outputs.withheld(), self._generation.set(Generation(None, 0, pixels=False)):
+                return self._generate(*args, **kwargs)
+        ids, cache = call["input_ids"], call.get("cache")
+        ready = dict(prepared.inputs)
+        columns = ready["input_ids"].shape[1]
+        generation.shift_lengths(self.model, ready, columns - ids.shape[1])
+        if ready.get("streamer") is not None:
+            ready["streamer"] = PromptStreamer(ready["streamer"], ids)
+        times = generation.expansion(self.model, ready)
+        outputs = self._outputs.repeated(prepared.outputs, prepared.counts, times)
+        running = Generation(
+            prepared.clock,
+            columns - releases.cached_columns(cache),
+            pixels=bool(outputs) and not self._outputs.by_argument,
+        )
+        before = layout_of(cache)
+        forget(cache)  # inside generate it is an ordinary cache
+        try:
+            with (
+                self._outputs.given(outputs, prepared.encoder_inputs) as given,
+                self._generation.set(running),
+                prepared.clock("prefill"),
+            ):
+                output = self._generate(**releases.spelled(ready, self._forward), **given)
+        except BaseException:
+            if before is not None:
+                remember(cache, before)
+            raise
+        self._note(prepared)
+        return self._in_the_callers_prompt(output, ids, columns, prepared, cache)
+
+    def _prepare_generate(self, call: dict[str, Any]) -> Prepared | None:
+        generation.infer_mask(self.model, call)
+        if call.get("mm_encoder_outputs"):
+            self._warn_of_encoder_outputs()
+            return None
+        chunk = generation.setting(self.model, call, "prefill_chunk_size")
+        prepared_inputs = arguments.visual_inputs(self._family, call)
+        if chunk is not None and prepared_inputs and not releases.takes_chunked_images():
+            raise ValueError("prefill_chunk_size with images needs transformers 5.23 or newer")
+        return self._rewrite(call, whole=True)
+
+    @staticmethod
+    def _in_the_callers_prompt(
+        output: Any, ids: Tensor, columns: int, prepared: Prepared, cache: Any
+    ) -> Any:
+        """What generate returned, its sequences beginning with the prompt as it was passed."""
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        times = sequences.shape[0] // ids.shape[0]
+        prompt = ids.to(sequences.device).repeat_interleave(times, 0)
+        # Callers cut the prompt off by the length that they passed.
+        whole = torch.cat([prompt, sequences[:, columns:]], 1)
+        filled = releases.cache_in(output)
+        filled = cache if filled is None else filled
+        if filled is not None and prepared.layout is not None:
+            remember(filled, prepared.layout.repeat(times))
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output

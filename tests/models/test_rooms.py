@@ -1,0 +1,76 @@
+"""How python/vispruner is laid out: who may import whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2] / "python" / "vispruner"
+
+#: The rooms, lowest first: each uses those before it, whether at once or inside a function.
+ORDER = (
+    "methods", "releases", "clock", "selection", "taps", "report", "models", "hf", "phases",
+    "shapes", "flops", "clip", "embedded", "lmms_eval", "vllm", "cli",
+)  # fmt: skip
+LONGEST = 350  # lines of a file of the transformers side
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports(module: str) -> set[str]:
+    """Modules of the package that one imports, anywhere in its text but for type checking."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in typing_only:
+            continue
+        base = package[: len(package) - node.level + 1] + (node.module or "").split(".")
+        name = ".".join(part for part in base if part)
+        for alias in node.names:
+            inner = f"{name}.{alias.name}".lstrip(".")
+            found.add(inner if inner in MODULES else name)
+    return found - {module, ""}
+
+
+def test_no_circles() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for other in sorted(imports(module)):
+                # A package's own modules make it up; what it exports is no arrow back.
+                if not module.startswith(f"{other}."):
+                    visit(other, (*path, module))
+            done.add(module)
+
+    for module in sorted(MODULES):
+        visit(module, ())
+
+
+def test_no_arrow_runs_back_up() -> None:
+    for module in filter(None, MODULES):
+        room = module.split(".")[0]
+        for other in imports(module):
+            target = other.split(".")[0]
+            assert target == room or ORDER.index(target) < ORDER.index(room), (module, other)
+
+
+def test_files_stay_short() -> None:
+    for module, path in MODULES.items():
+        if module.split(".")[0] not in ("vllm", "embedded"):
+            assert len(path.read_text().splitlines()) <= LONGEST, module
