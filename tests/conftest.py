@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import os
@@ -109,6 +110,8 @@ def implementations(installed: dict[str, Any], request: pytest.FixtureRequest) -
     if missing := compiled_kernels.not_tested():
         warnings.warn(f"the compiled kernels are not tested on the host: {missing}", stacklevel=1)
         return installed
-    compiled = request.getfixturevalue("compiled_session")
-    compiled.reset()
-    return {**installed, "compiled kernels": compiled}
+    on_sm_90 = request.getfixturevalue("compiled_session")
+    on_sm_90.reset()
+    on_sm_80 = copy.copy(on_sm_90)  # of the same module
+    on_sm_80.device = compiled_kernels.A100
+    return {**installed, "compiled for sm_90": on_sm_90, "compiled for sm_80": on_sm_80}

@@ -45,7 +45,7 @@ def test_repeated_runs_are_the_same(implementations: dict[str, Any]) -> None:
     feats, attn = images(3)
     for name, implementation in implementations.items():
         first = implementation.prune(feats, attn, 12)
-        for _ in range(3 if name == "compiled kernels" else 20):
+        for _ in range(3 if name.startswith("compiled") else 20):
             assert torch.equal(implementation.prune(feats, attn, 12).indices, first.indices), name
 
 
@@ -132,7 +132,7 @@ def test_sixteen_thousand_tokens(implementations: dict[str, Any]) -> None:
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, 64, step=4096)
     for name, implementation in implementations.items():
-        if name != "compiled kernels":  # hours
+        if not name.startswith("compiled"):  # hours
             got = implementation.prune(feats, attn, 64, step=4096)
             assert torch.equal(got.indices, expected.indices)
 

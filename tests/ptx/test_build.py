@@ -16,6 +16,9 @@ from ptx.conftest import BUILD, ROOT
 
 from vispruner_cuda import reference
 
+#: The real one, which `no_compilers` replaces.
+PYTHON_NVCCS = build._python_nvccs
+
 FAKE_NVCC = """#!/bin/sh
 echo '#$ INCLUDES="-I{include}"' >&2
 """
@@ -72,6 +75,26 @@ def test_compiler_without_headers(no_compilers, monkeypatch):
     monkeypatch.setenv("CUDACXX", str(fake_nvcc(no_compilers / "cuda", headers=False)))
     with pytest.raises(build.BuildError, match=r"no headers of .*nvidia-cuda-runtime"):
         build.find_nvcc()
+
+
+def test_compiler_of_the_package_index(no_compilers, monkeypatch):
+    """The packages of the extra `test` compile a kernel of the project, with no other nvcc."""
+    packages = list(PYTHON_NVCCS())
+    if not packages:
+        message = "nvidia-cuda-nvcc and its companions are not installed (pip install '.[test]')"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    monkeypatch.setattr(build, "_python_nvccs", PYTHON_NVCCS)
+    monkeypatch.setenv("PATH", os.defpath)  # the C++ compiler alone
+    assert shutil.which("nvcc") is None
+    assert build.find_nvcc().path == packages[0]
+    csrc = no_compilers / "csrc"
+    (csrc / "cuda").mkdir(parents=True)
+    shutil.copytree(ROOT / "csrc" / "include", csrc / "include")
+    for name in ("gather.cu", "batch.cuh", "device.cuh", "launch.cuh"):
+        shutil.copy(ROOT / "csrc" / "cuda" / name, csrc / "cuda")
+    shutil.copy(ROOT / "csrc" / "plan.cpp", csrc)
+    compiled = build.objects(csrc, no_compilers / "out", (80, 90))
+    assert any(o.name.startswith("gather-") for o in compiled)
 
 
 def test_no_kernels(tmp_path):
