@@ -258,7 +258,7 @@ def test_a_plan_that_need_not_fit_may_be_refused(tokens: int, plan: str, refused
     operators = refusing(RuntimeError("does not fit"), lambda: plans.forced["dedup"] == plan)
     case = Case("dedup", (tokens,), 4, None, 300, step=50)
     backend = Backend("old", operators, plans, {"cpu": "auto"})
-    result = verify(backend, [case, SMALL["topk"]], combinations=False)
+    result = verify(backend, [case, SMALL["topk"]])
     counts = result["operators"]["dedup"]
     assert (counts["refused"], counts["wrong_cases"]) == ((1, 0) if refused else (0, 1))
     # It was right in no other case, either.
@@ -303,14 +303,18 @@ def test_a_device_that_is_gone_ends_it() -> None:
     ]
 
 
-def test_every_plan_of_every_stage_is_tried() -> None:
+@pytest.mark.parametrize(("how", "least"), [("each", 50), ("turns", 3)])
+def test_every_plan_of_every_stage_is_tried(how: str, least: int) -> None:
     backend = Backend("gpu", machine.operators("cpu"), CudaPlans(), {"cpu": "auto"})
-    result = verify(backend, select(cases(), quick=True), combinations=False)
+    result = verify(backend, select(cases(), quick=True), plans=how)
     assert result["equal"], result
     assert set(result["plans"]) == set(STAGES) - {"cpu"}
     for stage, names in result["plans"].items():
         assert set(names) == set(STAGES[stage])
-        assert min(names.values()) > 50, stage
+        assert min(names.values()) > least, stage
+    runs = sum(counts["runs"] for counts in result["operators"].values())
+    of = sum(counts["cases"] for counts in result["operators"].values())
+    assert (runs > 8 * of) if how == "each" else (runs < 2 * of)
 
 
 def test_settings_of_a_case() -> None:
@@ -323,6 +327,11 @@ def test_settings_of_a_case() -> None:
     topk = list(settings(backend, Case("topk", (700,), 1)))
     assert {next(iter(plans)) for plans in topk[1:]} == {"rank", "launch"}
     assert list(settings(backend, SMALL["cls_attention"])) == [{}]
+
+
+def test_unknown_way_to_try_plans() -> None:
+    with pytest.raises(ValueError, match="plans must be each, combined or turns, got 'all'"):
+        verify(Backend("cpu", machine.operators("cpu")), [], plans="all")
 
 
 def test_combinations_of_all_stages_are_tried() -> None:

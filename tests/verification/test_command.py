@@ -18,7 +18,7 @@ import vispruner_cuda
 from vispruner_cuda import __main__ as main_module
 from vispruner_cuda import _library, plans
 from vispruner_cuda.__main__ import DEFAULT_OUTPUT
-from vispruner_cuda.verification import OPERATORS, Backend, cases, command, machine
+from vispruner_cuda.verification import OPERATORS, Backend, cases, command, inputs, machine
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -286,3 +286,14 @@ def test_wide_tables_are_split() -> None:
     assert table.splitlines()[0].split() == [f"cuda:{i}" for i in range(6)]
     assert "cuda:7" in table
     assert max(map(len, table.splitlines())) < 160
+
+
+@pytest.mark.parametrize("layout", inputs.HEAD_LAYOUTS)
+def test_moved_tensors_keep_strides_and_alignment(layout: str) -> None:
+    x = inputs.laid_out(inputs.normal((2, 3, 5, 8), 1).half(), layout, 2)
+    y = machine._moved(x, torch.device("meta"))
+    assert (y.device.type, y.shape, y.stride()) == ("meta", x.shape, x.stride())
+    assert y.storage_offset() % 8 == x.storage_offset() % 8
+    kept = machine._moved(vispruner_cuda.TopkResult(x, x[:0]), torch.device("meta"))
+    assert kept.scores.stride() == x.stride()
+    assert kept.indices.shape == (0, 3, 5, 8)

@@ -4,7 +4,8 @@
 this for each device of the machine. Any implementation of the functional API can be a backend:
 
     from vispruner_cuda.verification import Backend, cases, select, verify
-    result = verify(Backend("mine", my_operators, my_plans), select(cases(), most_cost=5))
+    backend = Backend("mine", my_operators, my_plans)
+    result = verify(backend, select(cases(), most_cost=5), plans="turns")  # if it is slow
     assert result["equal"], result
 
 A difference that somebody reports can be reproduced from the file alone:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -162,7 +163,7 @@ def verify(
     of: Iterable[Case] | None = None,
     known: Iterable[KnownAnswer] = (),
     *,
-    combinations: bool = True,
+    plans: str = "combined",
     expectations: Expectations | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -175,15 +176,22 @@ def verify(
         backend: the implementation.
         of: cases to compare with the reference, all by default; `select` leaves out costly ones.
         known: cases with stored results, compared without the reference.
-        combinations: also try combinations of plans.
+        plans: "each" runs a case under each plan that fits, one at a time; "combined" also runs
+            the cases in COMBINED under all combinations; "turns" runs a case under one plan beside
+            the default, the one tried least so far, for slow backends.
         expectations: shared by the backends of a machine.
         progress: called after each case with the numbers of cases done and to do.
 
     Returns:
         Counts and first differences. An exception is a difference, too, unless it is the
         RuntimeError of a forced plan that need not fit.
+
+    Raises:
+        ValueError: `plans` is none of these.
     """
-    verification = _Verification(backend, combinations, expectations or Expectations())
+    if plans not in ("each", "combined", "turns"):
+        raise ValueError(f"plans must be each, combined or turns, got {plans!r}")
+    verification = _Verification(backend, plans, expectations or Expectations())
     # Inputs and references take many small operations. On a busy machine, several threads would
     # wait for each other ten times longer than they work.
     with _threads(1):
@@ -202,9 +210,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class _Verification:
-    def __init__(self, backend: Backend, combinations: bool, expectations: Expectations) -> None:
+    def __init__(self, backend: Backend, plans: str, expectations: Expectations) -> None:
         self.backend = backend
-        self.combinations = combinations
+        self.plans = plans
+        self.tried: Counter[tuple[str, str]] = Counter()
         self.expectations = expectations
         self.errors_in_a_row = 0
         self.threads = torch.get_num_threads()
@@ -255,13 +264,20 @@ class _Verification:
         result["seconds"] = time.perf_counter() - began
         return result
 
+    def _settings(self, case: Case) -> list[dict[str, str]]:
+        default, *forced = settings(self.backend, case, self.plans == "combined")
+        if self.plans == "turns" and forced:
+            forced = [min(forced, key=lambda plans: max(self.tried[p] for p in plans.items()))]
+            self.tried.update(forced[0].items())
+        return [default, *forced]
+
     def _run_case(self, case: Case, arguments: Arguments, want: Expected, counts: Counts) -> None:
         backend, right_before = self.backend, counts["runs"]
         stages = _stages(backend, case.operator)
         for stage, names in stages.items():
             self.result["plans"].setdefault(stage, dict.fromkeys(names, 0))
         wrong = errors = 0
-        for plans in settings(backend, case, self.combinations):
+        for plans in self._settings(case):
             try:
                 found = self._run_once(case, arguments, want, plans)
             except Exception as error:

@@ -175,7 +175,7 @@ def _verify(
         backend,
         chosen,
         known,
-        combinations=not quick,
+        plans="each" if quick else "combined",
         expectations=expectations,
         progress=progress.update,
     )

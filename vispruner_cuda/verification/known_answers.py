@@ -43,6 +43,8 @@ CASES = (
     Case("prune", (1100,), 16, None, 40, 0.5, 64, features="clustered"),
     # Several waves of images: their workspaces exceed 512 MiB.
     Case("dedup", (4200,) * 9, 8, None, 8, step=1000, features="clustered", dtype="float16"),
+    # Shared memory of the loop near the most that a block may have, on compute capability 9.0.
+    Case("dedup", (14109,), 4, None, 24, step=4096, features="clustered"),
     # The longest rows of the neighbour lists.
     Case("prune", (16400,), 4, None, 24, 0.0, 4096, features="normal", dtype="float16"),
 )
