@@ -41,6 +41,19 @@ def coverage(archs: str, major: int, minor: int) -> str:
     return found
 
 
+def compiler_warning(compiler: str, torch_cuda: str | None) -> str | None:
+    """What to know of kernels that a newer CUDA than torch's compiled; None if there is nothing."""
+    if not compiler or not torch_cuda:
+        return None
+    major, torch_major = (int(version.split(".")[0]) for version in (compiler, torch_cuda))
+    if major <= torch_major:
+        return None
+    return (
+        f"the kernels were compiled with CUDA {compiler} and torch with CUDA {torch_cuda}: they "
+        f"need a driver for CUDA {major}; otherwise reinstall with the nvcc of torch's CUDA"
+    )
+
+
 def probe(device: torch.device) -> str | None:
     """Prune on the device and on the CPU and compare; what went wrong, or None."""
     feats = torch.arange(64 * 16).mul(37).remainder(101).sub(50).to(torch.float16).view(1, 64, 16)
@@ -86,6 +99,7 @@ def report() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "backends": ["reference", "cpu", *(["cuda"] if any(d["works"] for d in devices) else [])],
         "devices": devices,
+        "warning": compiler_warning(info.cuda_version, torch.version.cuda),
         "problems": problems,
     }
 
@@ -97,6 +111,8 @@ def _text(data: dict[str, Any]) -> str:
         cuda = f"{build['cuda_archs']} (CUDA {build['cuda_version']})"
         if build["cuda_runtime_state"] != _library.READY:
             cuda += ", idle: this torch has no CUDA"
+        if data["warning"]:
+            cuda += f"; {data['warning']}"
     rows = [
         ("vispruner_cuda", data["version"]),
         ("library", data["library"]),

@@ -112,6 +112,28 @@ def test_gpu_that_cannot_be_used(gpu, capsys, state, archs, problem, message):
     assert f"vispruner_cuda: cuda:0 (Imagined): {message}" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("compiler", "torch_cuda", "warns"),
+    [("13.0", "12.8", True), ("13.0", "13.0", False), ("12.8", "13.0", False), ("", "12.8", False),
+     ("13.0", None, False)],
+)  # fmt: skip
+def test_compiler_newer_than_torch(compiler, torch_cuda, warns):
+    warning = report.compiler_warning(compiler, torch_cuda)
+    assert (warning is not None) == warns
+    if warns:
+        assert "compiled with CUDA 13.0 and torch with CUDA 12.8" in warning
+        assert "a driver for CUDA 13; otherwise reinstall with the nvcc" in warning
+
+
+def test_text_has_the_warning(gpu, capsys, monkeypatch):
+    gpu(_library.READY, "80+PTX 90")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    info = dataclasses.replace(_library.load(), cuda_version="13.0")
+    monkeypatch.setattr(_library, "load", lambda: info)
+    assert report.main([]) == 0
+    assert "need a driver for CUDA 13" in capsys.readouterr().out
+
+
 def test_probe_on_the_cpu():
     assert report.probe(torch.device("cpu")) is None
 
