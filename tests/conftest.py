@@ -104,9 +104,9 @@ def installed() -> dict[str, Any]:
     return {device: backends.operators(device) for device in devices}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def implementations(installed: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Everything that must return what the reference returns."""
+    """Everything that must return what the reference returns, with default options and plans."""
     if missing := compiled_kernels.not_tested():
         warnings.warn(f"the compiled kernels are not tested on the host: {missing}", stacklevel=1)
         return installed
