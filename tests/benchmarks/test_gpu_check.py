@@ -96,6 +96,8 @@ def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell cannot trap what was ignored when it began, as SIGHUP is under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 

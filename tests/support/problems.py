@@ -117,7 +117,7 @@ def crowded(identical: int) -> Tensor:
     different = 6
     x = token.expand(2 * (identical + different), 256).clone()
     for i in range(different):
-        x[2 * (identical // different) * i] += (0.09 + 0.004 * i) * torch.randn(256, generator=g)
+        x[2 * (identical // different) * i] += (0.0160 + 0.0004 * i) * torch.randn(256, generator=g)
     return x.unsqueeze(0)
 
 
