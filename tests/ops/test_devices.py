@@ -127,3 +127,16 @@ def test_device_that_no_code_fits(compiled: Kernels) -> None:
     compiled.allowed = (r"\[launch\] no PTX for a device of compute capability 7\.5",)
     with pytest.raises(RuntimeError, match="the library holds no kernels for this GPU: reinstall"):
         compiled.prune(feats, attn, 20)
+
+
+def test_errors_that_may_come_from_elsewhere_say_so(compiled: Kernels) -> None:
+    feats, attn = Problem(1, 70, 9, 2, 20).tensors()
+    compiled.options = {"step_limit": 10}  # the launch fails
+    compiled.allowed = (r".",)
+    with pytest.raises(RuntimeError) as raised:
+        compiled.prune(feats, attn, 20)
+    message = str(raised.value)
+    assert "(cudaErrorLaunchFailure)" in message
+    assert "might be reported asynchronously at some other API call" in message
+    assert "CUDA_LAUNCH_BLOCKING=1" in message
+    assert "\n" not in message

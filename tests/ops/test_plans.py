@@ -66,6 +66,27 @@ def test_dependent_launches_are_those_asked_for(plan: str, compiled: Kernels) ->
     assert [launch["dependent"] for launch in compiled.launches] == [plan == "dependent"] * 5
 
 
+@pytest.mark.parametrize("launch", ["ordered", "dependent"])
+@pytest.mark.parametrize("function", ["prune", "dedup", "topk", "pairwise_cosine"])
+def test_only_a_kernel_of_the_same_call_may_start_early(
+    function: str, launch: str, compiled: Kernels
+) -> None:
+    """What comes after the last kernel of a call belongs to somebody else."""
+    feats, attn = PROBLEM.tensors()
+    arguments = {
+        "prune": (feats, attn, 33),
+        "dedup": (feats, 33),
+        "topk": (attn, 33),
+        "pairwise_cosine": (feats,),
+    }
+    compiled.module.clear_counters()
+    with compiled.plans.use(launch=launch):
+        getattr(compiled, function)(*arguments[function])
+    names = compiled.kernel_names()
+    triggers = [compiled.times_run(name, "griddepcontrol.launch_dependents") > 0 for name in names]
+    assert triggers == [launch == "dependent"] * (len(names) - 1) + [False]
+
+
 @pytest.mark.parametrize("sort", ["buckets", "counting"])
 def test_sorting_runs_the_lines_of_its_plan(sort: str, compiled: Kernels) -> None:
     """One kernel holds both ways: which lines ran tells them apart."""

@@ -189,6 +189,16 @@ class Kernels:
                 ran.update(re.findall(r"([\w.]+\.cu):(\d+)", place))
         return {_function_at(file, int(line)) for file, line in ran}
 
+    def times_run(self, kernel: str, instruction: str) -> int:
+        """How often warps have run an instruction since the counters were cleared."""
+        spaced = kernel.replace(">>", "> >")
+        executed = self.module.counters()[spaced]["executed"]
+        return sum(
+            times
+            for pc, times in enumerate(executed)
+            if times and instruction in self.module.where(spaced, pc)
+        )
+
     def kernel_names(self) -> list[str]:
         """Of the latest call, in order: "rank_kernel<Half, 8>" and so on."""
         return [launch["kernel"] for launch in self.launches]
