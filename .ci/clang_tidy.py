@@ -35,7 +35,7 @@ def commands(scratch: Path) -> list[list[str]]:
     cpp_options = ["--extra-arg=-DVP_WITH_CUDA", "--extra-arg=-Wno-unknown-warning-option"]
     jobs = [
         [*tidy, "-p", str(scratch), *cpp_options, str(file)]
-        for file in [CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+        for file in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
     ]
     toolkit = cuda_toolkit()
     if toolkit is None:

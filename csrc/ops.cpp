@@ -631,7 +631,7 @@ std::string plans() {
 #endif
 }
 
-void set_plan(std::string stage, std::string name) {
+void set_plan(const std::string& stage, const std::string& name) {
   const std::string wrong = plan::set(stage, name);
   STD_TORCH_CHECK(wrong.empty(), "vispruner: ", wrong);
 }

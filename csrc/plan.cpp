@@ -79,6 +79,7 @@ Registry& registry() {
 }
 
 // Reads the environment when the library is loaded, before threads that may write to it.
+// NOLINTNEXTLINE(bugprone-throwing-static-initialization): only for want of memory
 [[maybe_unused]] const Registry& loaded = registry();
 
 }  // namespace

@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--compiled-report")
-    if path:
+    if path and compiled_kernels.TOTALS.calls:
         totals = asdict(compiled_kernels.TOTALS)
         faults = [i for i in session.items if i.originalname == "test_fault_is_noticed"]
         report = {
