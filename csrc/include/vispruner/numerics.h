@@ -1,8 +1,8 @@
 // Canonical numerics v1 (docs/numerics.md): the arithmetic that decides which tokens stay.
 //
 // Shared by the CUDA and the CPU kernels, so that there is one definition of each step. Every step
-// is exact or a single correctly rounded IEEE operation. Compile with floating-point contraction off (nvcc: --fmad=false, GCC and Clang:
-// -ffp-contract=off) and never with fast-math.
+// is exact or a single correctly rounded IEEE operation. Compile with floating-point contraction
+// off (nvcc: --fmad=false, GCC and Clang: -ffp-contract=off) and never with fast-math.
 #pragma once
 #include <cmath>
 #include <cstdint>
