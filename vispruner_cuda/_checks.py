@@ -20,7 +20,7 @@ from torch import Tensor
 MAX_TOKENS = 32768
 
 #: Channels of a token: sums of digit products are 32-bit integers inside the kernels.
-MAX_CHANNELS = 2**19 - 1
+MAX_CHANNELS = 2**18 - 1
 
 #: Channels of an attention head: a tile of them must fit shared memory.
 MAX_HEAD_DIM = 256

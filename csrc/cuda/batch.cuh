@@ -6,13 +6,14 @@ namespace vispruner::cuda {
 
 constexpr int kNeighbours = 32;    // entries of a neighbour list
 constexpr int kDigitPlanes = 2;    // high, low
-constexpr int kChannelAlign = 64;  // digit rows are padded with zeros to whole Gram k-steps
+constexpr int kChannelAlign = 64;  // digit rows are padded with q = 0 to whole Gram k-steps
 
 // Byte offsets of one image's arrays in its workspace.
 struct WorkspaceLayout {
   int64_t order;   // uint16 (N): token of each rank
   int64_t inv;     // float (R): inverse norms
-  int64_t digits;  // int8 (2, R, padded C), in ranking order
+  int64_t sums;    // int (R): digit_sum
+  int64_t digits;  // int8 (R, padded C / 64, 2, 64), in ranking order: 64 high digits, 64 low ones
   int64_t gram;    // float (R, ld): similarities G_ij * inv_j
   int64_t ids;     // uint16 (R, 32): neighbour lists
   int64_t keys;    // uint32 (R, 32): ordered keys of their redundancies
@@ -63,7 +64,8 @@ VP_HD WorkspaceLayout workspace_layout(int tokens, int residual, int64_t channel
   w.ld = round_up(residual, 32);
   w.order = 0;
   w.inv = w.order + round_up(int64_t{tokens} * 2, kAlign);
-  w.digits = w.inv + round_up(int64_t{residual} * 4, kAlign);
+  w.sums = w.inv + round_up(int64_t{residual} * 4, kAlign);
+  w.digits = w.sums + round_up(int64_t{residual} * 4, kAlign);
   w.gram = w.digits + round_up(kDigitPlanes * residual * w.padded_channels, kAlign);
   w.ids = w.gram + (own_gram ? round_up(residual * w.ld * 4, kAlign) : 0);
   w.keys = w.ids + round_up(int64_t{own_gram ? residual : 0} * kNeighbours * 2, kAlign);

@@ -28,9 +28,11 @@ __device__ __forceinline__ void begin_dependent(bool more) {
 }
 
 // ---- asynchronous copies, 16 bytes a thread ---------------------------------------------------
+__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  copy_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), global);
 }
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -46,12 +48,14 @@ __device__ __forceinline__ void not_before(int& value) { asm volatile("" : "+r"(
 // ---- int8 tensor cores ------------------------------------------------------------------------
 // Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives
 // the 4 bytes at 4 * (l % 4) of row l / 4 of each.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* shared_row) {
-  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(from)
+               : "r"(shared_row)
                : "memory");
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* shared_row) {
+  load_matrices(out, static_cast<uint32_t>(__cvta_generic_to_shared(shared_row)));
 }
 // sum (16 x 8, int32) += a (16 x 32, int8, rows) * b (32 x 8, int8, columns)
 __device__ __forceinline__ void multiply_add_s8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -1,16 +1,17 @@
 // Exact integer Gram matrix on int8 tensor cores, and from it similarities or cosines.
 //
-// q = 64 hi + lo. Three int8 products, of the digits hi, of the digits lo and of their sums
-// hi + lo, give the exact 12-bit inner product (numerics.h: gram_from_digits); int32 accumulators
-// hold any C below 2^19. The sums are made in registers: what is scarce in a batch is not
-// arithmetic but bytes from L2. Only tiles on or above the diagonal are computed; the epilogue
-// writes both halves.
+// q + 2080 = 64 high + low, both digits unsigned bytes. Three int8 products, of the high digits, of
+// the low digits and of their sums, give the exact 12-bit inner product (numerics.h: gram); 32-bit
+// accumulators hold any C below 2^18. The sums are made in registers, by one addition of words: no
+// byte carries into the next. Only tiles on or above the diagonal are computed; the epilogue writes
+// both halves.
 //
 // Operations: 3 R^2 C / 2 multiply-adds an image. Bytes: 2 R C digits, read R / 64 times from L2,
 // 4 R^2 written. A block: 64 x 64 outputs, 4 warps of 32 x 32 with 96 accumulators a lane, 64
-// channels a step, four steps in flight. Where that leaves most of a GPU idle, twice as many
-// blocks take 32 x 64 outputs each, with more steps in flight. Blocks of 128 x 128, 8 warps of
-// 64 x 32 each, read half as much from L2 and are there to be measured.
+// channels a step, three steps in flight (48 KiB: three blocks on a multiprocessor of an H100, two
+// where it has 100 KiB). Where that leaves most of a GPU idle, twice as many blocks take 32 x 64
+// outputs each, with more steps in flight. Blocks of 128 x 128, 8 warps of 64 x 32 each, read half
+// as much from L2 and are there to be measured.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -42,87 +43,82 @@ struct Shape {
       kStages * kStageBytes > kOutBytes ? kStages* kStageBytes : kOutBytes;
 };
 using Tiles32 = Shape<32, 64, 1, 6, 1>;
-using Tiles64 = Shape<64, 64, 2, 4, 3>;
+using Tiles64 = Shape<64, 64, 2, 3, 3>;
 using Tiles128 = Shape<128, 128, 4, 3, 1>;
 
 // Where chunk `chunk` of row `row` lies in a plane: eight rows of one chunk, which one matrix load
-// reads, fall into eight different groups of banks.
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+// reads, fall into eight different groups of banks. A multiple of eight rows is a plain distance,
+// and two chunks further on are 32 bytes, exclusive or.
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return row * kStep + (chunk ^ ((row >> 1) & (kChunks - 1))) * kChunk;
 }
+constexpr uint32_t kOtherHalf = 2 * kChunk;
 
 // Copies of one side of a stage, kRows rows of both planes, which a thread makes: each time of the
 // same chunk of 16 bytes of the same rows, kStep channels further on.
 template <int kRows, int kThreads>
 struct SideCopies {
   static constexpr int kEach = kRows * kChunks / kThreads;  // of a plane
-  static_assert(kRows * kChunks % kThreads == 0 && kThreads % kChunks == 0, "");
-  uint32_t from[kEach];  // in 16 bytes: 32 bits are enough for any image
+  static constexpr int kApart = kThreads / kChunks;         // rows between them
+  static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0, "");
+  const int8_t* from[kEach];
+  uint32_t to;
 
-  __device__ __forceinline__ SideCopies(int first_row, int rows, int64_t padded_channels) {
+  __device__ __forceinline__ SideCopies(const int8_t* digits, int first_row, int rows,
+                                        int64_t row_bytes, uint32_t shared) {
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int row = min(first_row + row_of(i), rows - 1);  // those past the last are not used
-      from[i] = static_cast<uint32_t>(row * (padded_channels / kChunk)) + threadIdx.x % kChunks;
+      // Rows past the last one are not used.
+      from[i] = digits + min(first_row + row + i * kApart, rows - 1) * row_bytes + chunk * kChunk;
     }
+    to = shared + chunk_offset(row, chunk);
   }
 
-  __device__ __forceinline__ static int row_of(int i) {
-    return (threadIdx.x + i * kThreads) / kChunks;
-  }
-
-  __device__ __forceinline__ void start(unsigned char* shared, const int8_t* digits, int64_t plane,
-                                        int step) const {
+  // Starts the copies of the next step.
+  __device__ __forceinline__ void start(uint32_t stage) {
 #pragma unroll
-    for (int p = 0; p < kDigitPlanes; ++p) {
-      const int8_t* channels = digits + p * plane + step * kStep;
+    for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        copy_async_16(shared + p * kRows * kStep + chunk_offset(row_of(i), threadIdx.x % kChunks),
-                      channels + uint64_t{from[i]} * kChunk);
+      for (int p = 0; p < kDigitPlanes; ++p) {
+        copy_async_16(to + stage + (p * kRows + i * kApart) * kStep, from[i] + p * kStep);
       }
+      from[i] += kDigitPlanes * kStep;
     }
   }
 };
 
-// Four int8 sums in a word; none of them overflows.
-__device__ __forceinline__ uint32_t add_bytes(uint32_t a, uint32_t b) {
-  constexpr uint32_t kSigns = 0x80808080u;
-  return ((a & ~kSigns) + (b & ~kSigns)) ^ ((a ^ b) & kSigns);
-}
-
 // 32 channels of a plane, as the matrix instruction wants them: of 16 rows, or of two times 16
-// columns.
+// columns. A lane gives the address of one chunk.
 struct RowOperand {
   uint32_t of[4];
 
-  __device__ __forceinline__ void load(const unsigned char* plane, int row0, int half) {
+  __device__ __forceinline__ static uint32_t chunk_of_lane(int row0) {
     const int lane = threadIdx.x % kWarp;
-    load_matrices(of, plane + chunk_offset(row0 + lane % 16, 2 * half + lane / 16));
+    return chunk_offset(row0 + lane % 16, lane / 16);
   }
+  __device__ __forceinline__ void load(uint32_t chunk) { load_matrices(of, chunk); }
   __device__ __forceinline__ void add(const RowOperand& other) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) of[e] = add_bytes(of[e], other.of[e]);
+    for (int e = 0; e < 4; ++e) of[e] += other.of[e];
   }
 };
 
 struct ColumnOperand {
   uint32_t of[2][4];
 
-  __device__ __forceinline__ void load(const unsigned char* plane, int column0, int half) {
+  __device__ __forceinline__ static uint32_t chunk_of_lane(int column0) {
     const int lane = threadIdx.x % kWarp;
+    return chunk_offset(column0 + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  __device__ __forceinline__ void load(uint32_t chunk) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int column = column0 + 16 * n + lane % 8 + lane / 16 * 8;
-      load_matrices(of[n], plane + chunk_offset(column, 2 * half + lane / 8 % 2));
-    }
+    for (int n = 0; n < 2; ++n) load_matrices(of[n], chunk + 16 * n * kStep);
   }
   __device__ __forceinline__ ColumnOperand plus(const ColumnOperand& other) const {
     ColumnOperand sum;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      sum.of[e / 4][e % 4] = add_bytes(of[e / 4][e % 4], other.of[e / 4][e % 4]);
-    }
+    for (int e = 0; e < 8; ++e) sum.of[e / 4][e % 4] = of[e / 4][e % 4] + other.of[e / 4][e % 4];
     return sum;
   }
 };
@@ -166,16 +162,29 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, rows, channels, !kCosine);
   unsigned char* own = workspace + image.workspace;
   const auto* digits = reinterpret_cast<const int8_t*>(own + at.digits);
-  const int64_t plane = rows * at.padded_channels;
+  const int64_t row_bytes = kDigitPlanes * at.padded_channels;
   const auto steps = static_cast<int>(at.padded_channels / kStep);
 
-  const SideCopies<S::kRows, S::kThreads> row_copies(row0, rows, at.padded_channels);
-  const SideCopies<S::kColumns, S::kThreads> column_copies(column0, rows, at.padded_channels);
-  const auto load_stage = [&](int step) {
-    unsigned char* stage = shared + step % S::kStages * S::kStageBytes;
-    row_copies.start(stage, digits, plane, step);
-    column_copies.start(stage + S::kRowBytes, digits, plane, step);
-  };
+  const auto stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  SideCopies<S::kRows, S::kThreads> row_copies(digits, row0, rows, row_bytes, stages);
+  SideCopies<S::kColumns, S::kThreads> column_copies(digits, column0, rows, row_bytes,
+                                                     stages + S::kRowBytes);
+#pragma unroll
+  for (int step = 0; step < S::kStages - 1; ++step) {
+    if (step < steps) {
+      row_copies.start(step * S::kStageBytes);
+      column_copies.start(step * S::kStageBytes);
+    }
+    copy_async_commit();
+  }
+  // What the epilogue needs of each row and column comes while the first stages do.
+  __shared__ int own_sums[S::kRows + S::kColumns];
+  __shared__ float own_inv[S::kRows + S::kColumns];
+  for (int t = threadIdx.x; t < S::kRows + S::kColumns; t += S::kThreads) {
+    const int row = min(t < S::kRows ? row0 + t : column0 + t - S::kRows, rows - 1);
+    own_sums[t] = reinterpret_cast<const int*>(own + at.sums)[row];
+    own_inv[t] = reinterpret_cast<const float*>(own + at.inv)[row];
+  }
 
   const int warp = threadIdx.x / kWarp;
   constexpr int kAcross = S::kColumns / S::kWarpColumns;  // warps side by side
@@ -184,35 +193,38 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   int high_sums[S::kRowTiles][4][4] = {}, low_sums[S::kRowTiles][4][4] = {};
   int both_sums[S::kRowTiles][4][4] = {};
 
-#pragma unroll
-  for (int step = 0; step < S::kStages - 1; ++step) {
-    if (step < steps) load_stage(step);
-    copy_async_commit();
-  }
+  const uint32_t row_chunk = stages + RowOperand::chunk_of_lane(warp_row);
+  const uint32_t column_chunk = stages + S::kRowBytes + ColumnOperand::chunk_of_lane(warp_column);
+  uint32_t stage = 0, free_stage = (S::kStages - 1) * S::kStageBytes;
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<S::kStages - 2>();
     __syncthreads();  // the stage is here for all, and the one before it is free
-    if (step + S::kStages - 1 < steps) load_stage(step + S::kStages - 1);
+    if (step + S::kStages - 1 < steps) {
+      row_copies.start(free_stage);
+      column_copies.start(free_stage);
+    }
     copy_async_commit();
-    const unsigned char* row_planes = shared + step % S::kStages * S::kStageBytes;
-    const unsigned char* column_planes = row_planes + S::kRowBytes;
 #pragma unroll
     for (int half = 0; half < kChunks / 2; ++half) {
+      const uint32_t rows_at = (row_chunk + stage) ^ (half * kOtherHalf);
+      const uint32_t columns_at = (column_chunk + stage) ^ (half * kOtherHalf);
       ColumnOperand high_columns, low_columns;
-      high_columns.load(column_planes, warp_column, half);
-      low_columns.load(column_planes + S::kColumns * kStep, warp_column, half);
+      high_columns.load(columns_at);
+      low_columns.load(columns_at + S::kColumns * kStep);
       const ColumnOperand both_columns = high_columns.plus(low_columns);
 #pragma unroll
       for (int m = 0; m < S::kRowTiles; ++m) {
         RowOperand high, low;
-        high.load(row_planes, warp_row + 16 * m, half);
-        low.load(row_planes + S::kRows * kStep, warp_row + 16 * m, half);
+        high.load(rows_at + 16 * m * kStep);
+        low.load(rows_at + (S::kRows + 16 * m) * kStep);
         multiply(high, high_columns, high_sums[m]);
         multiply(low, low_columns, low_sums[m]);
         high.add(low);
         multiply(high, both_columns, both_sums[m]);
       }
     }
+    free_stage = stage;
+    stage = stage == (S::kStages - 1) * S::kStageBytes ? 0 : stage + S::kStageBytes;
   }
   copy_async_wait<0>();
   __syncthreads();  // the last stage has been read: its memory becomes the output tile
@@ -232,36 +244,39 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         const int row = warp_row + 16 * m + lane / 4 + e / 2 * 8;
         const int column = warp_column + 8 * n + lane % 4 * 2 + e % 2;
         out[row * S::kOutStride + column] = gram_to_float(
-            gram_from_digits(high_sums[m][n][e], both_sums[m][n][e], low_sums[m][n][e]));
+            gram_from_digits(high_sums[m][n][e], both_sums[m][n][e], low_sums[m][n][e],
+                             own_sums[row], own_sums[S::kRows + column]));
       }
     }
   }
   __syncthreads();
 
-  const auto* inv = reinterpret_cast<const float*>(own + at.inv);
   float* matrix = kCosine ? cosines + int64_t{blockIdx.y} * rows * rows
                           : reinterpret_cast<float*>(own + at.gram);
   const int64_t ld = kCosine ? rows : at.ld;
-  const auto write = [&](int i, int j, float gram, float inv_j) {
-    const float s = similarity(gram, inv_j);
-    matrix[i * ld + j] = kCosine ? s * inv[i] : s;
-  };
   // A thread stays in its column of the matrix. Below the tile on the diagonal, the mirrored half
   // of another block writes.
   const int own_column = threadIdx.x % S::kColumns, j = column0 + own_column;
   if (j < rows) {
-    const float inv_j = inv[j];
+    constexpr int kApart = S::kThreads / S::kColumns;
+    const float inv_j = own_inv[S::kRows + own_column];
+    const int begin = threadIdx.x / S::kColumns;
     const int end = min(min(rows, column0 + S::kColumns) - row0, S::kRows);
-    for (int r = threadIdx.x / S::kColumns; r < end; r += S::kThreads / S::kColumns) {
-      write(row0 + r, j, out[r * S::kOutStride + own_column], inv_j);
+    float* to = matrix + (row0 + begin) * ld + j;
+    for (int r = begin; r < end; r += kApart, to += kApart * ld) {
+      const float s = similarity(out[r * S::kOutStride + own_column], inv_j);
+      *to = kCosine ? s * own_inv[r] : s;
     }
   }
   const int own_row = threadIdx.x % S::kRows, i = row0 + own_row;
   if (i < column0) {  // above that tile
-    const float inv_i = inv[i];
-    const int end = min(rows - column0, S::kColumns);
-    for (int c = threadIdx.x / S::kRows; c < end; c += S::kThreads / S::kRows) {
-      write(column0 + c, i, out[own_row * S::kOutStride + c], inv_i);
+    constexpr int kApart = S::kThreads / S::kRows;
+    const float inv_i = own_inv[own_row];
+    const int begin = threadIdx.x / S::kRows, end = min(rows - column0, S::kColumns);
+    float* to = matrix + (column0 + begin) * ld + i;
+    for (int c = begin; c < end; c += kApart, to += kApart * ld) {
+      const float s = similarity(out[own_row * S::kOutStride + c], inv_i);
+      *to = kCosine ? s * own_inv[S::kRows + c] : s;
     }
   }
 }

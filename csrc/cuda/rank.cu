@@ -64,25 +64,21 @@ struct Digits {
 };
 
 __device__ __forceinline__ Digits digits_of(const float (&x)[4], float scale) {
-  // q + 2080 is 64 (high + 32) + low + 32, and positive: both digits are runs of its bits, so that
-  // two channels go through in one word.
-  constexpr int kBias = 32 * 64 + 32;
+  // Both digits are runs of the bits of q + kDigitBias, so that two channels go through in one
+  // word.
   uint32_t q[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) q[i] = quantize_bits(x[i], scale, kBias);
+  for (int i = 0; i < 4; ++i) q[i] = quantize_bits(x[i], scale, kDigitBias);
   const uint32_t first = __byte_perm(q[0], q[1], 0x5410), second = __byte_perm(q[2], q[3], 0x5410);
-  const uint32_t high = __byte_perm(first >> 6, second >> 6, 0x6420);
-  const uint32_t low = __byte_perm(first, second, 0x6420) & 0x3f3f3f3fu;
-  // Less 32 each, without a carry into the next byte.
-  const auto centred = [](uint32_t bytes) { return (bytes + 0x60606060u) ^ 0x80808080u; };
-  return {centred(high), centred(low)};
+  return {__byte_perm(first >> 6, second >> 6, 0x6420),
+          __byte_perm(first, second, 0x6420) & 0x3f3f3f3fu};
 }
 
-// One warp, one token: digits to row `position` of both planes, and the inverse norm.
+// One warp, one token: digits to row `position`, their sum and the inverse norm.
 template <typename T>
 __device__ __forceinline__ void quantize_token(const T* row, int64_t channels, bool aligned,
-                                               int position, int residual, int64_t padded_channels,
-                                               int8_t* digits, float* inv) {
+                                               int position, int64_t padded_channels,
+                                               unsigned char* digits, int* sums, float* inv) {
   const int lane = threadIdx.x % kWarp;
   uint32_t peak = 0;
   float x[4];
@@ -97,28 +93,34 @@ __device__ __forceinline__ void quantize_token(const T* row, int64_t channels, b
   peak = __reduce_max_sync(kAllLanes, peak);
   const float scale = quantization_scale(peak);
 
-  int8_t* out = digits + position * padded_channels;
-  const int64_t plane = residual * padded_channels;
-  int high_high = 0, high_low = 0, low_low = 0;
+  unsigned char* out = digits + position * kDigitPlanes * padded_channels;
+  uint32_t high_high = 0, both_both = 0, low_low = 0, biased = 0;
   for (int64_t c = 4 * lane; c < padded_channels; c += 4 * kWarp) {
-    Digits q{};
+    Digits q{0x20202020u, 0x20202020u};  // of zeros
     if (scale != 0.0f) {
       load4(row, c, channels, aligned, x);  // from L1 this time
       q = digits_of(x, scale);
     }
-    const auto high = static_cast<int>(q.high), low = static_cast<int>(q.low);
-    high_high = __dp4a(high, high, high_high);
-    high_low = __dp4a(high, low, high_low);
-    low_low = __dp4a(low, low, low_low);
-    *reinterpret_cast<uint32_t*>(out + c) = q.high;
-    *reinterpret_cast<uint32_t*>(out + plane + c) = q.low;
+    const uint32_t both = q.high + q.low;
+    high_high = __dp4a(q.high, q.high, high_high);
+    both_both = __dp4a(both, both, both_both);
+    low_low = __dp4a(q.low, q.low, low_low);
+    biased = __dp4a(q.high, 0x40404040u, biased);
+    biased = __dp4a(q.low, 0x01010101u, biased);
+    unsigned char* to =
+        out + c / kChannelAlign * (kDigitPlanes * kChannelAlign) + c % kChannelAlign;
+    *reinterpret_cast<uint32_t*>(to) = q.high;
+    *reinterpret_cast<uint32_t*>(to + kChannelAlign) = q.low;
   }
-  int64_t squared = int64_t{4096} * high_high + int64_t{128} * high_low + low_low;
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    squared += __shfl_xor_sync(kAllLanes, squared, offset);
+  high_high = __reduce_add_sync(kAllLanes, high_high);
+  both_both = __reduce_add_sync(kAllLanes, both_both);
+  low_low = __reduce_add_sync(kAllLanes, low_low);
+  biased = __reduce_add_sync(kAllLanes, biased);
+  if (lane == 0) {
+    const int sum = digit_sum(static_cast<int>(biased), padded_channels);
+    sums[position] = sum;
+    inv[position] = inverse_norm(gram_from_digits(high_high, both_both, low_low, sum, sum));
   }
-  if (lane == 0) inv[position] = inverse_norm(squared);
 }
 
 // kTokens: of a block.
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
     const int position = ranks[t] - image.shape.important;
     if (position < 0) continue;
     quantize_token(rows + (first + t) * feats.token_stride, feats.channels, aligned, position,
-                   residual, at.padded_channels, reinterpret_cast<int8_t*>(own + at.digits),
+                   at.padded_channels, own + at.digits, reinterpret_cast<int*>(own + at.sums),
                    reinterpret_cast<float*>(own + at.inv));
   }
 }

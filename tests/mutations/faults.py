@@ -56,8 +56,8 @@ BARRIERS = [
     Mutation(
         "Gram: the output tile is read before it is complete",
         GRAM,
-        "low_sums[m][n][e])); } } } __syncthreads();",
-        "low_sums[m][n][e])); } } }",
+        "own_sums[S::kRows + column])); } } } __syncthreads();",
+        "own_sums[S::kRows + column])); } } }",
         "racecheck",
     ),
     Mutation(
@@ -203,29 +203,29 @@ MEMORY = [
     Mutation(
         "ranking: digits one byte too far",
         RANK,
-        "*reinterpret_cast<uint32_t*>(out + c) = q.high;",
-        "*reinterpret_cast<uint32_t*>(out + c + 1) = q.high;",
+        "*reinterpret_cast<uint32_t*>(to) = q.high;",
+        "*reinterpret_cast<uint32_t*>(to + 1) = q.high;",
         "memcheck",
     ),
     Mutation(
         "Gram: copies to misaligned places",
         GRAM,
-        "copy_async_16(shared + p * kRows",
-        "copy_async_16(shared + 8 + p * kRows",
+        "to = shared + chunk_offset(row, chunk);",
+        "to = shared + 8 + chunk_offset(row, chunk);",
         "memcheck",
     ),
     Mutation(
         "Gram: misaligned matrix rows",
         GRAM,
-        "load_matrices(of, plane + chunk_offset(row0",
-        "load_matrices(of, plane + 4 + chunk_offset(row0",
+        "{ load_matrices(of, chunk); }",
+        "{ load_matrices(of, chunk + 4); }",
         "memcheck",
     ),
     Mutation(
         "Gram: rows past the last one are read",
         GRAM,
-        "min(first_row + row_of(i), rows - 1)",
-        "first_row + row_of(i) + rows",
+        "min(first_row + row + i * kApart, rows - 1)",
+        "(first_row + row + i * kApart + rows)",
         "initcheck",
     ),
     Mutation(
@@ -335,9 +335,9 @@ DECISIONS = [
     ),
     Mutation(
         "quantization: another split into digits",
-        RANK,
-        "kBias = 32 * 64 + 32",
-        "kBias = 32 * 64",
+        NUMERICS,
+        "kDigitBias = 2080",
+        "kDigitBias = 2048",
         RESULTS,
     ),
     Mutation(
@@ -362,10 +362,10 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "Gram: the sum of two digits carries into the next byte",
-        GRAM,
-        "((a & ~kSigns) + (b & ~kSigns)) ^ ((a ^ b) & kSigns)",
-        "a + b",
+        "Gram: sums of many channels are taken for negative",
+        NUMERICS,
+        "int64_t{64} * ss",
+        "int64_t{64} * static_cast<int>(ss)",
         RESULTS,
     ),
     Mutation(

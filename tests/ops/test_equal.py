@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import bitwise_equal
 from support.compiled_kernels import A100, ADA, BLACKWELL, H100, Device, Kernels
-from support.problems import Problem, crowded, problems
+from support.problems import Problem, crowded, problems, widest
 
 from vispruner_cuda import reference
 
@@ -193,6 +193,13 @@ def test_large(problem: Problem, implementations: dict[str, Any]) -> None:
     for name, implementation in implementations.items():
         actual = implementation.prune(feats, attn, problem.k, **problem.keywords())
         assert_equal(expected, actual, name)
+
+
+def test_the_most_channels(implementations: dict[str, Any]) -> None:
+    feats = widest()
+    expected = reference.pairwise_cosine(feats)
+    for name, implementation in implementations.items():
+        assert_equal(expected, implementation.pairwise_cosine(feats), name)
 
 
 @pytest.mark.parametrize("dedup", ["lists_shared", "state_shared", "workspace"])

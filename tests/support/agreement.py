@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from support.compiled_kernels import A100, H100, Device, FindingsError, Kernels
-from support.problems import Problem, crowded
+from support.problems import Problem, crowded, widest
 from vispruner_cuda import reference
 
 #: The results differ from those of the reference, or an operator raises.
@@ -40,6 +40,11 @@ def _prune(kernels: Kernels, problem: Problem) -> bool:
 def _dedup(kernels: Kernels) -> bool:
     feats = crowded(128)  # as many as a bucket may have
     return torch.equal(kernels.dedup(feats, 200), reference.dedup(feats, 200))
+
+
+def _widest(kernels: Kernels) -> bool:
+    feats = widest()
+    return torch.equal(kernels.pairwise_cosine(feats), reference.pairwise_cosine(feats))
 
 
 def _planned(kernels: Kernels, **plans: str) -> bool:
@@ -81,6 +86,7 @@ def _probes(kernels: Kernels) -> Iterator[Callable[[], bool]]:
         for problem in PROBLEMS:
             yield lambda problem=problem: _prune(kernels, problem)
         yield lambda: _dedup(kernels)
+        yield lambda: _widest(kernels)
         for dtype in (torch.float16, torch.float32):
             yield lambda dtype=dtype: _attention(kernels, dtype)
         for gram in ("tiles_32", "tiles_64", "tiles_128"):

@@ -14,6 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vispruner_cuda._checks import MAX_CHANNELS
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -119,6 +121,19 @@ def crowded(identical: int) -> Tensor:
     for i in range(different):
         x[2 * (identical // different) * i] += (0.0160 + 0.0004 * i) * torch.randn(256, generator=g)
     return x.unsqueeze(0)
+
+
+def widest() -> Tensor:
+    """(1, 4, C) float32 features with as many channels as there may be and the largest sums.
+
+    Quantized, their channels are 2047, 2015 (both digits and their sum are largest then), -2047 and
+    alternating.
+    """
+    x = torch.empty(1, 4, MAX_CHANNELS)
+    x[0, 0], x[0, 1], x[0, 2] = 1.0, 2015 / 2047, -1.0
+    x[0, 1, 0] = 1.0
+    x[0, 3, 0::2], x[0, 3, 1::2] = 2015 / 2047, -1.0
+    return x
 
 
 @dataclass(frozen=True)

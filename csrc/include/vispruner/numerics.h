@@ -102,16 +102,33 @@ VP_HD int quantize(float x, float scale) {
   return scale == 0.0f ? 0 : static_cast<int>(quantize_bits(x, scale, 0)) - 0x4b400000;
 }
 
-// q = 64 * hi + lo with int8 digits: hi in [-32, 32], lo in [-32, 31], hi + lo in [-64, 63].
+// q + kDigitBias = 64 high + low with high in [0, 64] and low in [0, 63], so that high + low is in
+// [0, 127]. With hh, ll and ss the inner products of the high digits, of the low digits and of
+// their sums over `channels` channels,
 //
-// q . q' from the three digit products, ss being (hi + lo) . (hi' + lo'):
-// 4096 hh + 64 (ss - hh - ll) + ll.
-VP_HD int64_t gram_from_digits(int hh, int ss, int ll) {
-  return int64_t{4032} * hh + int64_t{64} * ss - int64_t{63} * ll;
+//   (q + bias) . (q' + bias) = 4096 hh + 64 (ss - hh - ll) + ll
+//   q . q' = the same - bias (u + u'),   u = digit_sum(sum of the q + bias, channels)
+//
+// Modulo 2^32, hh, ss and ll are right for fewer than 2^18 channels, and so is u as an int.
+constexpr int kDigitBias = 2080;
+VP_HD int digit_sum(int biased, int64_t channels) {
+  return biased - static_cast<int>(kDigitBias / 2 * channels);
+}
+VP_HD int64_t gram_from_digits(uint32_t hh, uint32_t ss, uint32_t ll, int u, int u_other) {
+  return int64_t{4032} * hh + int64_t{64} * ss - int64_t{63} * ll -
+         int64_t{kDigitBias} * (u + u_other);
 }
 
 // ---- similarity -------------------------------------------------------------------------------
-VP_HD float gram_to_float(int64_t g) { return static_cast<float>(g); }  // one rounding
+VP_HD float gram_to_float(int64_t g) {  // one rounding
+#if defined(__CUDA_ARCH__)
+  // Both parts are exact for |g| < 2^44, and a GPU converts 32 bits faster than 64.
+  return __fmaf_rn(__int2float_rn(static_cast<int>(g >> 20)), 1048576.0f,
+                   __uint2float_rn(static_cast<uint32_t>(g) & 0xfffffu));
+#else
+  return static_cast<float>(g);
+#endif
+}
 
 VP_HD float inverse_norm(int64_t squared_norm) {
   if (squared_norm <= 0) return 0.0f;

@@ -7,7 +7,7 @@
 namespace vispruner {
 
 constexpr int kMaxTokens = 32768;  // per image; token positions are 16-bit inside the kernels
-constexpr int64_t kMaxChannels = (int64_t{1} << 19) - 1;  // int32 sums of digit products
+constexpr int64_t kMaxChannels = (int64_t{1} << 18) - 1;  // 32-bit sums of digit products
 
 struct ImageShape {
   int tokens;     // N
