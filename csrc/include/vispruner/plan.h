@@ -57,7 +57,7 @@ constexpr int64_t kFewBlocks = 64;  // leave the smallest GPUs idle: make more, 
 
 inline Rank choose(Rank asked, int64_t blocks_of_32) {
   if (asked != Rank::kAuto) return asked;
-  return blocks_of_32 <= kFewBlocks ? Rank::kTokens8 : Rank::kTokens32;
+  return blocks_of_32 <= 2 * kFewBlocks ? Rank::kTokens8 : Rank::kTokens32;
 }
 
 inline Gram choose(Gram asked, int64_t blocks_of_64) {
