@@ -1,8 +1,9 @@
 // [CLS] attention: one query against all keys of each head, softmax, mean over heads.
 //
-// A block takes one head of one image: eight lanes a key compute its logit (keys are read once, 16
-// bytes a lane), the logits stay in shared memory, and their softmax goes to the workspace. A
-// second launch adds the heads in index order, so that the result does not depend on timing.
+// A block takes one head of one image: eight lanes per key compute its logit, four keys at a time
+// (keys are read once, 16 bytes per lane and key), the logits stay in shared memory, and their
+// softmax goes to the workspace. A second launch adds the heads in index order, so that the result
+// does not depend on timing.
 //
 // Where a head has too many keys for shared memory, its logits lie in the workspace.
 //
@@ -23,7 +24,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLanes = 8;  // a key
+constexpr int kLanes = 8;       // per key
+constexpr int kKeysAtOnce = 4;  // of a lane: loads in flight
 constexpr int kVectorBytes = 16;
 
 // Type of sums and logits.
@@ -48,43 +50,77 @@ __device__ __forceinline__ S warp_sum(S x) {
   return x;
 }
 
-// q . k over this lane's share of the channels.
+// q . k of some keys over this lane's share of the channels.
 template <typename T>
-__device__ __forceinline__ Sum<T> partial_dot(const float* q, const T* k, int dim, bool aligned,
-                                              int lane) {
+__device__ __forceinline__ void partial_dots(const float* q, const T* const (&keys)[kKeysAtOnce],
+                                             int dim, bool aligned, int lane,
+                                             Sum<T> (&sums)[kKeysAtOnce]) {
   constexpr int kElements = kVectorBytes / sizeof(T);
   struct alignas(kVectorBytes) Vector {
     T v[kElements];
   };
+  struct alignas(kVectorBytes) Queries {
+    float of[kElements];
+  };
   using S = Sum<T>;
-  S sum = 0;
   for (int d = lane * kElements; d < dim; d += kLanes * kElements) {
     if (aligned) {
-      const Vector x = *reinterpret_cast<const Vector*>(k + d);
+      Vector loaded[kKeysAtOnce];
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        sum = fma(static_cast<S>(q[d + i]), static_cast<S>(to_float(x.v[i])), sum);
+      for (int i = 0; i < kKeysAtOnce; ++i) {
+        loaded[i] = *reinterpret_cast<const Vector*>(keys[i] + d);
+      }
+      const Queries query = *reinterpret_cast<const Queries*>(q + d);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+#pragma unroll
+        for (int i = 0; i < kKeysAtOnce; ++i) {
+          sums[i] =
+              fma(static_cast<S>(query.of[e]), static_cast<S>(to_float(loaded[i].v[e])), sums[i]);
+        }
       }
     } else {
-      for (int i = 0; i < kElements && d + i < dim; ++i) {
-        sum = fma(static_cast<S>(q[d + i]), static_cast<S>(to_float(k[d + i])), sum);
+      for (int e = 0; e < kElements && d + e < dim; ++e) {
+#pragma unroll
+        for (int i = 0; i < kKeysAtOnce; ++i) {
+          sums[i] =
+              fma(static_cast<S>(q[d + e]), static_cast<S>(to_float(keys[i][d + e])), sums[i]);
+        }
       }
     }
   }
+}
+
+// The sum of one of four values over eight lanes: each lane gives away two of its values, then one,
+// and is left with the value that `value` says.
+template <typename S>
+__device__ __forceinline__ S sum_of_four(const S (&values)[kKeysAtOnce], int* value) {
+  static_assert(kKeysAtOnce == 4 && kLanes == 8, "");
+  const bool upper = threadIdx.x & 4, second = threadIdx.x & 2;
+  const S even = (upper ? values[2] : values[0]) +
+                 __shfl_xor_sync(kAllLanes, upper ? values[0] : values[2], 4);
+  const S odd = (upper ? values[3] : values[1]) +
+                __shfl_xor_sync(kAllLanes, upper ? values[1] : values[3], 4);
+  S sum = (second ? odd : even) + __shfl_xor_sync(kAllLanes, second ? even : odd, 2);
+  sum += __shfl_xor_sync(kAllLanes, sum, 1);
+  *value = 2 * upper + second;
   return sum;
 }
 
-// Shared memory: the dots (tokens sums), then the query (head_dim floats). kFar: the dots are in
-// `far_dots`, one array per block.
+VP_HD int64_t query_bytes(int head_dim) { return round_up(int64_t{head_dim} * 4, kVectorBytes); }
+
+// Shared memory: the query (head_dim floats, whole vectors), then the dots (tokens sums). kFar: the
+// dots are in `far_dots`, one array per block.
 template <typename T, bool kFar>
-__global__ void __launch_bounds__(kThreads, 4)  // no spills for the sake of more blocks
+__global__ void __launch_bounds__(kThreads,
+                                  sizeof(T) == 4 ? 3 : 4)  // no spills for the sake of more blocks
     softmax_kernel(ClsAttentionArgs args, Sum<T>* far_dots, float* weights) {
   VP_SHARED_MEMORY(shared);
   using S = Sum<T>;
   __shared__ S warp_highest[kWarps];
   __shared__ S warp_sums[kWarps];
-  S* dots = reinterpret_cast<S*>(shared);  // later the weights
-  auto* q = reinterpret_cast<float*>(kFar ? dots : dots + args.tokens);
+  auto* q = reinterpret_cast<float*>(shared);
+  S* dots = reinterpret_cast<S*>(shared + query_bytes(args.head_dim));  // later the weights
   if constexpr (kFar) {
     dots = far_dots + (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * args.tokens;
   }
@@ -104,21 +140,24 @@ __global__ void __launch_bounds__(kThreads, 4)  // no spills for the sake of mor
   const bool aligned = reinterpret_cast<uintptr_t>(keys) % kVectorBytes == 0 &&
                        args.k.token_stride % kElements == 0 && args.head_dim % kElements == 0;
   S highest = -INFINITY;
-  // Whole warps make every turn, so that all lanes meet in the shuffles.
-  for (int base = 0; base < args.tokens; base += kThreads / kLanes) {
-    const int token = base + static_cast<int>(threadIdx.x) / kLanes;
-    S dot = 0;
-    if (token < args.tokens) {
-      dot = partial_dot(q, keys + token * args.k.token_stride, args.head_dim, aligned,
-                        threadIdx.x % kLanes);
-    }
+  // Whole warps make every turn, so that all lanes meet in the shuffles. Keys past the last one are
+  // read as the last one and left out.
+  constexpr int kApart = kThreads / kLanes;
+  for (int base = 0; base < args.tokens; base += kKeysAtOnce * kApart) {
+    const int first = base + static_cast<int>(threadIdx.x) / kLanes;
+    const T* rows[kKeysAtOnce];
 #pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      dot += __shfl_xor_sync(kAllLanes, dot, offset);
+    for (int i = 0; i < kKeysAtOnce; ++i) {
+      rows[i] = keys + min(first + i * kApart, args.tokens - 1) * args.k.token_stride;
     }
+    S parts[kKeysAtOnce] = {};
+    partial_dots(q, rows, args.head_dim, aligned, threadIdx.x % kLanes, parts);
+    int key;
+    const S dot = sum_of_four(parts, &key);
+    const int token = first + key * kApart;
     if (token < args.tokens) {
       highest = fmax(highest, dot * scale);
-      if (threadIdx.x % kLanes == 0) dots[token] = dot;
+      if (threadIdx.x % 2 == 0) dots[token] = dot;
     }
   }
 
@@ -191,7 +230,7 @@ int run(ClsAttentionArgs args, const ClsAttentionLayout& at, float* out, unsigne
 
 ClsAttentionLayout cls_attention_layout(const ClsAttentionArgs& args) {
   const int64_t sum_bytes = args.dtype == DType::kFloat32 ? sizeof(double) : sizeof(float);
-  const int64_t query = args.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t query = query_bytes(args.head_dim);
   const int64_t heads = args.images * args.heads;
   ClsAttentionLayout at{};
   at.shared_bytes = args.tokens * sum_bytes + query;

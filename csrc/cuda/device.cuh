@@ -45,6 +45,14 @@ __device__ __forceinline__ void copy_async_wait() {
 // Keeps the compiler from using a value before this place.
 __device__ __forceinline__ void not_before(int& value) { asm volatile("" : "+r"(value)::"memory"); }
 
+// ---- exponentials ------------------------------------------------------------------------------
+// 2^x to two units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- int8 tensor cores ------------------------------------------------------------------------
 // Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives
 // the 4 bytes at 4 * (l % 4) of row l / 4 of each.

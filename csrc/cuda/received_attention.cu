@@ -12,6 +12,7 @@
 //
 // Operations: 2 N^2 D H multiply-adds on tensor cores (fp16, bf16) and 2 N^2 H exponentials, half
 // of both with an lse. Bytes: N D elements of each operand N / 64 times from L2.
+#include <cfloat>
 #include <vector>
 
 #include "batch.cuh"
@@ -52,24 +53,76 @@ using Wide = Shape<T, 64, sizeof(T) == 2 ? 2 : 1>;
 template <typename T>
 using Narrow = Shape<T, 16, 1>;
 
-// kTileRows rows of an operand from `first` on; zeros beyond `rows` rows and head_dim channels.
+// Logits and their exponentials are to the base 2 for 16-bit inputs, whose rounding is far coarser
+// than the 2^-22 of the instruction, and to the base e, by the accurate functions, for float32.
+template <typename T>
+struct Exponential {
+  static constexpr bool kBase2 = sizeof(T) == 2;
+  static constexpr float kOfNatural = kBase2 ? 1.4426950408889634f : 1.0f;  // logits, a factor
+
+  __device__ __forceinline__ static float exp(float x) {
+    if constexpr (kBase2) {
+      return exp2_approximate(x);
+    } else {
+      return expf(x);
+    }
+  }
+  __device__ __forceinline__ static float log(float x) {
+    if constexpr (kBase2) {
+      return log2f(x);
+    } else {
+      return logf(x);
+    }
+  }
+};
+
+// kTileRows rows of an operand from `first` on; zeros beyond `rows` rows, and to the end of the
+// last vector of head_dim channels. (What lies between that and the stride is cleared once.)
 template <int kTileRows, typename T>
 __device__ __forceinline__ void load_tile(T* shared, const T* data, int64_t token_stride, int first,
                                           int rows, int head_dim, bool aligned) {
   constexpr int kElements = kVectorBytes / sizeof(T);
   const int stride = row_elements<T>(head_dim);
-  const int vectors = stride / kElements - 1;
-  for (int i = threadIdx.x; i < kTileRows * vectors; i += kThreads) {
-    const int row = i / vectors, d = i % vectors * kElements;
-    T* to = shared + row * stride + d;
-    const T* from = data + (first + row) * token_stride + d;
-    const bool inside = first + row < rows;
-    if (aligned && inside && d + kElements <= head_dim) {
+  const int vectors = (head_dim + kElements - 1) / kElements;
+  // Vector by vector, row by row; the next one of a thread is kThreads further on.
+  const int down = kThreads / vectors, right = kThreads % vectors;
+  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+  const T* from = data + (first + row) * token_stride + vector * kElements;
+  auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) +
+            (row * stride + vector * kElements) * static_cast<uint32_t>(sizeof(T));
+  const bool whole = aligned && head_dim % kElements == 0 && first + kTileRows <= rows;
+  while (row < kTileRows) {
+    if (whole) {
       copy_async_16(to, from);
     } else {
+      const int d = vector * kElements;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) to[e] = inside && d + e < head_dim ? from[e] : T{};
+      for (int e = 0; e < kElements; ++e) {
+        const bool inside = first + row < rows && d + e < head_dim;
+        shared[row * stride + d + e] = inside ? from[e] : T{};
+      }
     }
+    row += down;
+    vector += right;
+    from += down * token_stride + right * kElements;
+    to += (down * stride + right * kElements) * static_cast<uint32_t>(sizeof(T));
+    if (vector >= vectors) {
+      vector -= vectors;
+      ++row;
+      from += token_stride - vectors * kElements;
+      to += (stride - vectors * kElements) * static_cast<uint32_t>(sizeof(T));
+    }
+  }
+}
+
+// Zeros behind the channels of all rows, which the matrix instructions read, too.
+template <typename T>
+__device__ __forceinline__ void clear_padding(T* shared, int rows, int head_dim) {
+  constexpr int kElements = kVectorBytes / sizeof(T);
+  const int stride = row_elements<T>(head_dim);
+  const int begin = (head_dim + kElements - 1) / kElements * kElements;
+  for (int d = begin; d < stride - kElements; ++d) {
+    for (int row = threadIdx.x; row < rows; row += kThreads) shared[row * stride + d] = T{};
   }
 }
 
@@ -86,17 +139,23 @@ __device__ __forceinline__ void tile_product(const T* rows, const T* columns, in
     for (int e = 0; e < 4; ++e) logits[n][e] = 0.0f;
   }
   if constexpr (sizeof(T) == 2) {
+    const uint32_t row_bytes = stride * sizeof(T);
+    uint32_t a_at = static_cast<uint32_t>(__cvta_generic_to_shared(rows)) +
+                    (row0 + lane % 16) * row_bytes + lane / 16 * kVectorBytes;
+    uint32_t b_at = static_cast<uint32_t>(__cvta_generic_to_shared(columns)) +
+                    (lane % 8 + lane / 16 * 8) * row_bytes + lane / 8 % 2 * kVectorBytes;
     for (int d = 0; d < head_dim; d += 16) {
       uint32_t a[4];
-      load_matrices(a, rows + (row0 + lane % 16) * stride + d + lane / 16 * 8);
+      load_matrices(a, a_at);
 #pragma unroll
       for (int n = 0; n < kMatrices; n += 2) {
         uint32_t b[4];
-        load_matrices(b,
-                      columns + (8 * n + lane % 8 + lane / 16 * 8) * stride + d + lane / 8 % 2 * 8);
+        load_matrices(b, b_at + n * (8 * row_bytes));
         multiply_add(logits[n], a, b[0], b[1], T{});
         multiply_add(logits[n + 1], a, b[2], b[3], T{});
       }
+      a_at += 2 * kVectorBytes;
+      b_at += 2 * kVectorBytes;
     }
   } else {  // float32 stays float32: no tensor core computes it exactly enough
     // Sums of sixteen channels, and the sum of those: a long chain of additions loses digits.
@@ -147,15 +206,17 @@ __device__ __forceinline__ Operand<T> operand(const HeadsView& view, int64_t fir
 
 // kColumnSums = false: out = log-sum-exp of each query's logits, lse not used.
 // kColumnSums = true: out = sum over queries of exp(logit - lse) for each key.
-// out and lse are (heads, rows of all images).
+// out and lse are (heads, rows of all images). Everything is to the base of Exponential<T>: `scale`
+// includes its factor, and `lse_scale` brings lse to it.
 template <typename T, bool kColumnSums, typename S>
 __global__ void __launch_bounds__(kThreads)
     pass_kernel(Batch batch, HeadsView row_view, HeadsView column_view, int head_dim, float scale,
-                const float* lse, int64_t lse_head_stride, int64_t lse_token_stride, float* out,
-                int64_t out_head_stride) {
+                const float* lse, int64_t lse_head_stride, int64_t lse_token_stride,
+                float lse_scale, float* out, int64_t out_head_stride) {
   VP_SHARED_MEMORY(shared);
+  using E = Exponential<T>;
   constexpr int kMatrices = S::kMatrices;
-  __shared__ float column_lse[2][S::kColumns];
+  alignas(8) __shared__ float column_lse[2][S::kColumns];
   const Image image = batch[blockIdx.z];
   const int tokens = image.shape.tokens, head = blockIdx.y;
   const int first_row = blockIdx.x * kRows;
@@ -177,19 +238,21 @@ __global__ void __launch_bounds__(kThreads)
     copy_async_commit();
     if (kColumnSums && threadIdx.x < S::kColumns) {
       const int token = tile * S::kColumns + static_cast<int>(threadIdx.x);
+      const float* from = lse + head * lse_head_stride + image.first_kept * lse_token_stride;
       column_lse[tile % 2][threadIdx.x] =
-          token < tokens
-              ? lse[head * lse_head_stride + (image.first_kept + token) * lse_token_stride]
-              : 0.0f;
+          token < tokens ? from[token * lse_token_stride] * lse_scale : 0.0f;
     }
   };
+  clear_padding(row_tile, kRows + S::kBuffers * S::kColumns, head_dim);
   load_tile<kRows>(row_tile, row_operand.data, row_operand.token_stride, first_row, tokens,
                    head_dim, row_operand.aligned);
   load_columns(0);
 
   const int lane = threadIdx.x % kWarp;
   const int row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpRows;
-  float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};  // of two rows a lane
+  // Of two rows per lane. The start is finite, so that its distance from columns which do not exist
+  // is a number.
+  float highest[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.0f, 0.0f};
   const int tiles = (tokens + S::kColumns - 1) / S::kColumns;
   for (int tile = 0; tile < tiles; ++tile) {
     copy_async_wait<0>();
@@ -202,36 +265,47 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();  // the tile has been read
       if (tile + 1 < tiles) load_columns(tile + 1);
     }
-    const int first_column = tile * S::kColumns + 2 * (lane % 4);
+    struct alignas(8) Pair {
+      float of[2];
+    };
+    const auto* lse_of_lane = reinterpret_cast<const Pair*>(column_lse[tile % 2]) + lane % 4;
+#pragma unroll
+    for (int n = 0; n < kMatrices; ++n) {
+      Pair lse_of_query{};
+      if (kColumnSums) lse_of_query = lse_of_lane[4 * n];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& logit = logits[n][e];
+        logit = kColumnSums ? fmaf(logit, scale, -lse_of_query.of[e % 2]) : logit * scale;
+      }
+    }
+    if ((tile + 1) * S::kColumns > tokens) {  // the last one
+      const int first_column = tile * S::kColumns + 2 * (lane % 4);
+#pragma unroll
+      for (int n = 0; n < kMatrices; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (first_column + 8 * n + e % 2 >= tokens) logits[n][e] = -INFINITY;
+        }
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float tile_highest = highest[half], tile_sum = 0.0f;
+      float tile_sum = 0.0f, tile_highest = highest[half];
       if constexpr (!kColumnSums) {
 #pragma unroll
         for (int i = 0; i < 2 * kMatrices; ++i) {
-          const int n = i / 2, c = i % 2;
-          float& logit = logits[n][2 * half + c];
-          logit = first_column + 8 * n + c < tokens ? logit * scale : -INFINITY;
-          tile_highest = fmaxf(tile_highest, logit);
+          tile_highest = fmaxf(tile_highest, logits[i / 2][2 * half + i % 2]);
         }
-        if (tile_highest > -INFINITY) {  // a lane's columns may all lie beyond the last token
-#pragma unroll
-          for (int i = 0; i < 2 * kMatrices; ++i) {
-            tile_sum += expf(logits[i / 2][2 * half + i % 2] - tile_highest);
-          }
-          sum[half] = sum[half] * expf(highest[half] - tile_highest) + tile_sum;
-          highest[half] = tile_highest;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 2 * kMatrices; ++i) {
-          const int n = i / 2, c = i % 2;
-          const float lse_of_query = column_lse[tile % 2][8 * n + 2 * (lane % 4) + c];
-          const float weight = expf(fmaf(logits[n][2 * half + c], scale, -lse_of_query));
-          tile_sum += first_column + 8 * n + c < tokens ? weight : 0.0f;
-        }
-        sum[half] += tile_sum;
+        sum[half] *= E::exp(highest[half] - tile_highest);
+        highest[half] = tile_highest;
       }
+#pragma unroll
+      for (int i = 0; i < 2 * kMatrices; ++i) {
+        const float logit = logits[i / 2][2 * half + i % 2];
+        tile_sum += E::exp(kColumnSums ? logit : logit - tile_highest);
+      }
+      sum[half] += tile_sum;
     }
   }
 
@@ -246,16 +320,14 @@ __global__ void __launch_bounds__(kThreads)
       } else {
         const float other = __shfl_xor_sync(kAllLanes, highest[half], offset);
         const float both = fmaxf(highest[half], other);
-        if (both > -INFINITY) {
-          sum[half] = sum[half] * expf(highest[half] - both) + other_sum * expf(other - both);
-        }
+        sum[half] = sum[half] * E::exp(highest[half] - both) + other_sum * E::exp(other - both);
         highest[half] = both;
       }
     }
     const int row = first_row + row0 + lane / 4 + 8 * half;
     if (lane % 4 == 0 && row < tokens) {
       out[head * out_head_stride + image.first_kept + row] =
-          kColumnSums ? sum[half] : highest[half] + logf(sum[half]);
+          kColumnSums ? sum[half] : highest[half] + E::log(sum[half]);
     }
   }
 }
@@ -292,6 +364,7 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
   constexpr int64_t kMostImages = 32768;  // grid.y and grid.z
   const auto shared = static_cast<int>(S::shared_bytes(args.head_dim));
   const int64_t rows = args.rows();
+  const float scale = args.scale * Exponential<T>::kOfNatural;
   for (int64_t begin = 0; begin < args.images; begin += kMostImages) {
     const int64_t end = begin + kMostImages < args.images ? begin + kMostImages : args.images;
     const auto images = static_cast<unsigned>(end - begin);
@@ -306,17 +379,17 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
     const dim3 grid(static_cast<unsigned>((longest + kRows - 1) / kRows), args.heads, images);
     if (!args.lse) {
       if (const int e = launch<pass_kernel<T, false, S>>(
-              grid, kThreads, shared, stream, batch, args.q, args.k, args.head_dim, args.scale,
-              static_cast<const float*>(nullptr), int64_t{0}, int64_t{0}, own_lse, rows)) {
+              grid, kThreads, shared, stream, batch, args.q, args.k, args.head_dim, scale,
+              static_cast<const float*>(nullptr), int64_t{0}, int64_t{0}, 1.0f, own_lse, rows)) {
         return e;
       }
     }
     const float* lse = args.lse ? args.lse : own_lse;
     const int64_t head_stride = args.lse ? args.lse_head_stride : rows;
     const int64_t token_stride = args.lse ? args.lse_token_stride : 1;
-    if (const int e = launch<pass_kernel<T, true, S>>(grid, kThreads, shared, stream, batch, args.k,
-                                                      args.q, args.head_dim, args.scale, lse,
-                                                      head_stride, token_stride, sums, rows)) {
+    if (const int e = launch<pass_kernel<T, true, S>>(
+            grid, kThreads, shared, stream, batch, args.k, args.q, args.head_dim, scale, lse,
+            head_stride, token_stride, args.lse ? Exponential<T>::kOfNatural : 1.0f, sums, rows)) {
       return e;
     }
     const dim3 mean_grid(static_cast<unsigned>((longest + kThreads - 1) / kThreads), images);

@@ -472,8 +472,36 @@ DECISIONS = [
     Mutation(
         "received attention: columns beyond the last token count",
         RECEIVED,
-        "tile_sum += first_column + 8 * n + c < tokens ? weight : 0.0f;",
-        "tile_sum += weight;",
+        "if (first_column + 8 * n + e % 2 >= tokens) logits[n][e] = -INFINITY;",
+        "",
+        RESULTS,
+    ),
+    Mutation(
+        "received attention: channels behind the last one are not cleared",
+        RECEIVED,
+        "for (int d = begin; d < stride - kElements; ++d) {",
+        "for (int d = begin; d < 0; ++d) {",
+        "initcheck",
+    ),
+    Mutation(
+        "received attention: a caller's lse is taken to be to the base 2",
+        RECEIVED,
+        "from[token * lse_token_stride] * lse_scale",
+        "from[token * lse_token_stride]",
+        RESULTS,
+    ),
+    Mutation(
+        "[CLS] attention: keys past the last one are read",
+        CLS,
+        "min(first + i * kApart, args.tokens - 1)",
+        "(first + i * kApart)",
+        "memcheck",
+    ),
+    Mutation(
+        "[CLS] attention: two lanes' shares of a key are mixed up",
+        CLS,
+        "*value = 2 * upper + second;",
+        "*value = 2 * second + upper;",
         RESULTS,
     ),
     Mutation(

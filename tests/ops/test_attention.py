@@ -144,6 +144,20 @@ def test_received_attention(
         assert_as_good(ours, plain + size * exact.max(), exact, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sharp", [1.0, 4.0, 12.0])
+def test_received_attention_is_as_good_as_float32(
+    sharp: float, dtype: torch.dtype, implementations: dict[str, Any]
+) -> None:
+    """Also of 16-bit inputs and of large logits, whose exponentials the kernels approximate."""
+    q = heads(150, 2, 80, dtype=dtype, seed=8, sharp=sharp)
+    k = heads(150, 2, 80, dtype=dtype, seed=9)
+    exact = exact_received(q, k, 80**-0.5, [0, 150])
+    plain = reference.received_attention(q.float(), k.float(), 80**-0.5)
+    for name, implementation in implementations.items():
+        assert_as_good(implementation.received_attention(q, k, 80**-0.5), plain, exact, name)
+
+
 def test_one_image_is_the_default(implementations: dict[str, Any]) -> None:
     q, k = (heads(70, 2, 16, dtype=torch.float16, seed=s) for s in (5, 6))
     for implementation in (reference, *implementations.values()):

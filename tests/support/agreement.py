@@ -57,12 +57,14 @@ def _attention(kernels: Kernels, dtype: torch.dtype) -> bool:
     q, k = (torch.randn((150, 2, 40), generator=g).to(dtype) for _ in range(2))
     got = kernels.received_attention(q, k, 0.2, [0, 131, 150])
     want = reference.received_attention(q, k, 0.2, [0, 131, 150])
+    lse = torch.rand(2, 150, generator=g)
+    got_lse = kernels.received_attention(q, k, 0.2, [0, 131, 150], lse)
+    want_lse = reference.received_attention(q, k, 0.2, [0, 131, 150], lse)
     keys = k.transpose(0, 1).unsqueeze(0)
     got_cls = kernels.cls_attention(q[:1], keys, 0.2)
     want_cls = reference.cls_attention(q[:1], keys, 0.2)
-    return torch.allclose(got, want, rtol=1e-4, atol=0) and torch.allclose(
-        got_cls, want_cls, rtol=1e-4, atol=0
-    )
+    pairs = ((got, want), (got_lse, want_lse), (got_cls, want_cls))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=0) for a, b in pairs)
 
 
 def _refuses_to_depend(kernels: Kernels) -> bool:
