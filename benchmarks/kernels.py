@@ -383,7 +383,7 @@ def plan_times(row: Row, device: str, seconds: float) -> list[dict[str, Any]]:
         {stage: name}
         for stage in PLANNED_STAGES
         for name in choices.get(stage, ())
-        if name not in ("auto", "ordered")  # in order is what "auto" does
+        if name not in ("auto", "dependent")  # which "auto" is where it can be
     ]
     times: list[list[float]] = [[] for _ in forced]
     for _ in range(3):

@@ -8,14 +8,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -33,17 +34,74 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace vispruner {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// ---- memory -----------------------------------------------------------------------------------
+// Numbers are compared as torch's C interface has them: translating them to ScalarType and
+// DeviceType, as the methods of Tensor do, takes a tenth of a small call.
+int32_t dtype_number(const Tensor& t) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+struct Place {
+  int32_t type, index;
+
+  explicit Place(const Tensor& t) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  }
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+// An uninitialized tensor on the device of `like`, by the shortest way there is: new_empty takes
+// four times as long.
+template <size_t kDims>
+Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], int32_t dtype) {
+  int64_t strides[kDims];
+  int64_t stride = 1;
+  for (size_t d = kDims; d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  const Place place(like);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(kDims, sizes, strides, dtype, place.type, place.index, &handle));
+  return Tensor(handle);
+}
+
+// Memory of the host for the time of a call; a little comes from the stack.
+class HostMemory {
+ public:
+  static constexpr int64_t kAlign = 64;
+
+  explicit HostMemory(int64_t bytes) {
+    if (bytes <= static_cast<int64_t>(sizeof little_)) return;
+    data_ = static_cast<char*>(
+        ::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlign}, std::nothrow));
+    STD_TORCH_CHECK(data_ != nullptr, "vispruner: the host has no ", bytes,
+                    " bytes of memory for the workspace");
+  }
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+  ~HostMemory() { ::operator delete(data_, std::align_val_t{kAlign}); }
+  char* data() { return data_ ? data_ : little_; }
+
+ private:
+  alignas(kAlign) char little_[16384];
+  char* data_ = nullptr;
+};
 
 // ---- tensors to views -------------------------------------------------------------------------
 DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, name, " must have dtype float16, bfloat16 or float32");
-  }
+  const int32_t dtype = dtype_number(t);
+  if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_bfloat16(), name,
+                  " must have dtype float16, bfloat16 or float32");
+  return DType::kBFloat16;
 }
 
 // Channels contiguous; images and tokens may be strided (feats[:, 1:] needs no copy).
@@ -81,6 +139,7 @@ void check_tokens(int64_t n) {
 }
 
 void check_feats(const Tensor& feats, int64_t dim) {
+  (void)dtype_of(feats, "feats");
   STD_TORCH_CHECK(feats.dim() == dim, "feats must have ", dim, " dimensions, got ", feats.dim());
   STD_TORCH_CHECK(feats.size(dim - 1) >= 1, "feats must have at least one channel");
   STD_TORCH_CHECK(feats.size(dim - 1) <= kMaxChannels, "feats has ", feats.size(dim - 1),
@@ -89,6 +148,7 @@ void check_feats(const Tensor& feats, int64_t dim) {
 }
 
 void check_attention(const Tensor& attn, int64_t batch_dims) {
+  (void)dtype_of(attn, "cls_attn");
   STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.dim() == batch_dims + 2,
                   "cls_attn must have ", batch_dims + 1, " or ", batch_dims + 2,
                   " dimensions, got ", attn.dim());
@@ -99,7 +159,7 @@ void check_attention(const Tensor& attn, int64_t batch_dims) {
 
 void check_selection(const Tensor& feats, const Tensor& attn, double important_ratio,
                      int64_t step) {
-  STD_TORCH_CHECK(feats.device() == attn.device(), "feats and cls_attn must be on one device");
+  STD_TORCH_CHECK(Place(feats) == Place(attn), "feats and cls_attn must be on one device");
   STD_TORCH_CHECK(important_ratio >= 0.0 && important_ratio <= 1.0,
                   "important_ratio must be in [0, 1], got ", important_ratio);
   STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
@@ -159,8 +219,12 @@ int clamp_to_tokens(int64_t x) { return static_cast<int>(std::min<int64_t>(x, kM
 
 // ---- attention scores -------------------------------------------------------------------------
 void check_heads(const Tensor& q, const Tensor& k) {
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.device() == k.device(),
+  STD_TORCH_CHECK(dtype_number(q) == dtype_number(k) && Place(q) == Place(k),
                   "q and k must have one dtype and be on one device");
+}
+
+void check_scale(double scale) {
+  STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
 }
 
 ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double scale) {
@@ -170,6 +234,7 @@ ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double
                       q_cls.size(1) >= 1 && q_cls.size(2) >= 1,
                   "q_cls must have shape (B, H, D) and k (B, H, 1 + N, D)");
   check_tokens(k.size(2) - 1);
+  check_scale(scale);
   return {{q_cls.const_data_ptr(), q_cls.stride(0), q_cls.stride(1), 0},
           {k.const_data_ptr(), k.stride(0), k.stride(1), k.stride(2)},
           dtype_of(k, "k"),
@@ -194,6 +259,7 @@ ReceivedAttentionArgs received_attention_args(const Tensor& q, const Tensor& k, 
     STD_TORCH_CHECK(bounds[i] >= bounds[i - 1], "cu_seqlens must not decrease");
     check_tokens(bounds[i] - bounds[i - 1]);
   }
+  check_scale(scale);
   ReceivedAttentionArgs args{{q.const_data_ptr(), 0, q.stride(1), q.stride(0)},
                              {k.const_data_ptr(), 0, k.stride(1), k.stride(0)},
                              dtype_of(q, "q"),
@@ -206,9 +272,9 @@ ReceivedAttentionArgs received_attention_args(const Tensor& q, const Tensor& k, 
                              static_cast<int64_t>(bounds.size()) - 1,
                              bounds.data()};
   if (lse) {
-    STD_TORCH_CHECK(lse->scalar_type() == ScalarType::Float && lse->dim() == 2 &&
+    STD_TORCH_CHECK(dtype_number(*lse) == aoti_torch_dtype_float32() && lse->dim() == 2 &&
                         lse->size(0) == q.size(1) && lse->size(1) == q.size(0) &&
-                        lse->device() == q.device(),
+                        Place(*lse) == Place(q),
                     "lse must be float32 of shape (H, T) on the device of q");
     args.lse = lse->const_data_ptr<float>();
     args.lse_head_stride = lse->stride(0);
@@ -254,19 +320,20 @@ void prefer_huge_pages(char* memory, int64_t bytes) {
 }
 
 // Images run side by side where there are enough of them and they are small (a workspace each);
-// otherwise one after the other with all threads on each. Returns the bytes of one workspace and
-// calls body(image, threads, workspace).
+// otherwise one after the other with all threads on each, or with one where there is little to do.
+// Calls body(image, threads, workspace); bytes(threads) are those of one workspace.
 template <typename Bytes, typename Body>
-void for_each_image(const Tensor& like, int64_t images, int largest_residual, const Bytes& bytes,
+void for_each_image(int64_t images, int largest_residual, int64_t channels, const Bytes& bytes,
                     const Body& body) {
-  constexpr int kSmall = 2048;  // residual tokens; 16 MiB of Gram matrix
-  const cpu::Threads all = torch_threads();
+  constexpr int kSmall = 2048;                   // residual tokens; 16 MiB of Gram matrix
+  constexpr int64_t kLittle = int64_t{1} << 17;  // multiplications: about 10 us
+  const int64_t work = channels * largest_residual * largest_residual;
+  const cpu::Threads all = work * images <= kLittle ? one_thread() : torch_threads();
   const bool side_by_side = all.count > 1 && images >= all.count && largest_residual <= kSmall;
   const int64_t lanes = side_by_side ? all.count : 1;
-  const int64_t each = round_up(bytes(side_by_side ? 1 : all.count), 64);
-  // The allocator's alignment (64 bytes) is the workspace's.
-  const Tensor memory = torch::stable::new_empty(like, {lanes * each}, ScalarType::Byte);
-  auto* base = static_cast<char*>(memory.mutable_data_ptr());
+  const int64_t each = round_up(bytes(side_by_side ? 1 : all.count), HostMemory::kAlign);
+  HostMemory memory(lanes * each);
+  char* base = memory.data();
   prefer_huge_pages(base, lanes * each);
   if (!side_by_side) {
     for (int64_t image = 0; image < images; ++image) body(image, all, base);
@@ -282,8 +349,8 @@ void for_each_image(const Tensor& like, int64_t images, int largest_residual, co
 
 // `image_at(i)` describes image i; feats and attention give layout and dtype.
 template <typename ImageAt>
-void prune_images_cpu(const Tensor& like, const FeatureView& feats, const AttentionView& attention,
-                      int64_t images, int64_t step, const ImageAt& image_at) {
+void prune_images_cpu(const FeatureView& feats, const AttentionView& attention, int64_t images,
+                      int64_t step, const ImageAt& image_at) {
   int largest = 0;
   for (int64_t i = 0; i < images; ++i) largest = std::max(largest, image_at(i).shape.residual());
   const auto bytes = [&](int threads) {
@@ -293,10 +360,11 @@ void prune_images_cpu(const Tensor& like, const FeatureView& feats, const Attent
     }
     return most;
   };
-  for_each_image(
-      like, images, largest, bytes, [&](int64_t i, const cpu::Threads& threads, void* workspace) {
-        cpu::prune_image(feats, attention, image_at(i), clamp_to_tokens(step), threads, workspace);
-      });
+  for_each_image(images, largest, feats.channels, bytes,
+                 [&](int64_t i, const cpu::Threads& threads, void* workspace) {
+                   cpu::prune_image(feats, attention, image_at(i), clamp_to_tokens(step), threads,
+                                    workspace);
+                 });
 }
 
 // What an operator does on the CPU. `like` is an input: outputs have its device.
@@ -317,10 +385,10 @@ struct OnCpu {
     });
   }
 
-  static void pairwise_cosine(const Tensor& like, const FeatureView& view, int64_t images,
-                              int tokens, float* cosines) {
+  static void pairwise_cosine(const Tensor&, const FeatureView& view, int64_t images, int tokens,
+                              float* cosines) {
     for_each_image(
-        like, images, tokens,
+        images, tokens, view.channels,
         [&](int threads) { return cpu::cosine_workspace_bytes(tokens, view.channels, threads); },
         [&](int64_t i, const cpu::Threads& threads, void* workspace) {
           cpu::pairwise_cosine(view, at_element(view.data, view.dtype, i * view.image_stride),
@@ -328,10 +396,10 @@ struct OnCpu {
         });
   }
 
-  static void prune_batch(const Tensor& like, const FeatureView& feats,
-                          const AttentionView& attention, int64_t images, const ImageShape& shape,
-                          int64_t step, int64_t* indices, void* kept_feats) {
-    prune_images_cpu(like, feats, attention, images, step, [&](int64_t i) {
+  static void prune_batch(const Tensor&, const FeatureView& feats, const AttentionView& attention,
+                          int64_t images, const ImageShape& shape, int64_t step, int64_t* indices,
+                          void* kept_feats) {
+    prune_images_cpu(feats, attention, images, step, [&](int64_t i) {
       const int64_t row = i * shape.kept();
       cpu::PruneImage image{};
       image.feats = at_element(feats.data, feats.dtype, i * feats.image_stride);
@@ -347,23 +415,22 @@ struct OnCpu {
     });
   }
 
-  static void prune_packed(const Tensor& like, const FeatureView& feats,
-                           const AttentionView& attention, const std::vector<PackedImage>& packed,
-                           int64_t step, int64_t* indices, void* kept_feats) {
-    prune_images_cpu(
-        like, feats, attention, static_cast<int64_t>(packed.size()), step, [&](int64_t i) {
-          const PackedImage& p = packed[static_cast<size_t>(i)];
-          cpu::PruneImage image{};
-          image.feats = at_element(feats.data, feats.dtype, p.first_token * feats.token_stride);
-          image.attention =
-              at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
-          image.shape = p.shape;
-          image.index_base = p.first_token;
-          image.indices = indices + p.first_kept;
-          image.kept_feats = static_cast<char*>(kept_feats) +
-                             p.first_kept * feats.channels * element_bytes(feats.dtype);
-          return image;
-        });
+  static void prune_packed(const Tensor&, const FeatureView& feats, const AttentionView& attention,
+                           const std::vector<PackedImage>& packed, int64_t step, int64_t* indices,
+                           void* kept_feats) {
+    prune_images_cpu(feats, attention, static_cast<int64_t>(packed.size()), step, [&](int64_t i) {
+      const PackedImage& p = packed[static_cast<size_t>(i)];
+      cpu::PruneImage image{};
+      image.feats = at_element(feats.data, feats.dtype, p.first_token * feats.token_stride);
+      image.attention =
+          at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
+      image.shape = p.shape;
+      image.index_base = p.first_token;
+      image.indices = indices + p.first_kept;
+      image.kept_feats = static_cast<char*>(kept_feats) +
+                         p.first_kept * feats.channels * element_bytes(feats.dtype);
+      return image;
+    });
   }
 
   static void cls_attention(const Tensor&, const ClsAttentionArgs& args, float* out) {
@@ -390,20 +457,21 @@ void check_cuda(int error) {
 class Launch {
  public:
   explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    stream_.device = t.get_device_index();
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "vispruner: this torch has no CUDA");
-    check_cuda(cuda::set_device(t.get_device_index()));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    check_cuda(cuda::set_device(stream_.device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(stream_.device, &stream_.handle));
   }
-  void* stream() const { return stream_; }
+  cuda::Stream stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  cuda::Stream stream_{};
 };
 
 Tensor workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  return empty(like, {bytes}, aoti_torch_dtype_uint8());
 }
 
 // The same on the current stream of the inputs' GPU.
@@ -473,8 +541,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& cls_attn, int64_t k) {
   check_k(k);
   const int64_t images = cls_attn.size(0), tokens = tokens_of(cls_attn);
   const int64_t kept = std::min(k, tokens);
-  Tensor scores = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(cls_attn, {images, kept}, ScalarType::Long);
+  Tensor scores = empty(cls_attn, {images, kept}, aoti_torch_dtype_float32());
+  Tensor indices = empty(cls_attn, {images, kept}, aoti_torch_dtype_int64());
   if (indices.numel() > 0) {
     Backend::topk(cls_attn, attention_view(cls_attn, false), images, static_cast<int>(tokens),
                   static_cast<int>(kept), indices.mutable_data_ptr<int64_t>(),
@@ -489,7 +557,7 @@ Tensor pairwise_cosine(const Tensor& feats_) {
   check_feats(feats_, 3);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0), tokens = feats.size(1);
-  Tensor out = torch::stable::new_empty(feats, {images, tokens, tokens}, ScalarType::Float);
+  Tensor out = empty(feats, {images, tokens, tokens}, aoti_torch_dtype_float32());
   if (out.numel() > 0) {
     Backend::pairwise_cosine(feats, feature_view(feats), images, static_cast<int>(tokens),
                              out.mutable_data_ptr<float>());
@@ -506,7 +574,7 @@ Tensor dedup(const Tensor& feats_, int64_t k, int64_t step) {
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0);
   const ImageShape shape = image_shape(feats.size(1), k, 0.0);
-  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
+  Tensor indices = empty(feats, {images, shape.kept()}, aoti_torch_dtype_int64());
   if (indices.numel() > 0) {
     Backend::prune_batch(feats, feature_view(feats), AttentionView{}, images, shape, step,
                          indices.mutable_data_ptr<int64_t>(), nullptr);
@@ -522,8 +590,8 @@ std::tuple<Tensor, Tensor> prune(const Tensor& feats_, const Tensor& cls_attn, i
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0);
   const ImageShape shape = image_shape(feats.size(1), k, important_ratio);
-  Tensor indices = torch::stable::new_empty(feats, {images, shape.kept()}, ScalarType::Long);
-  Tensor kept = torch::stable::new_empty(feats, {images, shape.kept(), feats.size(2)});
+  Tensor indices = empty(feats, {images, shape.kept()}, aoti_torch_dtype_int64());
+  Tensor kept = empty(feats, {images, shape.kept(), feats.size(2)}, dtype_number(feats));
   if (indices.numel() > 0) {
     Backend::prune_batch(feats, feature_view(feats), attention_view(cls_attn, false), images, shape,
                          step, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
@@ -540,8 +608,8 @@ std::tuple<Tensor, Tensor> prune_varlen(const Tensor& feats_, const Tensor& cls_
   const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t rows = kept_rows(packed);
-  Tensor indices = torch::stable::new_empty(feats, {rows}, ScalarType::Long);
-  Tensor kept = torch::stable::new_empty(feats, {rows, feats.size(1)});
+  Tensor indices = empty(feats, {rows}, aoti_torch_dtype_int64());
+  Tensor kept = empty(feats, {rows, feats.size(1)}, dtype_number(feats));
   if (rows > 0) {
     Backend::prune_packed(feats, feature_view(feats), attention_view(cls_attn, true), packed, step,
                           indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
@@ -554,7 +622,7 @@ Tensor cls_attention(const Tensor& q_, const Tensor& k_, double scale) {
   Backend::check_plans();
   const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
   const ClsAttentionArgs args = cls_attention_args(q, k, scale);
-  Tensor out = torch::stable::new_empty(k, {args.images, args.tokens - 1}, ScalarType::Float);
+  Tensor out = empty(k, {args.images, args.tokens - 1}, aoti_torch_dtype_float32());
   if (out.numel() > 0) Backend::cls_attention(k, args, out.mutable_data_ptr<float>());
   return out;
 }
@@ -566,7 +634,7 @@ Tensor received_attention(const Tensor& q_, const Tensor& k_, double scale,
   Backend::check_plans();
   const Tensor q = with_contiguous_channels(q_), k = with_contiguous_channels(k_);
   const ReceivedAttentionArgs args = received_attention_args(q, k, scale, cu_seqlens, lse);
-  Tensor out = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
+  Tensor out = empty(q, {q.size(0)}, aoti_torch_dtype_float32());
   if (out.numel() > 0) Backend::received_attention(q, args, out.mutable_data_ptr<float>());
   return out;
 }

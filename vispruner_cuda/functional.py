@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _checks
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 from .reference import gather_tokens
 
-# Calls name the overload: looking it up takes microseconds of every call.
-_ops = torch.ops.vispruner
+# Looking an operator up takes a while of every small call.
+_topk = torch.ops.vispruner.topk.default
+_pairwise_cosine = torch.ops.vispruner.pairwise_cosine.default
+_dedup = torch.ops.vispruner.dedup.default
+_prune = torch.ops.vispruner.prune.default
+_prune_varlen = torch.ops.vispruner.prune_varlen.default
+_cls_attention = torch.ops.vispruner.cls_attention.default
+_received_attention = torch.ops.vispruner.received_attention.default
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _plain(tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> bool:
+    """Whether the operator itself refuses whatever is wrong with these arguments.
+
+    Fake and meta tensors have operators that look at nothing.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.requires_grad or tensor.is_meta:
+            return False
+    for number in numbers:
+        if type(number) is not int and type(number) is not float:
+            return False
+    return not is_compiling()
+
+
+def _call(
+    operator: Callable[..., Any],
+    check: Callable[..., None],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[Any, ...],
+    types: tuple[type, ...],
+) -> Any:
+    """Calls an operator with arguments of which `check` approves.
+
+    With plain arguments the check runs only after the operator refused them, for the clearer
+    message.
+    """
+    if _plain(tensors, numbers):
+        try:
+            return operator(*tensors, *numbers)
+        except Exception:
+            check(*tensors, *numbers)
+            raise
+    check(*tensors, *numbers)
+    converted = (as_type(n) for as_type, n in zip(types, numbers, strict=True))
+    return operator(*map(_detached, tensors), *converted)
 
 
 def topk(cls_attn: Tensor, k: int) -> TopkResult:
@@ -34,8 +83,7 @@ def topk(cls_attn: Tensor, k: int) -> TopkResult:
 
     Source: VisPruner (arXiv 2412.01818), section 3.2; docs/numerics.md, "Score".
     """
-    _checks.topk(cls_attn, k)
-    return TopkResult(*_ops.topk.default(cls_attn.detach(), int(k)))
+    return TopkResult(*_call(_topk, _checks.topk, (cls_attn,), (k,), (int,)))
 
 
 def pairwise_cosine(feats: Tensor) -> Tensor:
@@ -56,8 +104,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
     Source: docs/numerics.md, "Gram" and "Redundancy".
     """
-    _checks.pairwise_cosine(feats)
-    return _ops.pairwise_cosine.default(feats.detach())
+    return _call(_pairwise_cosine, _checks.pairwise_cosine, (feats,), (), ())
 
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
@@ -81,8 +128,7 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
 
     Source: VisPruner (arXiv 2412.01818), section 3.3; docs/numerics.md, "The loop".
     """
-    _checks.dedup(feats, k, step)
-    return _ops.dedup.default(feats.detach(), int(k), int(step))
+    return _call(_dedup, _checks.dedup, (feats,), (k, step), (int, int))
 
 
 def prune(
@@ -119,9 +165,12 @@ def prune(
 
     Source: VisPruner (arXiv 2412.01818), section 3; docs/numerics.md.
     """
-    _checks.prune(feats, cls_attn, k, important_ratio, step)
-    kept, indices = _ops.prune.default(
-        feats.detach(), cls_attn.detach(), int(k), float(important_ratio), int(step)
+    kept, indices = _call(
+        _prune,
+        _checks.prune,
+        (feats, cls_attn),
+        (k, important_ratio, step),
+        (int, float, int),
     )
     if feats.requires_grad and torch.is_grad_enabled():
         kept = gather_tokens(feats, indices)
@@ -155,8 +204,8 @@ def prune_varlen(
         TypeError, ValueError: as for :func:`prune`.
     """
     bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
-    kept, indices = _ops.prune_varlen.default(
-        feats.detach(), cls_attn.detach(), bounds, ks, float(important_ratio), int(step)
+    kept, indices = _prune_varlen(
+        _detached(feats), _detached(cls_attn), bounds, ks, float(important_ratio), int(step)
     )
     if feats.requires_grad and torch.is_grad_enabled():
         kept = feats[indices]
@@ -188,8 +237,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
     Source: VisPruner (arXiv 2412.01818), section 3.2.
     """
-    _checks.cls_attention(q_cls, k, scale)
-    return _ops.cls_attention.default(q_cls.detach(), k.detach(), float(scale))
+    return _call(_cls_attention, _checks.cls_attention, (q_cls, k), (scale,), (float,))
 
 
 def received_attention(
@@ -222,6 +270,6 @@ def received_attention(
     Source: VisPruner (arXiv 2412.01818), the authors' recipe for encoders without [CLS].
     """
     bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
-    return _ops.received_attention.default(
-        q.detach(), k.detach(), float(scale), bounds, None if lse is None else lse.detach()
+    return _received_attention(
+        _detached(q), _detached(k), float(scale), bounds, None if lse is None else _detached(lse)
     )

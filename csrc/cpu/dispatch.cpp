@@ -1,4 +1,5 @@
 // Chooses the instruction set: the best one of this processor, unless a plan asks for another.
+#include <array>
 #include <string>
 #include <vector>
 
@@ -65,14 +66,24 @@ const IsaKernels* find(plan::Cpu asked) {
   return nullptr;
 }
 
+// The answers of find(), which inner loops ask for.
+const IsaKernels* found(plan::Cpu asked) {
+  static const auto all = [] {
+    std::array<const IsaKernels*, plan::kCpus> kernels{};
+    for (size_t i = 0; i < kernels.size(); ++i) kernels[i] = find(static_cast<plan::Cpu>(i));
+    return kernels;
+  }();
+  return all[static_cast<size_t>(asked)];
+}
+
 }  // namespace
 
 const IsaKernels& isa() {
-  const IsaKernels* asked = find(plan::current_cpu());
+  const IsaKernels* asked = found(plan::current_cpu());
   return asked ? *asked : portable::kKernels;  // ops.cpp refuses to run then
 }
 
-bool isa_supported(plan::Cpu asked) { return find(asked) != nullptr; }
+bool isa_supported(plan::Cpu asked) { return found(asked) != nullptr; }
 const char* isa_name() { return isa().name; }
 std::string isa_built() { return names(false); }
 std::string isa_usable() { return names(true); }

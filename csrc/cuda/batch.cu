@@ -22,7 +22,7 @@ __global__ void table_kernel(TableChunk chunk, int count, Image* table) {
 
 // Launch parameters are the one way to bring host data to the device that neither waits nor needs
 // pinned memory, and that a captured graph keeps.
-int write_table(const Image* images, int count, Image* table, void* stream) {
+int write_table(const Image* images, int count, Image* table, Stream stream) {
   for (int first = 0; first < count; first += kTableChunk) {
     TableChunk chunk{};
     const int now = count - first < kTableChunk ? count - first : kTableChunk;

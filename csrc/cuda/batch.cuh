@@ -1,5 +1,6 @@
 // Where the images of a batch lie: in the inputs, in the outputs and in the workspace.
 #pragma once
+#include "vispruner/cuda.h"
 #include "vispruner/shape.h"
 
 namespace vispruner::cuda {
@@ -107,7 +108,7 @@ struct WaveSize {
 };
 
 // Brings `count` images from the host to `table` on the device.
-int write_table(const Image* images, int count, Image* table, void* stream);
+int write_table(const Image* images, int count, Image* table, Stream stream);
 
 // ---- the stages, one file each ----------------------------------------------------------------
 struct RankOutput {  // of the topk op
@@ -117,15 +118,15 @@ struct RankOutput {  // of the topk op
 };
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
                       const AttentionView& attention, const RankOutput& topk, void* workspace,
-                      void* stream);
+                      Stream stream);
 // `out` null: similarities into the workspace. Else cosines into (images, R, R).
 int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out, void* workspace,
-         void* stream);
+         Stream stream);
 int neighbours(const Batch& batch, const WaveSize& size, int64_t channels, void* workspace,
-               void* stream);
+               Stream stream);
 int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels, int step,
-                     int64_t* indices, void* workspace, void* stream);
+                     int64_t* indices, void* workspace, Stream stream);
 int gather(const Batch& batch, const WaveSize& size, const FeatureView& feats,
-           const int64_t* indices, void* kept_feats, void* stream);
+           const int64_t* indices, void* kept_feats, Stream stream);
 
 }  // namespace vispruner::cuda

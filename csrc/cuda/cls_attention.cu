@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, bool kFar>
 int run(ClsAttentionArgs args, const ClsAttentionLayout& at, float* out, unsigned char* workspace,
-        void* stream) {
+        Stream stream) {
   constexpr int64_t kMostImages = 32768;  // grid.y
   const int patches = args.tokens - 1;
   const int64_t images = args.images;
@@ -243,9 +243,9 @@ ClsAttentionLayout cls_attention_layout(const ClsAttentionArgs& args) {
 }
 
 int cls_attention(const ClsAttentionArgs& args, const ClsAttentionLayout& at, float* out,
-                  void* workspace, void* stream) {
+                  void* workspace, Stream stream) {
   int limit = 0;
-  if (const int e = shared_memory_limit(&limit)) return e;
+  if (const int e = shared_memory_limit(stream.device, &limit)) return e;
   if (at.shared_bytes > limit) {
     return refuse(
         "cls_attention: %d tokens and head_dim = %d take %lld bytes of shared memory per block, "

@@ -594,9 +594,9 @@ int threads_for(int residual, int most) {
 }  // namespace
 
 int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels, int step,
-                     int64_t* indices, void* workspace, void* stream) {
+                     int64_t* indices, void* workspace, Stream stream) {
   int limit = 0;
-  if (const int error = shared_memory_limit(&limit)) return error;
+  if (const int error = shared_memory_limit(stream.device, &limit)) return error;
   const plan::Plans asked = plan::current();
   const plan::DedupBytes needed = shared_bytes(size);
   const plan::Dedup plan = plan::choose(asked.dedup, needed, limit);

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 8)
 }  // namespace
 
 int gather(const Batch& batch, const WaveSize& size, const FeatureView& feats,
-           const int64_t* indices, void* kept_feats, void* stream) {
+           const int64_t* indices, void* kept_feats, Stream stream) {
   const dim3 grid((size.kept + kRows - 1) / kRows, size.images);
   return launch_dependent<gather_kernel>(
       grid, kThreads, 0, stream, batch, static_cast<const unsigned char*>(feats.data),

@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 }  // namespace
 
 int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out, void* workspace,
-         void* stream) {
+         Stream stream) {
   const auto run = [&](auto cosine, auto shape) {
     using S = decltype(shape);
     int blocks = 0;

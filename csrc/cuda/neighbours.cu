@@ -189,7 +189,7 @@ using Constant = std::integral_constant<int, kValue>;
 }  // namespace
 
 int neighbours(const Batch& batch, const WaveSize& size, int64_t channels, void* workspace,
-               void* stream) {
+               Stream stream) {
   const dim3 grid(size.residual, size.images);
   auto* ws = static_cast<unsigned char*>(workspace);
   const auto run = [&](auto threads, auto values) {

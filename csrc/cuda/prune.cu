@@ -55,7 +55,7 @@ Wave next_wave(const PruneArgs& args, int64_t begin) {
 }
 
 int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, void* workspace,
-             void* stream) {
+             Stream stream) {
   const int64_t channels = args.feats.channels;
   if (size.kept == 0) return 0;
   Batch followed = batch;  // by another kernel of this call
@@ -104,7 +104,7 @@ int64_t prune_workspace_bytes(const PruneArgs& args) {
   return table_bytes(args) + most;
 }
 
-int prune(const PruneArgs& args, void* workspace, void* stream) {
+int prune(const PruneArgs& args, void* workspace, Stream stream) {
   auto* table = static_cast<Image*>(workspace);
   const int64_t images_at = table_bytes(args);
   for (int64_t begin = 0; begin < args.images;) {
@@ -153,7 +153,7 @@ int64_t cosine_workspace_bytes(const FeatureView& feats, int64_t images, int tok
 }
 
 int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float* out,
-                    int64_t workspace_limit, void* workspace, void* stream) {
+                    int64_t workspace_limit, void* workspace, Stream stream) {
   const int64_t per_wave = cosine_wave(feats, images, tokens, workspace_limit);
   Batch batch{};
   batch.first.shape = {tokens, 0, tokens};

@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
 
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
                       const AttentionView& attention, const RankOutput& topk, void* workspace,
-                      void* stream) {
+                      Stream stream) {
   const auto blocks = [&](int tokens) { return (size.tokens + tokens - 1) / tokens; };
   const auto run = [&](auto element, auto tokens) {
     return launch_dependent<rank_kernel<decltype(element), tokens()>>(
@@ -354,7 +354,7 @@ int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureVie
 }
 
 int topk(const AttentionView& attention, int64_t images, int tokens, int k, int64_t* indices,
-         float* scores, void* stream) {
+         float* scores, Stream stream) {
   const int kept = k < tokens ? k : tokens;
   if (images == 0 || kept == 0) return 0;
   Batch batch{};

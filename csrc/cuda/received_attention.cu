@@ -360,7 +360,7 @@ Offsets offsets(const ReceivedAttentionArgs& args) {
 
 template <typename T, typename S>
 int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float* own_lse,
-        float* sums, void* stream) {
+        float* sums, Stream stream) {
   constexpr int64_t kMostImages = 32768;  // grid.y and grid.z
   const auto shared = static_cast<int>(S::shared_bytes(args.head_dim));
   const int64_t rows = args.rows();
@@ -403,9 +403,9 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
 
 template <typename T>
 int run_planned(const ReceivedAttentionArgs& args, float* out, const Image* table, float* lse,
-                float* sums, void* stream) {
+                float* sums, Stream stream) {
   int limit = 0;
-  if (const int e = shared_memory_limit(&limit)) return e;
+  if (const int e = shared_memory_limit(stream.device, &limit)) return e;
   const int64_t wide = Wide<T>::shared_bytes(args.head_dim);
   const plan::ReceivedAttention plan =
       plan::choose(plan::current().received_attention, wide, limit);
@@ -430,7 +430,7 @@ int64_t received_attention_workspace_bytes(const ReceivedAttentionArgs& args) {
 }
 
 int received_attention(const ReceivedAttentionArgs& args, float* out, void* workspace,
-                       void* stream) {
+                       Stream stream) {
   auto* base = static_cast<unsigned char*>(workspace);
   const Offsets at = offsets(args);
   auto* table = reinterpret_cast<Image*>(base);

@@ -1,4 +1,5 @@
 // The CUDA runtime as the operators see it: devices, limits and error messages.
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
@@ -72,14 +73,17 @@ std::string error_string(int error) {
 
 int set_device(int device) { return cudaSetDevice(device); }
 
-int shared_memory_limit(int* bytes) {
-  constexpr int kReserved = 2048;
-  int device = 0;
-  if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+int shared_memory_limit(int device, int* bytes) {
+  constexpr int kReserved = 2048, kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: not asked for yet
+  const bool remembered = device < kDevices;
+  if (remembered && (*bytes = known[device].load(std::memory_order_relaxed)) != 0) return 0;
   const cudaError_t e =
       cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e != cudaSuccess) return e;
   *bytes -= kReserved;
-  return e;
+  if (remembered) known[device].store(*bytes, std::memory_order_relaxed);
+  return 0;
 }
 
 }  // namespace vispruner::cuda

@@ -283,15 +283,15 @@ LAUNCHES = [
     Mutation(
         "launch: 48 KiB are taken to be there beside the static variables",
         LAUNCH,
-        "if (shared_bytes > 0 || overlap) {",
-        "if (shared_bytes > 48 * 1024 || overlap) {",
+        "if (shared_bytes > 0 || launch",
+        "if (shared_bytes > 48 * 1024 || launch",
         "launch",
     ),
     Mutation(
         "launch: dependent launches of code that does not wait",
         LAUNCH,
         "attributes.ptxVersion >= 90",
-        "true",
+        "attributes.ptxVersion >= 80",
         "launch",
     ),
     Mutation(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import environment
-from support.compiled_kernels import A100, ADA, H100, Device, Kernels
+from support.compiled_kernels import A100, ADA, BLACKWELL, H100, Device, Kernels
 from support.problems import Problem
 
 import vispruner_cuda
@@ -58,15 +58,27 @@ def test_the_plan_asked_for_is_launched(
     assert launched == [LAUNCHED[stage, plan]]
 
 
-@pytest.mark.parametrize("plan", ["auto", "ordered", "dependent"])
-def test_dependent_launches_are_those_asked_for(plan: str, compiled: Kernels) -> None:
+@pytest.mark.parametrize(
+    ("plan", "device", "expected"),
+    [
+        ("auto", H100, True),
+        ("auto", BLACKWELL, True),
+        ("auto", ADA, False),
+        ("auto", A100, False),
+        ("auto", Device(9, 0, H100.shared_bytes, newest_ptx=80), False),
+        ("ordered", H100, False),
+        ("dependent", H100, True),
+    ],
+)
+def test_dependent_launches(plan: str, device: Device, expected: bool, compiled: Kernels) -> None:
+    compiled.device = device
     with compiled.plans.use(launch=plan):
         prune(compiled)
     assert len(compiled.launches) == 5
-    assert [launch["dependent"] for launch in compiled.launches] == [plan == "dependent"] * 5
+    assert [launch["dependent"] for launch in compiled.launches] == [expected] * 5
 
 
-@pytest.mark.parametrize("launch", ["ordered", "dependent"])
+@pytest.mark.parametrize("launch", ["auto", "ordered", "dependent"])
 @pytest.mark.parametrize("function", ["prune", "dedup", "topk", "pairwise_cosine"])
 def test_only_a_kernel_of_the_same_call_may_start_early(
     function: str, launch: str, compiled: Kernels
@@ -84,7 +96,7 @@ def test_only_a_kernel_of_the_same_call_may_start_early(
         getattr(compiled, function)(*arguments[function])
     names = compiled.kernel_names()
     triggers = [compiled.times_run(name, "griddepcontrol.launch_dependents") > 0 for name in names]
-    assert triggers == [launch == "dependent"] * (len(names) - 1) + [False]
+    assert triggers == [launch != "ordered"] * (len(names) - 1) + [False]
 
 
 @pytest.mark.parametrize("sort", ["buckets", "counting"])
@@ -253,3 +265,24 @@ def test_plans_of_this_build() -> None:
     assert "portable" in choices["cpu"]
     assert set(plans.variables()) == set(choices)
     assert not {name for name in plans.variables().values() if name in os.environ}
+
+
+# Other calls get a new device each. In another process, because it changes the module.
+TWO_CALLS = """
+import torch
+from support.compiled_kernels import Kernels, build_module
+kernels = Kernels(build_module(), counted=False)
+for _ in range(2):
+    kernels.module.take_runtime_calls()
+    kernels.prune(torch.randn(1, 90, 16), torch.rand(1, 90), 30)
+    kernels.module.set_device = lambda **_: None
+print(kernels.module.take_runtime_calls())
+"""
+
+
+@pytest.mark.usefixtures("compiled_session")
+def test_a_call_asks_the_device_nothing_twice() -> None:
+    """What the runtime says of a device and its kernels is remembered; launches are left."""
+    command = [sys.executable, "-c", TWO_CALLS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'cudaLaunchKernelExC': 5}"

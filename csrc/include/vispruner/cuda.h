@@ -1,6 +1,6 @@
 // CUDA kernels: interface between the torch-free code in csrc/cuda and the bindings.
 //
-// All functions enqueue work on `stream` of the current device. They return 0, a cudaError_t, or
+// All functions enqueue work on `stream`, whose device is current. They return 0, a cudaError_t, or
 // kRefused for work that the device or an explicit plan cannot do; error_string() says what is
 // wrong. None waits for the device, none allocates.
 #pragma once
@@ -11,12 +11,17 @@
 
 namespace vispruner::cuda {
 
+struct Stream {
+  void* handle;
+  int device;
+};
+
 std::string error_string(int error);  // of the latest error of this thread
 int set_device(int device);
 
 // (images, min(k, tokens)) indices in ranking order, and their scores if not null.
 int topk(const AttentionView& attention, int64_t images, int tokens, int k, int64_t* indices,
-         float* scores, void* stream);
+         float* scores, Stream stream);
 
 // One image of a ragged batch, on the host.
 struct RaggedImage {
@@ -40,13 +45,13 @@ struct PruneArgs {
 // Bytes of device workspace for `prune`: an image of N tokens with R residual ones takes about
 // 4 R^2 (Gram) + 2 R C (digits) + 192 R (neighbour lists) + 2 N.
 int64_t prune_workspace_bytes(const PruneArgs& args);
-int prune(const PruneArgs& args, void* workspace, void* stream);
+int prune(const PruneArgs& args, void* workspace, Stream stream);
 
 // (images, tokens, tokens) float32 cosines.
 int64_t cosine_workspace_bytes(const FeatureView& feats, int64_t images, int tokens,
                                int64_t workspace_limit);
 int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float* out,
-                    int64_t workspace_limit, void* workspace, void* stream);
+                    int64_t workspace_limit, void* workspace, Stream stream);
 
 // [CLS] attention: (images, tokens - 1) float32 into `out`.
 struct ClsAttentionLayout {
@@ -57,11 +62,11 @@ struct ClsAttentionLayout {
 };
 ClsAttentionLayout cls_attention_layout(const ClsAttentionArgs& args);
 int cls_attention(const ClsAttentionArgs& args, const ClsAttentionLayout& layout, float* out,
-                  void* workspace, void* stream);
+                  void* workspace, Stream stream);
 
 // Received attention: (rows) float32 into `out`; `bounds` are images + 1 host integers.
 int64_t received_attention_workspace_bytes(const ReceivedAttentionArgs& args);
 int received_attention(const ReceivedAttentionArgs& args, float* out, void* workspace,
-                       void* stream);
+                       Stream stream);
 
 }  // namespace vispruner::cuda

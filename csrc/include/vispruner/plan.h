@@ -25,6 +25,7 @@ enum class ClsAttention { kAuto, kShared, kWorkspace };  // where the logits lie
 enum class ReceivedAttention { kAuto, kWide, kNarrow };  // 64 columns per tile, or 16
 enum class Launch { kAuto, kOrdered, kDependent };
 enum class Cpu { kAuto, kPortable, kAvx2, kAvx512, kAvx512Vnni };
+constexpr int kCpus = 5;
 
 struct Plans {
   Rank rank;
@@ -117,7 +118,8 @@ inline ReceivedAttention choose(ReceivedAttention asked, int64_t wide_bytes, int
   return wide_bytes <= limit ? ReceivedAttention::kWide : ReceivedAttention::kNarrow;
 }
 
-// Ordered until dependent launches have been measured on a GPU.
-inline bool overlaps(Launch asked) { return asked == Launch::kDependent; }
+// Whether a kernel may let the next one of its call come early. (Whether that one does is decided
+// when it is launched.)
+inline bool overlaps(Launch asked) { return asked != Launch::kOrdered; }
 
 }  // namespace vispruner::plan

@@ -129,6 +129,8 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, void** arguments, si
 
 }  // namespace
 
+int ptx::current_device_number() { return device_number(); }
+
 extern "C" {
 
 // ---- what nvcc's host code registers

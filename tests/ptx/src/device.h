@@ -20,6 +20,8 @@ const Device& device();
 void set_device(const Device& device);
 constexpr int kDevices = 8;  // equal ones
 int first_device_number();   // 0 before the first set_device()
+// The number of the device that cudaSetDevice selected.
+int current_device_number();
 
 namespace cuda_error {
 constexpr int kSuccess = 0;

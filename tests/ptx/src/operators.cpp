@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "device.h"
 #include "executor.h"
 #include "vispruner/cuda.h"
 #include "vispruner/plan.h"
@@ -86,6 +87,9 @@ class CallMemory {
   void* workspace_ = nullptr;
 };
 
+// The default stream of the current device.
+cuda::Stream stream() { return {nullptr, ptx::current_device_number()}; }
+
 // (B, N, C)
 FeatureView feature_view(CallMemory& memory, const py::tuple& tuple, int64_t images, int64_t tokens,
                          int64_t channels) {
@@ -118,7 +122,7 @@ void topk(const py::object& attention, int64_t images, int64_t heads, int tokens
   memory.output("scores", scores, images * kept * 4);
   memory.finish(cuda::topk(attention_view(memory, attention, images, heads, tokens), images, tokens,
                            k, reinterpret_cast<int64_t*>(indices), reinterpret_cast<float*>(scores),
-                           nullptr));
+                           stream()));
 }
 
 void pairwise_cosine(const py::tuple& feats, int64_t images, int tokens, int64_t channels,
@@ -129,7 +133,7 @@ void pairwise_cosine(const py::tuple& feats, int64_t images, int tokens, int64_t
   void* workspace =
       memory.workspace(cuda::cosine_workspace_bytes(view, images, tokens, workspace_limit));
   memory.finish(cuda::pairwise_cosine(view, images, tokens, reinterpret_cast<float*>(out),
-                                      workspace_limit, workspace, nullptr));
+                                      workspace_limit, workspace, stream()));
 }
 
 void run_prune(CallMemory& memory, cuda::PruneArgs& args, int64_t kept) {
@@ -137,7 +141,7 @@ void run_prune(CallMemory& memory, cuda::PruneArgs& args, int64_t kept) {
   memory.output("kept_feats", reinterpret_cast<uintptr_t>(args.kept_feats),
                 kept * args.feats.channels * element_bytes(args.feats.dtype));
   void* workspace = memory.workspace(cuda::prune_workspace_bytes(args));
-  memory.finish(cuda::prune(args, workspace, nullptr));
+  memory.finish(cuda::prune(args, workspace, stream()));
 }
 
 void prune(const py::tuple& feats, const py::object& attention, int64_t images, int64_t heads,
@@ -200,7 +204,7 @@ void cls_attention(const py::tuple& q, const py::tuple& k, int64_t images, int h
   const cuda::ClsAttentionLayout layout = cuda::cls_attention_layout(args);
   void* workspace = memory.workspace(layout.workspace_bytes);
   memory.finish(
-      cuda::cls_attention(args, layout, reinterpret_cast<float*>(out), workspace, nullptr));
+      cuda::cls_attention(args, layout, reinterpret_cast<float*>(out), workspace, stream()));
 }
 
 void received_attention(const py::tuple& q, const py::tuple& k, int heads, int head_dim,
@@ -233,7 +237,7 @@ void received_attention(const py::tuple& q, const py::tuple& k, int heads, int h
     memory.input("lse", t, DType::kFloat32, {heads, rows});
   }
   void* workspace = memory.workspace(cuda::received_attention_workspace_bytes(args));
-  memory.finish(cuda::received_attention(args, reinterpret_cast<float*>(out), workspace, nullptr));
+  memory.finish(cuda::received_attention(args, reinterpret_cast<float*>(out), workspace, stream()));
 }
 
 }  // namespace
