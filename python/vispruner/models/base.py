@@ -73,6 +73,8 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]] = ()
     #: classes of lmms-eval that load them: module, class, interfaces
     harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
+    #: architecture in vLLM to the class of vispruner.vllm that takes its place, "module:class"
+    vllm: ClassVar[Mapping[str, str]] = {}
     #: modality to the name of the base model's method that encodes it
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: options of `apply` beyond the budget, with their allowed values, the default first

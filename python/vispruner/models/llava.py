@@ -21,6 +21,7 @@ class Llava(TowerFamily):
     harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
         ("llava_hf", "LlavaHf", ("simple", "chat")),
     )  # and LLaVA-NeXT, LLaVA-OneVision
+    vllm: ClassVar[Mapping[str, str]] = {"LlavaForConditionalGeneration": "llava:PrunedLlava"}
 
     def _pixels(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
         """The pixels of a call, and the pictures of each item: 1, or the frames of a video."""

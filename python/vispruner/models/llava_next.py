@@ -115,6 +115,9 @@ class LlavaNext(TiledFamily):
     """
 
     model_types = ("llava_next",)
+    vllm: ClassVar[Mapping[str, str]] = {
+        "LlavaNextForConditionalGeneration": "llava_next:PrunedLlavaNext"
+    }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"tiles": ("unpad", "all")}
 
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:

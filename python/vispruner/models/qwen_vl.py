@@ -47,6 +47,10 @@ class QwenVL(Family):
         ("qwen2_5_vl", "Qwen2_5_VL", ("simple", "chat")),
         ("qwen3_vl", "Qwen3_VL", ("simple", "chat")),
     )
+    vllm: ClassVar[Mapping[str, str]] = {
+        "Qwen2_5_VLForConditionalGeneration": "qwen_vl:PrunedQwen25VL",
+        "Qwen3VLForConditionalGeneration": "qwen_vl:PrunedQwen3VL",
+    }
     has_grid_positions = True
 
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:

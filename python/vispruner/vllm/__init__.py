@@ -11,19 +11,22 @@ has the options, the limits and the supported versions.
 - `config`: what an engine and a request may ask for;
 - `processing`: the front end, which lays out the shortened prompt before any image is encoded;
 - `model`: what the workers share: scores, the choice, tensor parallelism;
-- `llava`, `llava_next`, `qwen_vl`: one module a family;
+- `llava`, `llava_next`, `qwen_vl`: one module per family, named by the family's file in `models`;
+- `guard`: errors where an option would be ignored;
 - `compatibility`: the versions of vLLM whose internals these modules know.
 """
 
 from __future__ import annotations
 
-#: architecture to the class that takes its place, imported when a model of it is loaded
-ARCHITECTURES = {
-    "LlavaForConditionalGeneration": "llava:PrunedLlava",
-    "LlavaNextForConditionalGeneration": "llava_next:PrunedLlavaNext",
-    "Qwen2_5_VLForConditionalGeneration": "qwen_vl:PrunedQwen25VL",
-    "Qwen3VLForConditionalGeneration": "qwen_vl:PrunedQwen3VL",
-}
+
+def architectures() -> dict[str, str]:
+    """Architecture to the class of this package that takes its place, "module:class"."""
+    from ..models import families
+
+    places: dict[str, str] = {}
+    for family in families().values():
+        places.update(vars(family).get("vllm", {}))
+    return places
 
 
 def register() -> None:
@@ -36,11 +39,15 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from .compatibility import version_problem
+    from .guard import install
 
     refuse = version_problem() is not None
-    for architecture, place in ARCHITECTURES.items():
+    places = architectures()
+    if not refuse:
+        install(places)
+    for architecture, place in places.items():
         where = f"compatibility:{architecture}" if refuse else place
         ModelRegistry.register_model(architecture, f"{__name__}.{where}")
 
 
-__all__ = ["ARCHITECTURES", "register"]
+__all__ = ["architectures", "register"]

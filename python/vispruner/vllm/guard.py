@@ -1,0 +1,129 @@
+"""Nothing that was asked for is ignored: errors where vLLM would go on without pruning.
+
+vLLM hands options that it does not know to the model's configuration and to the image processor,
+which may not read them. These checks run where every engine finds its model and where every request
+becomes tokens. Engines and requests that do not ask for pruning pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import KEY, Pruning
+
+_INSTALLED = "_vispruner_guard"
+
+
+class UnsupportedEngineError(RuntimeError):
+    """An engine asks for pruning in a way that would be ignored; the message is one line."""
+
+
+def check_engine(model_config: Any, architecture: str, supported: Mapping[str, Any]) -> None:
+    """Whether pruning that is asked for will happen.
+
+    Args:
+        model_config: vLLM's `ModelConfig`, with `hf_overrides` applied.
+        architecture: that vLLM chose for it.
+        supported: the architectures that can be pruned.
+
+    Raises:
+        UnsupportedEngineError: it will not: the architecture or the implementation has no pruned
+            class, or the option is misspelt.
+    """
+    overrides = getattr(model_config, "hf_overrides", None)
+    for name in overrides if isinstance(overrides, Mapping) else ():
+        plain = str(name).lower().replace("_", "").replace("-", "")
+        if name != KEY and difflib.get_close_matches(plain, [KEY], cutoff=0.75):
+            raise UnsupportedEngineError(
+                f"{KEY}: --hf-overrides has {name!r}, which nothing reads: write it {KEY!r}, with "
+                "all options in it"
+            )
+    if getattr(model_config.hf_config, KEY, None) is None or architecture in supported:
+        return
+    if str(getattr(model_config, "model_impl", "auto")).endswith("transformers"):
+        raise UnsupportedEngineError(
+            f"{KEY}: --model-impl transformers cannot be pruned: use --model-impl vllm, or leave "
+            "the option out to serve unpruned"
+        )
+    raise UnsupportedEngineError(
+        f"{KEY}: {architecture} cannot be pruned in vLLM (supported: "
+        f"{', '.join(sorted(supported))}); leave the option out to serve unpruned"
+    )
+
+
+def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
+    """Whether the pruning that a request asks for is one that its engine allows.
+
+    Args:
+        hf_config: of the engine's model; prompt: vLLM's, with `mm_processor_kwargs` if it has any.
+
+    Raises:
+        ValueError: it is not, or the engine does not prune; the server answers with HTTP 400.
+    """
+    kwargs = prompt.get("mm_processor_kwargs") or {}
+    if KEY not in kwargs:
+        return
+    pruning = Pruning.of(hf_config)
+    if pruning is None:
+        raise ValueError(
+            f"{KEY}: this engine does not prune: start it with "
+            f'--hf-overrides \'{{"{KEY}": {{"k": 64}}}}\''
+        )
+    pruning.for_request(kwargs)
+
+
+def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
+    """Lets a method run only after the check of the same arguments."""
+    method = getattr(owner, name)
+
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def checked(*args: Any, **kwargs: Any) -> Any:
+            check(*args)
+            return await method(*args, **kwargs)
+
+    else:
+
+        @functools.wraps(method)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check(*args)
+            return method(*args, **kwargs)
+
+    setattr(owner, name, checked)
+
+
+def install(supported: Mapping[str, Any]) -> None:
+    """Puts the checks into this process, once.
+
+    Args:
+        supported: the architectures that can be pruned.
+    """
+    from vllm import ModelRegistry
+    from vllm.renderers.base import BaseRenderer
+
+    if getattr(BaseRenderer, _INSTALLED, False):
+        return
+    inspect_model = ModelRegistry.inspect_model_cls
+
+    @functools.wraps(inspect_model)
+    def inspected(architectures: str | list[str], model_config: Any) -> Any:
+        info, architecture = inspect_model(architectures, model_config)
+        check_engine(model_config, architecture, supported)
+        return info, architecture
+
+    ModelRegistry.inspect_model_cls = inspected
+
+    def check(renderer: Any, prompt: Mapping[str, Any], *rest: object) -> None:
+        check_request(renderer.model_config.hf_config, prompt)
+
+    _before(BaseRenderer, "_process_tokens", check)
+    _before(BaseRenderer, "_process_tokens_async", check)
+    setattr(BaseRenderer, _INSTALLED, True)
+
+
+__all__ = ["UnsupportedEngineError", "check_engine", "check_request", "install"]

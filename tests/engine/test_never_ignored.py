@@ -1,0 +1,97 @@
+"""An engine or a request that asks for pruning gets it, or an error of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import transformers
+from support.engine_process import Engine
+
+from vispruner.vllm import architectures, guard
+
+pytestmark = pytest.mark.engine
+
+TEXT = {"prompt_token_ids": [1, 20, 30, 40]}
+
+
+def config(overrides: Any, **changes: Any) -> Any:
+    """What the guard reads of vLLM's ModelConfig."""
+    hf_config = SimpleNamespace(**(overrides if isinstance(overrides, dict) else {}))
+    return SimpleNamespace(hf_overrides=overrides, hf_config=hf_config, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["Vispruner", "visprunner", "vis_pruner", "vispruner_k", "VISPRUNER", "vispuner"]
+)
+@pytest.mark.parametrize("beside", [{}, {"vispruner": {"k": 8}}], ids=["alone", "beside"])
+def test_a_misspelt_key_is_named(name: str, beside: dict[str, Any]) -> None:
+    with pytest.raises(guard.UnsupportedEngineError, match=rf"^vispruner: .*'{name}'[^\n]*$"):
+        guard.check_engine(
+            config({**beside, name: {"k": 8}}), "LlavaForConditionalGeneration", architectures()
+        )
+
+
+@pytest.mark.parametrize("overrides", [{}, {"num_labels": 2}, {"text_config": {}}, lambda c: c])
+def test_other_overrides_are_left_alone(overrides: Any) -> None:
+    guard.check_engine(config(overrides), "OPTForCausalLM", architectures())
+
+
+def test_an_architecture_without_a_pruned_class(tmp_path: Path) -> None:
+    transformers.Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]).save_pretrained(
+        tmp_path
+    )
+    message = (
+        "vispruner: Qwen2VLForConditionalGeneration cannot be pruned in vLLM .supported: "
+        "LlavaForConditionalGeneration, .*leave the option out"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        Engine(tmp_path, {"k": 8})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_impl": "transformers"}, "vispruner: --model-impl transformers cannot be pruned"),
+        ({"hf_overrides": {"vis_pruner": {"k": 8}}}, "vispruner: --hf-overrides has 'vis_pruner'"),
+    ],
+)
+def test_an_engine_that_would_ignore_the_option_does_not_start(
+    options: dict[str, Any], message: str, checkpoint: Callable[[str], Path]
+) -> None:
+    pruning = None if "hf_overrides" in options else {"k": 8}
+    with pytest.raises(RuntimeError, match=message):
+        Engine(checkpoint("llava"), pruning, **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"k": 0}, "k must be at least 1"),
+        ({"k": 9}, "k=9 is more than this engine's 8"),
+        ({"ratio": 0.5}, "unknown option 'ratio'"),
+        (8, "expected an object"),
+    ],
+)
+def test_a_request_without_images_is_checked_as_well(
+    asked: Any, message: str, engine: Callable[..., Engine]
+) -> None:
+    pruned = engine("llava", {"k": 8})
+    with pytest.raises(ValueError, match=rf"vispruner: {message}"):
+        pruned([{**TEXT, "mm_processor_kwargs": {"vispruner": asked}}])
+    assert len(pruned([{**TEXT, "mm_processor_kwargs": {"vispruner": {"k": 4}}}])[0].tokens) == 16
+
+
+def test_an_engine_that_does_not_prune_refuses_requests_that_ask(
+    engine: Callable[..., Engine],
+) -> None:
+    plain = engine("llava")
+    with pytest.raises(ValueError, match="vispruner: this engine does not prune: start it with"):
+        plain([{**TEXT, "mm_processor_kwargs": {"vispruner": {"k": 4}}}])
+    assert len(plain([TEXT])[0].tokens) == 16
