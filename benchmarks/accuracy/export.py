@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from vispruner import embedded
 from vispruner.embedded import scenes
 
@@ -30,6 +33,7 @@ def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = Non
     packaged = Path(embedded.path())
     target = target or packaged
     load_model(recipe, directory, "subset").half().save_pretrained(target)
+    with_published_names(target / "model.safetensors")
     processor(recipe).save_pretrained(target)
     card = CARD.read_text()
     (target / "README.md").write_text(card.replace("{seed}", str(seed)))
@@ -42,6 +46,24 @@ def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = Non
         write_example(recipe, packaged.parent)
         guard.record(str(packaged))
     return target
+
+
+def with_published_names(weights: Path) -> None:
+    """Gives the tower's weights the names that published LLaVA checkpoints have.
+
+    transformers reads those and its own, vLLM only those.
+    """
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    prefix, published = "vision_tower.", "vision_tower.vision_model."
+    renamed = {
+        published + name.removeprefix(prefix)
+        if name.startswith(prefix) and not name.startswith(published)
+        else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, weights, metadata=metadata)
 
 
 def write_example(recipe: Recipe, directory: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import vispruner
 from vispruner import embedded
@@ -16,8 +17,6 @@ LARGEST = 8_000_000  # bytes
 
 
 def test_it_is_a_small_llava_in_half_precision(model: Any) -> None:
-    from safetensors import safe_open
-
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     directory = Path(embedded.path())
     assert sum(file.stat().st_size for file in directory.iterdir()) <= LARGEST
@@ -71,3 +70,11 @@ def test_it_answers_about_the_example(model: Any, processor: Any) -> None:
         new = tokens[:, inputs["input_ids"].shape[1] :]
         answers = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         assert answers == [answer for _, answer in example.questions]
+
+
+def test_the_weights_have_the_names_of_published_checkpoints() -> None:
+    """vLLM reads those alone; transformers reads them as well (test_the_model_answers)."""
+    with safe_open(Path(embedded.path()) / "model.safetensors", "pt") as file:
+        tower = [name for name in file.keys() if name.startswith("vision_tower.")]  # noqa: SIM118
+    assert tower
+    assert all(name.startswith("vision_tower.vision_model.") for name in tower)

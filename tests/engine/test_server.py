@@ -26,19 +26,23 @@ PATCHES = 64
 START = 300  # seconds that a busy machine may take to start a server
 
 
+def options(checkpoint: Callable[[str], Path]) -> list[str]:
+    return [
+        "--model", str(checkpoint("llava")), "--served-model-name", "llava",
+        "--dtype", "float32", "--seed", "0",
+        "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager",
+        "--limit-mm-per-prompt", '{"image": 2}',
+        "--hf-overrides", json.dumps({"vispruner": {"k": K, "max_k": MOST}}),
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def server(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    options = [
-        "--model", str(checkpoint("llava")), "--served-model-name", "llava",
-        "--dtype", "float32", "--seed", "0",
-        "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager",
-        "--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs",
-        "--hf-overrides", json.dumps({"vispruner": {"k": K, "max_k": MOST}}),
-    ]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    with running(options, log, environment(), START) as server:
+    trusting = [*options(checkpoint), "--trust-request-mm-kwargs"]
+    with running(trusting, log, environment(), START) as server:
         yield server
 
 
@@ -114,6 +118,40 @@ def test_a_bad_k_is_the_clients_fault(server: Server, k: Any, message: str) -> N
     assert client.chat.completions.create(**chat(1, k=K)).choices[0].message.content
 
 
+def with_fields(call: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    call["extra_body"]["vllm_xargs"] = fields
+    return call
+
+
+def test_k_in_vllm_xargs(server: Server) -> None:
+    create = server.client().chat.completions.create
+    for k in (1, 5, MOST):
+        one, other = (create(**chat(1, k=k)), create(**with_fields(chat(1), vispruner_k=k)))
+        assert one.choices[0].message.content == other.choices[0].message.content
+        assert one.usage.prompt_tokens == other.usage.prompt_tokens
+    assert create(**with_fields(chat(1), session_id="a")).usage.prompt_tokens == (
+        create(**chat(1)).usage.prompt_tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("k", "fields", "message"),
+    [
+        (None, {"vispruner_k": MOST + 1}, f"k={MOST + 1} is more than this engine's {MOST}"),
+        (None, {"vispruner_k": 0}, "k must be at least 1"),
+        (None, {"vispruner_k": "8"}, "k must be an int"),
+        (None, {"vispruner_ratio": 0.5}, "unknown option 'ratio'"),
+        (None, {"vispruner_top": 8}, "'vispruner_top', which nothing reads"),
+        (4, {"vispruner_k": 8}, "not in both"),
+    ],
+)
+def test_bad_fields_are_the_clients_fault(
+    server: Server, k: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"vispruner: .*{message}"):
+        server.client().chat.completions.create(**with_fields(chat(1, k=k), **fields))
+
+
 def test_many_users_at_once(server: Server) -> None:
     """200 requests in flight, with k from 1 to the cap, 16 pictures, and some that are refused."""
     text = text_tokens(server, 1)
@@ -142,3 +180,16 @@ def test_many_users_at_once(server: Server) -> None:
         own = texts.setdefault((number % 16, k), answer.choices[0].message.content)
         assert answer.choices[0].message.content == own
     assert server.healthy()
+
+
+def test_clients_need_no_trust_for_k(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Without --trust-request-mm-kwargs, k is the only option that a client has."""
+    log = tmp_path_factory.mktemp("closed") / "log"
+    with running(options(checkpoint), log, environment(), START) as closed:
+        create = closed.client().chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="trust-request-mm-kwargs"):
+            create(**chat(1, k=4))
+        whole, few = create(**chat(1)), create(**with_fields(chat(1), vispruner_k=3))
+        assert whole.usage.prompt_tokens - few.usage.prompt_tokens == K - 3

@@ -12,7 +12,7 @@ has the options, the limits and the supported versions.
 - `processing`: the front end, which lays out the shortened prompt before any image is encoded;
 - `model`: what the workers share: scores, the choice, tensor parallelism;
 - `llava`, `llava_next`, `qwen_vl`: one module per family, named by the family's file in `models`;
-- `guard`: errors where an option would be ignored;
+- `requests`: k of a request in `vllm_xargs`; `guard`: errors where an option would be ignored;
 - `compatibility`: the versions of vLLM whose internals these modules know.
 """
 

@@ -45,6 +45,8 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     ),
     f"{_INFO}.get_hf_processor": ("kwargs",),
     "vllm:ModelRegistry.inspect_model_cls": ("architectures", "model_config"),
+    "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat": ("request",),
+    "vllm.renderers.online_renderer:OnlineRenderer.preprocess_cmpl": ("request",),
     "vllm.renderers.base:BaseRenderer._process_tokens": ("prompt",),
     "vllm.renderers.base:BaseRenderer._process_tokens_async": ("prompt",),
     f"{_INFO}.get_mm_max_tokens_per_item": ("seq_len", "mm_counts"),

@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from .config import KEY, Pruning
+from .requests import add_asked, reads_fields
 
 _INSTALLED = "_vispruner_guard"
 
@@ -98,13 +99,14 @@ def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
 
 
 def install(supported: Mapping[str, Any]) -> None:
-    """Puts the checks into this process, once.
+    """Puts the checks, and the fields of `requests`, into this process, once.
 
     Args:
         supported: the architectures that can be pruned.
     """
     from vllm import ModelRegistry
     from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.online_renderer import OnlineRenderer
 
     if getattr(BaseRenderer, _INSTALLED, False):
         return
@@ -118,11 +120,14 @@ def install(supported: Mapping[str, Any]) -> None:
 
     ModelRegistry.inspect_model_cls = inspected
 
-    def check(renderer: Any, prompt: Mapping[str, Any], *rest: object) -> None:
+    def check(renderer: Any, prompt: MutableMapping[str, Any], *rest: object) -> None:
+        add_asked(prompt)
         check_request(renderer.model_config.hf_config, prompt)
 
     _before(BaseRenderer, "_process_tokens", check)
     _before(BaseRenderer, "_process_tokens_async", check)
+    for name in ("preprocess_chat", "preprocess_cmpl"):
+        setattr(OnlineRenderer, name, reads_fields(getattr(OnlineRenderer, name)))
     setattr(BaseRenderer, _INSTALLED, True)
 
 

@@ -1,0 +1,66 @@
+"""The k of a request in `vllm_xargs`, a field that opens no other option to clients.
+
+vLLM takes `mm_processor_kwargs` of requests only with `--trust-request-mm-kwargs`, which opens all
+options of the image processor. `vllm_xargs` is passed through for extensions such as this one. What
+is asked for there becomes the same option of the same request, bounded by the engine's cap.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+from .config import KEY
+
+#: field of `vllm_xargs` to the option of the request
+FIELDS = {f"{KEY}_k": "k", f"{KEY}_ratio": "ratio"}
+
+_asked: ContextVar[Mapping[str, Any] | None] = ContextVar("vispruner_asked", default=None)
+
+
+def taken_from(request: Any) -> dict[str, Any]:
+    """The options that a request has in `vllm_xargs`, which are taken out of it.
+
+    Raises:
+        ValueError: a field is unknown, or the request has the option in another place as well.
+    """
+    fields = getattr(request, "vllm_xargs", None) or {}
+    own = {name: value for name, value in fields.items() if str(name).lower().startswith(KEY)}
+    if not own:
+        return {}
+    for name in own:
+        if name not in FIELDS:
+            raise ValueError(
+                f"{KEY}: vllm_xargs has {name!r}, which nothing reads: use {' or '.join(FIELDS)}"
+            )
+    if KEY in (getattr(request, "mm_processor_kwargs", None) or {}):
+        raise ValueError(f"{KEY}: give k in vllm_xargs or in mm_processor_kwargs, not in both")
+    rest = {name: value for name, value in fields.items() if name not in own}
+    request.vllm_xargs = rest or None
+    return {FIELDS[name]: value for name, value in own.items()}
+
+
+def add_asked(prompt: MutableMapping[str, Any]) -> None:
+    """Adds the options of the request at hand to a prompt of it."""
+    asked = _asked.get()
+    if asked:
+        prompt["mm_processor_kwargs"] = {**(prompt.get("mm_processor_kwargs") or {}), KEY: asked}
+
+
+def reads_fields(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a method (self, request, ...) of the server's renderer that makes prompts of it."""
+
+    @functools.wraps(preprocess)
+    async def wrapped(renderer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _asked.set(taken_from(request))
+        try:
+            return await preprocess(renderer, request, *args, **kwargs)
+        finally:
+            _asked.reset(token)
+
+    return wrapped
+
+
+__all__ = ["FIELDS", "add_asked", "reads_fields", "taken_from"]
