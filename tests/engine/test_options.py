@@ -253,7 +253,8 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
-    message = r"^vispruner: vLLM 0\.99\.1 is not supported \(supported: 0\.32\); [^\n]*$"
+    supported = re.escape(", ".join(compatibility.SUPPORTED))
+    message = rf"^vispruner: vLLM 0\.99\.1 is not supported \(supported: {supported}\); [^\n]*$"
     with pytest.raises(compatibility.UnsupportedVersionError, match=message):
         compatibility.refuse_unsupported()
     for architecture in architectures():

@@ -15,7 +15,7 @@ from typing import Any
 from .config import KEY, Pruning
 
 #: Minor releases that the engine tests have passed on, as docs/serving.md lists them.
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.32", "0.33")
 
 _MODELS = "vllm.model_executor.models"
 
@@ -31,9 +31,12 @@ _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 _INFO = "vllm.multimodal.processing:BaseProcessingInfo"
 _QWEN25 = f"{STOCK_MODULES['Qwen2_5_VLForConditionalGeneration']}:"
 _QWEN3 = f"{STOCK_MODULES['Qwen3VLForConditionalGeneration']}:"
+_ENCODER_ATTENTION = "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention"
 _POSITIONS = ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens")
 
-#: Internals that are overridden or called, with the parameters (or fields) that are relied on.
+#: Internals that are overridden, called or read, with the parameters, fields or attributes that are
+#: relied on. Attributes that only instances have, as the layers of a tower, are left to the engine
+#: tests.
 INTERNALS: dict[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._get_mm_hashes": ("inputs",),
     f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_kwargs"),
@@ -50,10 +53,18 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     "vllm.renderers.base:BaseRenderer._process_tokens": ("prompt",),
     "vllm.renderers.base:BaseRenderer._process_tokens_async": ("prompt",),
     f"{_INFO}.get_mm_max_tokens_per_item": ("seq_len", "mm_counts"),
+    "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),
     "vllm.multimodal.processing:ProcessorInputs": ("hf_processor_mm_kwargs",),
     "vllm.multimodal.processing:PromptReplacement": ("modality", "target", "replacement"),
     "vllm.multimodal.processing:PromptUpdateDetails.select_token_id": ("seq", "embed_token_id"),
     "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
+    # Which data of images a cached prefix may do without: that of positions stays.
+    "vllm.multimodal.utils:strip_covered_mm_data": ("mm_features", "uses_mrope"),
+    # Its `forward` hands all arguments on to one of these.
+    **{
+        f"{_ENCODER_ATTENTION}.{forward}": ("query", "key")
+        for forward in ("forward_native", "forward_cuda")
+    },
     f"{_MODELS}.clip:CLIPAttention.forward": ("hidden_states",),
     f"{_MODELS}.llava:LlavaForConditionalGeneration._image_pixels_to_features": (
         "vision_tower",
@@ -69,6 +80,14 @@ INTERNALS: dict[str, tuple[str, ...]] = {
         "strategy",
     ),
     f"{_QWEN25}Qwen2_5_VisionTransformer.get_window_index_thw": ("grid_t", "grid_h", "grid_w"),
+    **{
+        f"{module}:{architecture}.{name}": parts
+        for architecture, module in STOCK_MODULES.items()
+        for name, parts in {
+            "_processor_factory": ("info", "processor", "dummy_inputs"),
+            "_parse_and_validate_image_input": ("kwargs",),
+        }.items()
+    },
     **{
         f"{model}.{method}": parameters
         for model in (
@@ -102,7 +121,8 @@ def moved(internals: dict[str, tuple[str, ...]] = INTERNALS) -> list[str]:
             target: Any = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
-            missing = set(parameters) - set(inspect.signature(target).parameters)
+            there = inspect.signature(target).parameters if callable(target) else dir(target)
+            missing = set(parameters) - set(there)
         except (ImportError, AttributeError):
             found.append(place)
             continue
