@@ -8,6 +8,9 @@ torch is never imported, and is named as a build requirement only where there is
 
 In the same way setuptools, CMake and ninja are required only where none that is good enough can
 be reached: with them in place, `pip install .` needs no network.
+
+The CUDA kernels need nvcc.  Where torch has CUDA and there is no nvcc of its major version, the
+compiler is a build requirement as well, from the package index and at torch's CUDA version.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +29,18 @@ SETUPTOOLS = (77, 0)  # the first that knows the license expression in pyproject
 CMAKE = (3, 22)
 
 TORCH_DIR = "VISPRUNER_TORCH_DIR"
+CUDA = "VISPRUNER_CUDA"  # AUTO, ON, OFF: as in CMakeLists.txt
+NVCC = "VISPRUNER_NVCC"  # auto, system, index
+
+# The compiler in the package index, all of one minor version: what nvcc runs and what it includes.
+_INDEX_COMPILER = (
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+    "nvidia-cuda-crt",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-cccl",
+)
+_INDEX_CUDA = 13  # the first major version whose packages hold nvcc; those of 12 hold only ptxas
 
 # What pip (PYTHONPATH) and `build` (PYTHONNOUSERSITE) use to hide an environment from the build.
 _HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")
@@ -92,6 +108,92 @@ def _tool_works(name: str, oldest: tuple[int, int] = (0, 0)) -> bool:
     return done.returncode == 0 and _version(done.stdout) >= oldest
 
 
+def _chosen(name: str, values: tuple[str, ...]) -> str:
+    """What an environment variable says; the first value if it says nothing."""
+    value = os.environ.get(name) or values[0]
+    if value not in values:
+        raise RuntimeError(f"{name}={value}: must be one of {', '.join(values)}")
+    return value
+
+
+def torch_cuda(directory: str) -> str | None:
+    """The CUDA version that a torch was built with, None for a CPU build."""
+    try:
+        text = Path(directory, "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _system_nvcc() -> str | None:
+    """The nvcc that CMake would find (CMakeLists.txt, vp_setup_cuda)."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [str(Path(home, "bin")) for home in homes] + [os.environ.get("PATH", "")]
+    if not os.environ.get("CUDA_HOME"):
+        places.append("/usr/local/cuda/bin")
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def _nvcc_version(nvcc: str) -> tuple[int, int]:
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError:
+        return (0, 0)
+    match = re.search(r"release (\d+\.\d+)", done.stdout)
+    return _version(match[1]) if match else (0, 0)
+
+
+def index_compiler() -> str | None:
+    """The CUDA version, such as "13.0", of the compiler to take from the package index.
+
+    None where there is nothing to compile, or an nvcc of the system is to do it.
+    """
+    wanted = _chosen(NVCC, ("auto", "system", "index"))
+    kernels = _chosen(CUDA, ("AUTO", "ON", "OFF"))
+    if kernels == "OFF":
+        if wanted == "index":
+            raise RuntimeError(f"{NVCC}=index, but {CUDA}=OFF: leave one of them out")
+        return None
+    if wanted == "system" or (wanted == "auto" and os.environ.get("CUDACXX")):
+        return None
+    directory = torch_dir()
+    cuda = torch_cuda(directory) if directory else None
+    if cuda is None:
+        if wanted == "index":
+            raise RuntimeError(
+                f"{NVCC}=index, but this torch has no CUDA, whose version the compiler must have: "
+                f"install a torch with CUDA, or leave {NVCC} out"
+            )
+        return None  # an nvcc of the system is used all the same
+    version = _version(cuda)
+    if wanted == "auto":
+        nvcc = _system_nvcc()
+        if nvcc and _nvcc_version(nvcc)[0] == version[0]:
+            return None
+    if version[0] < _INDEX_CUDA:
+        if wanted == "index":
+            raise RuntimeError(
+                f"{NVCC}=index, but the packages of CUDA {cuda} in the index hold no nvcc: install "
+                f"the CUDA toolkit {version[0]}, or a torch for CUDA {_INDEX_CUDA} or later"
+            )
+        return None  # CMake warns and says what to do
+    return f"{version[0]}.{version[1]}"
+
+
+def _index_nvcc() -> str | None:
+    """nvcc as the packages of the index install it, where this environment has it."""
+    for place in sys.path:
+        for nvcc in sorted(Path(place or os.curdir, "nvidia").glob("cu*/bin/nvcc")):
+            return str(nvcc)
+    return None
+
+
+def _compiler_requirements() -> list[str]:
+    version = index_compiler()
+    return [f"{name}=={version}.*" for name in _INDEX_COMPILER] if version else []
+
+
 def _setuptools_requirement() -> list[str]:
     return [] if _target_setuptools() else [f"setuptools>={SETUPTOOLS[0]}.{SETUPTOOLS[1]}"]
 
@@ -104,7 +206,7 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
         requirements.append("ninja")
     if torch_dir() is None:
         requirements.append(f"torch>={TORCH[0]}.{TORCH[1]}")
-    return requirements
+    return requirements + _compiler_requirements()
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
@@ -117,13 +219,23 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 def _setuptools() -> Any:
     """setuptools.build_meta, from the target environment if this one has no setuptools."""
     try:
-        from setuptools import build_meta
+        import setuptools
     except ImportError:
         directory = _target_setuptools()
         if directory is None:
-            raise
+            raise RuntimeError(
+                "vispruner: this environment has no setuptools: pip install "
+                f"'setuptools>={SETUPTOOLS[0]}', or leave --no-build-isolation out"
+            ) from None
         sys.path.append(directory)  # last: what the build environment has comes first
-        from setuptools import build_meta
+        import setuptools
+    if _version(setuptools.__version__) < SETUPTOOLS:
+        raise RuntimeError(
+            f"vispruner: setuptools {setuptools.__version__} is too old: pip install "
+            f"'setuptools>={SETUPTOOLS[0]}', or leave --no-build-isolation out"
+        )
+    from setuptools import build_meta
+
     return build_meta
 
 
@@ -135,7 +247,24 @@ def _builder() -> Any:
             f"{TORCH_DIR} to the directory of its package."
         )
     os.environ[TORCH_DIR] = directory  # for setup.py, which hands it to CMake
+    version = index_compiler()
+    if version:
+        nvcc = _index_nvcc()
+        if nvcc is not None:
+            os.environ["CUDACXX"] = nvcc
+            # nvcc looks for its libraries in lib64, the packages have them in lib.
+            libraries = [str(Path(nvcc).parents[1] / "lib"), os.environ.get("LIBRARY_PATH", "")]
+            os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+        elif _chosen(NVCC, ("auto", "system", "index")) == "index":
+            raise RuntimeError(
+                f"vispruner: {NVCC}=index, but this environment has no nvcc from the package "
+                f"index. Install it: pip install {' '.join(_quoted(version))}"
+            )
     return _setuptools()
+
+
+def _quoted(version: str) -> list[str]:
+    return [f"'{name}=={version}.*'" for name in _INDEX_COMPILER]
 
 
 def build_wheel(

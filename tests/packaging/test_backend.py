@@ -107,3 +107,116 @@ def test_sees_through_the_isolation_of_pip(tmp_path):
     if hidden != "True":
         pytest.skip("torch is not in site-packages")
     assert Path(found) == Path(torch.__file__).parent
+
+
+# ------------------------------------------------------------------------------ the CUDA compiler
+COMPILER = [
+    "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
+]  # fmt: skip
+
+
+@pytest.fixture
+def machine(backend, monkeypatch, tmp_path):
+    """Sets torch's CUDA version and the version of the nvcc on the PATH, each may be None."""
+
+    def has(torch_cuda, nvcc):
+        monkeypatch.setattr(backend, "torch_dir", lambda: str(tmp_path))
+        text = f"cuda: Optional[str] = {torch_cuda!r}\nhip: Optional[str] = None\n"
+        (tmp_path / "version.py").write_text(text)
+        monkeypatch.setattr(backend, "_system_nvcc", lambda: nvcc and "/toolkit/bin/nvcc")
+        monkeypatch.setattr(backend, "_nvcc_version", lambda _: backend._version(nvcc))
+
+    for name in ("VISPRUNER_CUDA", "VISPRUNER_NVCC", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    return has
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc", "compiler"),
+    [
+        ("13.0", None, "13.0"),
+        ("13.2", "12.8", "13.2"),  # nvcc of another major version does not fit
+        ("13.0", "13.2", None),
+        ("12.8", None, None),  # the packages of CUDA 12 hold no nvcc
+        ("12.8", "12.4", None),
+        (None, None, None),
+        (None, "13.0", None),
+    ],
+)
+def test_the_compiler_is_taken_from_the_index_where_it_must_be(
+    backend, machine, torch_cuda, nvcc, compiler
+):
+    machine(torch_cuda, nvcc)
+    expected = [f"{name}=={compiler}.*" for name in COMPILER] if compiler else []
+    assert backend.get_requires_for_build_wheel() == expected
+    assert backend.get_requires_for_build_editable() == expected
+    assert backend.get_requires_for_build_sdist() == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "compiler"),
+    [
+        ({"VISPRUNER_CUDA": "OFF"}, None),
+        ({"VISPRUNER_NVCC": "system"}, None),
+        ({"CUDACXX": "/my/nvcc"}, None),
+        ({"VISPRUNER_NVCC": "index", "CUDACXX": "/my/nvcc"}, "13.0"),
+        ({"VISPRUNER_CUDA": "ON"}, "13.0"),
+    ],
+)
+def test_the_compiler_that_is_asked_for(backend, machine, monkeypatch, variables, compiler):
+    machine("13.0", None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert backend.index_compiler() == compiler
+    machine("13.0", "13.0")
+    index = variables.get("VISPRUNER_NVCC") == "index"
+    assert backend.index_compiler() == ("13.0" if index else None)
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "variables", "message"),
+    [
+        (None, {"VISPRUNER_NVCC": "index"}, "this torch has no CUDA.*install a torch with CUDA"),
+        ("12.8", {"VISPRUNER_NVCC": "index"}, "packages of CUDA 12.8.*install the CUDA toolkit 12"),
+        (
+            "13.0",
+            {"VISPRUNER_NVCC": "pip"},
+            "VISPRUNER_NVCC=pip: must be one of auto, system, index",
+        ),
+        ("13.0", {"VISPRUNER_CUDA": "yes"}, "VISPRUNER_CUDA=yes: must be one of AUTO, ON, OFF"),
+        ("13.0", {"VISPRUNER_NVCC": "index", "VISPRUNER_CUDA": "OFF"}, "leave one of them out"),
+    ],
+)
+def test_compilers_that_cannot_be_had(
+    backend, machine, monkeypatch, torch_cuda, variables, message
+):
+    machine(torch_cuda, None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=f"^[^\n]*{message}[^\n]*$"):
+        backend.get_requires_for_build_wheel()
+
+
+def test_the_version_of_this_torch(backend):
+    assert backend.torch_cuda(str(Path(torch.__file__).parent)) == torch.version.cuda
+
+
+def test_the_compiler_of_the_build_environment_is_used(backend, machine, monkeypatch, tmp_path):
+    machine("13.0", None)
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(backend, "_setuptools", lambda: None)
+    monkeypatch.setenv("VISPRUNER_NVCC", "index")
+    monkeypatch.setenv("LIBRARY_PATH", "/mine")
+    # No other nvcc of the package index: this environment may have the test extra's.
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(
+        RuntimeError, match=r"has no nvcc.*pip install 'nvidia-cuda-nvcc==13\.0\.\*'"
+    ):
+        backend._builder()
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    backend._builder()
+    assert os.environ["CUDACXX"] == str(nvcc)
+    assert os.environ["LIBRARY_PATH"] == f"{tmp_path / 'nvidia' / 'cu13' / 'lib'}:/mine"
+    monkeypatch.delenv("CUDACXX")
