@@ -122,7 +122,7 @@ def test_forward_logits_and_loss(tiny: Tiny, side: str) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     text = mask.bool() & (ids < 190) & (ids != 1)  # nothing comes before the first token
     labels = ids.masked_fill(~text, -100)
-    with vispruner.apply(model, k=K, **tiny.options):
+    with vispruner.apply(model, k=K, logits="kept", **tiny.options):
         output = forward(model, inputs, labels=labels)
     losses = []
     for number, row in enumerate(rows):

@@ -30,13 +30,6 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="logits come back in the shortened prompt")
-        yield
-
-
 def loss_sum(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[float, int]:
     """Of one row alone: the sum of its losses, and how many there are."""
     left = model(**inputs, labels=labels)
@@ -50,7 +43,7 @@ def test_rows_of_one_length_with_different_numbers_of_images(tiny: Tiny) -> None
     short = [1, image(1), 12, image(2), 13]
     fill = len(tiny.ids(short)) - len(tiny.ids([1, image(1), 12]))
     long = [1, image(1), 12, *[30 + n % 9 for n in range(fill)]]
-    with vispruner.apply(model, k=K), torch.no_grad():
+    with vispruner.apply(model, k=K, logits="kept"), torch.no_grad():
         batch = tiny.inputs([short, long])
         assert bool(batch["attention_mask"].all())
         labels = batch["input_ids"].masked_fill(batch["input_ids"] > 190, -100)
@@ -97,7 +90,7 @@ def test_shifted_labels(tiny: Tiny, side: str) -> None:
     inputs = tiny.inputs(rows, side)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     shifted = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
-    with vispruner.apply(model, k=K), torch.no_grad():
+    with vispruner.apply(model, k=K, logits="kept"), torch.no_grad():
         want = model(**inputs, labels=labels).loss
         found = model(**inputs, labels=labels, shift_labels=shifted).loss
         torch.testing.assert_close(found, want)
@@ -220,14 +213,58 @@ def test_trainers_that_hold_the_labels(tmp_path: Path) -> None:
     # (The trainer compares logits and labels of one column, as for any model that is not text.)
     with vispruner.apply(model, k=K, logits="kept") as pruner, torch.no_grad():
         output = model(**{n: v for n, v in inputs.items() if n != "labels"})
-        others = [name for name in output if name not in ("loss", "logits")]
         expected = LabelSmoother(0.1)(output, pruner.labels(inputs["labels"]))
     with vispruner.apply(model, k=K, logits="prompt"):
-        found = trainer(model, inputs, tmp_path).predict([0], ignore_keys=others)
-        logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
-        assert logits.shape[:2] == found.label_ids.shape
         result = trainer(model, inputs, tmp_path, label_smoothing_factor=0.1).train()
         assert result.training_loss == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("logits", [None, "prompt", "kept"])
+def test_metrics_of_a_trainer(tmp_path: Path, logits: str | None) -> None:
+    """compute_metrics gets logits in the columns of its labels, unless told that they are not."""
+    tiny = Llava()
+    inputs = {n: v.float() if v.is_floating_point() else v for n, v in tiny.inputs([TWO]).items()}
+    ids = inputs["input_ids"]
+    inputs["labels"] = ids.masked_fill((ids > 190) | (ids == 1), -100)
+    seen: dict[str, Any] = {}
+
+    def nats(found: transformers.EvalPrediction) -> dict[str, float]:
+        seen["shapes"] = found.predictions.shape[:2], found.label_ids.shape
+        if logits == "kept":
+            return {}
+        of, labels = torch.tensor(found.predictions), torch.tensor(found.label_ids)
+        return {"nats": float(F.cross_entropy(of[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))}
+
+    model = tiny.build(torch.float32)
+    with vispruner.apply(model, k=K, logits=logits) as pruner, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with torch.no_grad():
+            output = model(**inputs)
+        ignored = [name for name in output if name not in ("loss", "logits")]
+        run = trainer(model, inputs, tmp_path)
+        run.compute_metrics = nats
+        metrics = run.predict([0], ignore_keys=ignored).metrics
+        fitting = pruner.labels(inputs["labels"])
+        assert model.training is False
+        assert fitting.shape == seen["shapes"][0]
+        if logits != "kept":
+            assert fitting is inputs["labels"]
+            assert seen["shapes"][0] == seen["shapes"][1]
+            assert metrics["test_nats"] == pytest.approx(metrics["test_loss"], abs=1e-4)
+
+
+def test_evaluation_without_labels_and_prepare_are_in_the_shortened_prompt() -> None:
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([TWO])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] > 190, -100)
+    with vispruner.apply(model, k=K) as pruner, torch.no_grad():
+        short = model(**inputs).logits
+        assert pruner.labels(labels).shape == short.shape[:2] != labels.shape
+        assert model(**inputs, labels=labels).logits.shape[:2] == labels.shape
+        assert pruner.labels(labels) is labels
+    with vispruner.apply(model, k=K, logits="prompt") as pruner, torch.no_grad():
+        ready = pruner.prepare(inputs)
+        assert pruner.labels(labels).shape == ready["inputs_embeds"].shape[:2]
 
 
 def test_every_family_trains_in_every_mode() -> None:

@@ -36,7 +36,8 @@ def apply(
         step: tokens that the deduplication drops a round.
         logits: where the logits of `forward` are: "kept", in the shortened prompt (B, W, V), or
             "prompt", in the columns of input_ids (B, L, V), a dropped column repeating the kept one
-            before it. None is "kept", and raises where training has no labels in the call.
+            before it. None is "prompt" in evaluation with labels in the call, otherwise "kept";
+            training without labels in the call then raises.
         check: compare the scores of a random picture with those of eager attention first.
         **options: of the family, such as `tiles="all"` for LLaVA-NeXT.
 

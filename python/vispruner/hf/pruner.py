@@ -144,13 +144,14 @@ class Pruner:
                 to token t.
 
         Returns:
-            (B, W) int64, W columns of logits; labels itself where nothing was pruned.
+            (B, W) int64, W columns of logits; labels itself where nothing was pruned, or the
+            logits came back in the columns of the prompt.
 
         Raises:
             ValueError: labels has another shape than the input_ids of that call.
         """
         columns = self._columns.value
-        if columns is None or self._logits == "prompt":
+        if columns is None:
             return labels
         if labels.shape != columns.mask.shape:
             raise ValueError(
@@ -207,12 +208,13 @@ class Pruner:
             if not torch.compiler.is_compiling():
                 self._note(None)
             return self._forward(*args, **kwargs)
-        if prepared.report is not None:
-            self._check_labels(call)
-        self._note(prepared)
-        inputs = prepared.inputs
-        restored = self._logits == "prompt" and prepared.columns is not None
         keep = int(call.get("logits_to_keep") or 0)
+        in_prompt = self._logits_in_prompt(call, keep, pruned=prepared.report is not None)
+        restored = in_prompt and prepared.columns is not None
+        self._note(prepared)
+        if restored:
+            self._columns.value = None  # labels fit as they are
+        inputs = prepared.inputs
         if restored and keep:
             inputs = inputs | {"logits_to_keep": 0}
         with self._outputs.given(prepared.outputs, prepared.encoder_inputs) as given:
@@ -226,28 +228,28 @@ class Pruner:
             return with_restored_logits(output, prepared.columns, keep)
         return output
 
-    def _check_labels(self, call: Mapping[str, Any]) -> None:
-        """Losses and metrics outside the model would compare logits with labels of other columns.
+    def _logits_in_prompt(self, call: Mapping[str, Any], keep: int, *, pruned: bool) -> bool:
+        """Whether logits come back in the columns of the caller's prompt.
+
+        If `apply` was given no `logits`, they do in evaluation with labels, so that a `Trainer`'s
+        `predict` and `compute_metrics` compare the same columns. In training the model computes
+        the loss, and logits of dropped columns would only cost memory.
 
         Raises:
-            ValueError: training without labels, and nothing says that the caller knows.
+            ValueError: training on pictures without labels in the call, with `logits` not
+                given: a loss outside the model would compare different columns.
         """
+        if self._logits is not None or keep:
+            return self._logits == "prompt"
         has_labels = any(call.get(name) is not None for name in ("labels", "shift_labels"))
-        if self._logits is not None or call.get("logits_to_keep"):
-            return
-        if self.model.training and torch.is_grad_enabled() and not has_labels:
+        if pruned and self.model.training and torch.is_grad_enabled() and not has_labels:
             raise ValueError(
                 "training without labels in the call: logits come back in the shortened prompt, so "
                 "a loss outside the model would not fit them; pass logits='prompt' to "
                 "vispruner.apply for logits in the columns of input_ids, or logits='kept' and "
                 "shorten the labels with pruner.labels(labels)"
             )
-        if has_labels and not self.model.training:
-            self._warn_once(
-                "logits come back in the shortened prompt, labels are in the whole one: to compare "
-                "them (Trainer.predict, compute_metrics) pass logits='prompt' to vispruner.apply, "
-                "or shorten the labels with pruner.labels(labels)"
-            )
+        return has_labels and not self.model.training
 
     def _warn_of_encoder_outputs(self) -> None:
         self._warn_once(
