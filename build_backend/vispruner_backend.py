@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,8 @@ _INDEX_COMPILER = (
     "nvidia-nvvm",
     "nvidia-cuda-crt",
     "nvidia-cuda-runtime",
-    "nvidia-cuda-cccl",
 )
+_LAST_CCCL = (13, 3)  # nvidia-cuda-cccl goes its own way from here on
 _INDEX_CUDA = 13  # the first major version whose packages hold nvcc; those of 12 hold only ptxas
 
 # What pip (PYTHONPATH) and `build` (PYTHONNOUSERSITE) use to hide an environment from the build.
@@ -84,7 +85,7 @@ def torch_dir() -> str | None:
     named = os.environ.get(TORCH_DIR)
     if named:
         if not Path(named, "include", "torch", "headeronly", "version.h").is_file():
-            raise RuntimeError(f"{TORCH_DIR}={named}: no torch >= {TORCH[0]}.{TORCH[1]} there")
+            raise SystemExit(f"{TORCH_DIR}={named}: no torch >= {TORCH[0]}.{TORCH[1]} there")
         return named
     for target in (False, True):
         version, directory = _packages(target).get("torch", ("", ""))
@@ -108,11 +109,12 @@ def _tool_works(name: str, oldest: tuple[int, int] = (0, 0)) -> bool:
     return done.returncode == 0 and _version(done.stdout) >= oldest
 
 
+# A SystemExit is one line under pip and uv, where other exceptions are a traceback.
 def _chosen(name: str, values: tuple[str, ...]) -> str:
     """What an environment variable says; the first value if it says nothing."""
     value = os.environ.get(name) or values[0]
     if value not in values:
-        raise RuntimeError(f"{name}={value}: must be one of {', '.join(values)}")
+        raise SystemExit(f"{name}={value}: must be one of {', '.join(values)}")
     return value
 
 
@@ -153,7 +155,7 @@ def index_compiler() -> str | None:
     kernels = _chosen(CUDA, ("AUTO", "ON", "OFF"))
     if kernels == "OFF":
         if wanted == "index":
-            raise RuntimeError(f"{NVCC}=index, but {CUDA}=OFF: leave one of them out")
+            raise SystemExit(f"{NVCC}=index, but {CUDA}=OFF: leave one of them out")
         return None
     if wanted == "system" or (wanted == "auto" and os.environ.get("CUDACXX")):
         return None
@@ -161,7 +163,7 @@ def index_compiler() -> str | None:
     cuda = torch_cuda(directory) if directory else None
     if cuda is None:
         if wanted == "index":
-            raise RuntimeError(
+            raise SystemExit(
                 f"{NVCC}=index, but this torch has no CUDA, whose version the compiler must have: "
                 f"install a torch with CUDA, or leave {NVCC} out"
             )
@@ -173,7 +175,7 @@ def index_compiler() -> str | None:
             return None
     if version[0] < _INDEX_CUDA:
         if wanted == "index":
-            raise RuntimeError(
+            raise SystemExit(
                 f"{NVCC}=index, but the packages of CUDA {cuda} in the index hold no nvcc: install "
                 f"the CUDA toolkit {version[0]}, or a torch for CUDA {_INDEX_CUDA} or later"
             )
@@ -189,9 +191,17 @@ def _index_nvcc() -> str | None:
     return None
 
 
+def _index_packages(version: str) -> list[str]:
+    """Requirements on the compiler of this CUDA version."""
+    packages = [f"{name}=={version}.*" for name in _INDEX_COMPILER]
+    newest = _version(version) >= _LAST_CCCL
+    cccl = f">={_LAST_CCCL[0]}.{_LAST_CCCL[1]},<{_LAST_CCCL[0] + 1}" if newest else f"=={version}.*"
+    return [*packages, f"nvidia-cuda-cccl{cccl}"]
+
+
 def _compiler_requirements() -> list[str]:
     version = index_compiler()
-    return [f"{name}=={version}.*" for name in _INDEX_COMPILER] if version else []
+    return _index_packages(version) if version else []
 
 
 def _setuptools_requirement() -> list[str]:
@@ -223,14 +233,14 @@ def _setuptools() -> Any:
     except ImportError:
         directory = _target_setuptools()
         if directory is None:
-            raise RuntimeError(
+            raise SystemExit(
                 "vispruner: this environment has no setuptools: pip install "
                 f"'setuptools>={SETUPTOOLS[0]}', or leave --no-build-isolation out"
             ) from None
         sys.path.append(directory)  # last: what the build environment has comes first
         import setuptools
     if _version(setuptools.__version__) < SETUPTOOLS:
-        raise RuntimeError(
+        raise SystemExit(
             f"vispruner: setuptools {setuptools.__version__} is too old: pip install "
             f"'setuptools>={SETUPTOOLS[0]}', or leave --no-build-isolation out"
         )
@@ -242,7 +252,7 @@ def _setuptools() -> Any:
 def _builder() -> Any:
     directory = torch_dir()
     if directory is None:
-        raise RuntimeError(
+        raise SystemExit(
             "vispruner: no torch to build against. Install torch first, or set "
             f"{TORCH_DIR} to the directory of its package."
         )
@@ -256,15 +266,11 @@ def _builder() -> Any:
             libraries = [str(Path(nvcc).parents[1] / "lib"), os.environ.get("LIBRARY_PATH", "")]
             os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
         elif _chosen(NVCC, ("auto", "system", "index")) == "index":
-            raise RuntimeError(
+            raise SystemExit(
                 f"vispruner: {NVCC}=index, but this environment has no nvcc from the package "
-                f"index. Install it: pip install {' '.join(_quoted(version))}"
+                f"index. Install it: pip install {shlex.join(_index_packages(version))}"
             )
     return _setuptools()
-
-
-def _quoted(version: str) -> list[str]:
-    return [f"'{name}=={version}.*'" for name in _INDEX_COMPILER]
 
 
 def build_wheel(
