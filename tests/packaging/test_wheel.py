@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -102,3 +105,30 @@ def test_source_distribution_can_build(sources, tmp_path):
     needed += [sources / "CMakeLists.txt", sources / "build_backend" / "vispruner_backend.py"]
     assert {str(path.relative_to(sources)) for path in needed} <= names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_source_distribution_has_what_its_tests_need(tmp_path):
+    """They import benchmarks and read docs, .ci and the constraints."""
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("this environment's setuptools is too old to build with")
+    left_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info")
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
+    program = "import sys, vispruner_backend as b; print(b.build_sdist(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(tree / "build_backend")},
+        cwd=tree,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as sdist:
+        sdist.extractall(tmp_path / "unpacked", filter="data")
+    tests = next((tmp_path / "unpacked").iterdir()) / "tests"
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"],
+        cwd=tests,
+        capture_output=True,
+        text=True,
+    )
+    assert collected.returncode == 0, collected.stdout[-2000:]
