@@ -157,7 +157,10 @@ def index_compiler() -> str | None:
         if wanted == "index":
             raise SystemExit(f"{NVCC}=index, but {CUDA}=OFF: leave one of them out")
         return None
-    if wanted == "system" or (wanted == "auto" and os.environ.get("CUDACXX")):
+    own = os.environ.get("CUDACXX")
+    if wanted == "index" and own:
+        raise SystemExit(f"{NVCC}=index, but CUDACXX={own}: leave one of them out")
+    if wanted == "system" or own:
         return None
     directory = torch_dir()
     cuda = torch_cuda(directory) if directory else None
@@ -183,11 +186,12 @@ def index_compiler() -> str | None:
     return f"{version[0]}.{version[1]}"
 
 
-def _index_nvcc() -> str | None:
-    """nvcc as the packages of the index install it, where this environment has it."""
+def _index_nvcc(version: str) -> str | None:
+    """nvcc of this version, as the packages of the index install it, if it is there."""
     for place in sys.path:
         for nvcc in sorted(Path(place or os.curdir, "nvidia").glob("cu*/bin/nvcc")):
-            return str(nvcc)
+            if _nvcc_version(str(nvcc)) == _version(version):
+                return str(nvcc)
     return None
 
 
@@ -259,7 +263,7 @@ def _builder() -> Any:
     os.environ[TORCH_DIR] = directory  # for setup.py, which hands it to CMake
     version = index_compiler()
     if version:
-        nvcc = _index_nvcc()
+        nvcc = _index_nvcc(version)
         if nvcc is not None:
             os.environ["CUDACXX"] = nvcc
             # nvcc looks for its libraries in lib64, the packages have them in lib.
@@ -267,8 +271,8 @@ def _builder() -> Any:
             os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
         elif _chosen(NVCC, ("auto", "system", "index")) == "index":
             raise SystemExit(
-                f"vispruner: {NVCC}=index, but this environment has no nvcc from the package "
-                f"index. Install it: pip install {shlex.join(_index_packages(version))}"
+                f"vispruner: {NVCC}=index, but this environment has no nvcc {version} from the "
+                f"package index. Install it: pip install {shlex.join(_index_packages(version))}"
             )
     return _setuptools()
 

@@ -162,7 +162,7 @@ def test_the_compiler_is_taken_from_the_index_where_it_must_be(
         ({"VISPRUNER_CUDA": "OFF"}, None),
         ({"VISPRUNER_NVCC": "system"}, None),
         ({"CUDACXX": "/my/nvcc"}, None),
-        ({"VISPRUNER_NVCC": "index", "CUDACXX": "/my/nvcc"}, "13.0"),
+        ({"VISPRUNER_NVCC": "index"}, "13.0"),
         ({"VISPRUNER_CUDA": "ON"}, "13.0"),
     ],
 )
@@ -188,6 +188,7 @@ def test_the_compiler_that_is_asked_for(backend, machine, monkeypatch, variables
         ),
         ("13.0", {"VISPRUNER_CUDA": "yes"}, "VISPRUNER_CUDA=yes: must be one of AUTO, ON, OFF"),
         ("13.0", {"VISPRUNER_NVCC": "index", "VISPRUNER_CUDA": "OFF"}, "leave one of them out"),
+        ("13.0", {"VISPRUNER_NVCC": "index", "CUDACXX": "/my/nvcc"}, "CUDACXX=/my/nvcc: leave one"),
     ],
 )
 def test_compilers_that_cannot_be_had(
@@ -213,10 +214,16 @@ def test_the_compiler_of_the_build_environment_is_used(backend, machine, monkeyp
     monkeypatch.setenv("LIBRARY_PATH", "/mine")
     # No other nvcc of the package index: this environment may have the test extra's.
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"has no nvcc.*pip install 'nvidia-cuda-nvcc==13\.0\.\*'"):
+    with pytest.raises(
+        SystemExit, match=r"has no nvcc 13\.0.*pip install 'nvidia-cuda-nvcc==13\.0\.\*'"
+    ):
         backend._builder()
     nvcc.parent.mkdir(parents=True)
     nvcc.touch()
+    monkeypatch.setattr(backend, "_nvcc_version", lambda _: (13, 3))
+    with pytest.raises(SystemExit, match=r"has no nvcc 13\.0"):
+        backend._builder()
+    monkeypatch.setattr(backend, "_nvcc_version", lambda _: (13, 0))
     backend._builder()
     assert os.environ["CUDACXX"] == str(nvcc)
     assert os.environ["LIBRARY_PATH"] == f"{tmp_path / 'nvidia' / 'cu13' / 'lib'}:/mine"
