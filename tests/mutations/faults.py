@@ -283,8 +283,8 @@ LAUNCHES = [
     Mutation(
         "launch: 48 KiB are taken to be there beside the static variables",
         LAUNCH,
-        "if (shared_bytes > 0 || launch",
-        "if (shared_bytes > 48 * 1024 || launch",
+        "if (shared_bytes > 0 || launch != plan::Launch::kOrdered) {",
+        "if (shared_bytes > 48 * 1024) {",
         "launch",
     ),
     Mutation(
