@@ -77,7 +77,8 @@ int shared_memory_limit(int device, int* bytes) {
   constexpr int kReserved = 2048, kDevices = 64;
   static std::atomic<int> known[kDevices];  // 0: not asked for yet
   const bool remembered = device < kDevices;
-  if (remembered && (*bytes = known[device].load(std::memory_order_relaxed)) != 0) return 0;
+  *bytes = remembered ? known[device].load(std::memory_order_relaxed) : 0;
+  if (*bytes != 0) return 0;
   const cudaError_t e =
       cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (e != cudaSuccess) return e;
