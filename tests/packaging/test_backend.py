@@ -126,8 +126,9 @@ def machine(backend, monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "_system_nvcc", lambda: nvcc and "/toolkit/bin/nvcc")
         monkeypatch.setattr(backend, "_nvcc_version", lambda _: backend._version(nvcc))
 
-    for name in ("VISPRUNER_CUDA", "VISPRUNER_NVCC", "CUDACXX"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("VISPRUNER_CUDA", "VISPRUNER_NVCC", "CUDACXX", backend.TORCH_DIR):
+        monkeypatch.setenv(name, "")  # so that what the backend sets is taken back, too
+        monkeypatch.delenv(name)
     return has
 
 
@@ -227,4 +228,3 @@ def test_the_compiler_of_the_build_environment_is_used(backend, machine, monkeyp
     backend._builder()
     assert os.environ["CUDACXX"] == str(nvcc)
     assert os.environ["LIBRARY_PATH"] == f"{tmp_path / 'nvidia' / 'cu13' / 'lib'}:/mine"
-    monkeypatch.delenv("CUDACXX")
