@@ -87,19 +87,24 @@ def test_missing_nvcc_can_be_an_error(sources, without_nvcc, tmp_path):
     assert "VISPRUNER_CUDA=ON, but there is no nvcc" in " ".join(done.stderr.split())
 
 
-def test_source_distribution_can_build(sources, tmp_path):
+def source_distribution(tree, target) -> Path:
+    """The archive that the backend of this tree makes, in `target`."""
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
         pytest.skip("this environment's setuptools is too old to build with")
     program = "import sys, vispruner_backend as b; print(b.build_sdist(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path],
-        env={**os.environ, "PYTHONPATH": str(sources / "build_backend")},
-        cwd=sources,
+        [sys.executable, "-c", program, target],
+        env={**os.environ, "PYTHONPATH": str(tree / "build_backend")},
+        cwd=tree,
         check=True,
         capture_output=True,
         text=True,
     )
-    with tarfile.open(tmp_path / done.stdout.split()[-1]) as sdist:
+    return target / done.stdout.split()[-1]
+
+
+def test_source_distribution_can_build(sources, tmp_path):
+    with tarfile.open(source_distribution(sources, tmp_path)) as sdist:
         names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     needed = [path for path in sources.glob("csrc/**/*") if path.is_file()]
     needed += [sources / "CMakeLists.txt", sources / "build_backend" / "vispruner_backend.py"]
@@ -109,20 +114,9 @@ def test_source_distribution_can_build(sources, tmp_path):
 
 def test_source_distribution_has_what_its_tests_need(tmp_path):
     """They import benchmarks and read docs, .ci and the constraints."""
-    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
-        pytest.skip("this environment's setuptools is too old to build with")
     left_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info")
     tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
-    program = "import sys, vispruner_backend as b; print(b.build_sdist(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path],
-        env={**os.environ, "PYTHONPATH": str(tree / "build_backend")},
-        cwd=tree,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    with tarfile.open(tmp_path / done.stdout.split()[-1]) as sdist:
+    with tarfile.open(source_distribution(tree, tmp_path)) as sdist:
         sdist.extractall(tmp_path / "unpacked", filter="data")
     tests = next((tmp_path / "unpacked").iterdir()) / "tests"
     collected = subprocess.run(

@@ -39,12 +39,13 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from .compatibility import version_problem
-    from .guard import install
+    from .guard import install_engine_check, install_request_checks
 
     refuse = version_problem() is not None
     places = architectures()
+    install_engine_check(places)
     if not refuse:
-        install(places)
+        install_request_checks()
     for architecture, place in places.items():
         where = f"compatibility:{architecture}" if refuse else place
         ModelRegistry.register_model(architecture, f"{__name__}.{where}")

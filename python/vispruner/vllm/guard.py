@@ -85,32 +85,30 @@ def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
 
         @functools.wraps(method)
         async def checked(*args: Any, **kwargs: Any) -> Any:
-            check(*args)
+            check(*args, **kwargs)
             return await method(*args, **kwargs)
 
     else:
 
         @functools.wraps(method)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            check(*args)
+            check(*args, **kwargs)
             return method(*args, **kwargs)
 
     setattr(owner, name, checked)
 
 
-def install(supported: Mapping[str, Any]) -> None:
-    """Puts the checks, and the fields of `requests`, into this process, once.
+def install_engine_check(supported: Mapping[str, Any]) -> None:
+    """Has every model that vLLM looks up in this process checked, on whatever version.
 
     Args:
-        supported: the architectures that can be pruned.
+        supported: the architectures that have a class of this package, be it one that refuses.
     """
     from vllm import ModelRegistry
-    from vllm.renderers.base import BaseRenderer
-    from vllm.renderers.online_renderer import OnlineRenderer
 
-    if getattr(BaseRenderer, _INSTALLED, False):
-        return
     inspect_model = ModelRegistry.inspect_model_cls
+    if hasattr(inspect_model, _INSTALLED):
+        return
 
     @functools.wraps(inspect_model)
     def inspected(architectures: str | list[str], model_config: Any) -> Any:
@@ -118,9 +116,19 @@ def install(supported: Mapping[str, Any]) -> None:
         check_engine(model_config, architecture, supported)
         return info, architecture
 
+    setattr(inspected, _INSTALLED, True)
     ModelRegistry.inspect_model_cls = inspected
 
-    def check(renderer: Any, prompt: MutableMapping[str, Any], *rest: object) -> None:
+
+def install_request_checks() -> None:
+    """Has every request of this process checked, and its fields read (`requests`)."""
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    if hasattr(BaseRenderer, _INSTALLED):
+        return
+
+    def check(renderer: Any, prompt: MutableMapping[str, Any], **options: object) -> None:
         add_asked(prompt)
         check_request(renderer.model_config.hf_config, prompt)
 
@@ -131,4 +139,10 @@ def install(supported: Mapping[str, Any]) -> None:
     setattr(BaseRenderer, _INSTALLED, True)
 
 
-__all__ = ["UnsupportedEngineError", "check_engine", "check_request", "install"]
+__all__ = [
+    "UnsupportedEngineError",
+    "check_engine",
+    "check_request",
+    "install_engine_check",
+    "install_request_checks",
+]
