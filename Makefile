@@ -24,7 +24,7 @@ CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install demo test lint format bench clean
-.PHONY: lint-ruff lint-mypy lint-format lint-tidy
+.PHONY: lint-ruff lint-mypy lint-format lint-tidy lint-yaml
 
 help:  ## print this
 	@echo 'make TARGET [PYTHON=python3] [VENV=.venv, or empty: the current environment]'
@@ -50,7 +50,7 @@ demo: install ## ask the embedded model with and without pruning, and draw what 
 test: install ## run all tests (PYTEST_ARGS)
 	cd tests && $(PY) -m pytest $(PYTEST_ARGS)
 
-lint: lint-ruff lint-mypy lint-format lint-tidy ## check style, types and C++ (changes nothing)
+lint: lint-ruff lint-mypy lint-yaml lint-format lint-tidy ## check style, types and C++ (changes nothing)
 
 lint-ruff: install
 	$(BIN)ruff check .
@@ -58,6 +58,14 @@ lint-ruff: install
 
 lint-mypy: install
 	$(BIN)mypy
+
+# Workflows, issue forms and CITATION.cff, with the schemas that come with the tool.
+lint-yaml: install
+	$(BIN)yamllint --strict .github .pre-commit-config.yaml .yamllint.yml CITATION.cff
+	$(BIN)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 lint-format: install
 	$(CXX_FILES) | xargs $(BIN)clang-format --dry-run -Werror

@@ -7,9 +7,11 @@ VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compil
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,6 +26,37 @@ OPTIONS = (
     "VISPRUNER_TORCH_DIR",
     "VISPRUNER_PTXAS_REPORT",
 )
+# Those that CMake looks for where CXX names none.
+COMPILERS = ("c++", "g++", "clang++", "icpx", "CC")
+
+
+def check_tools() -> None:
+    """Raises SystemExit, which is one line, where there is nothing to build with."""
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    if named and not shutil.which(named[0]):
+        raise SystemExit(f"vispruner: CXX={os.environ['CXX']}: there is no program {named[0]!r}")
+    if not named and not any(map(shutil.which, COMPILERS)):
+        raise SystemExit(
+            "vispruner: no C++ compiler: install one (Debian and Ubuntu: apt install g++; "
+            "conda: conda install gxx), or name it in CXX"
+        )
+    if not shutil.which("cmake"):
+        raise SystemExit(
+            "vispruner: no cmake: pip install cmake ninja, or leave --no-build-isolation out"
+        )
+
+
+def run(*command: str) -> None:
+    """Runs a step of the build; raises SystemExit with a likely reason where it fails."""
+    status = subprocess.run(command).returncode
+    if status == 0:
+        return
+    message = f"vispruner: {command[0]} failed with exit status {status}, the reason is above"
+    for place in (ROOT, Path(tempfile.gettempdir())):  # compilers write to the second
+        left = shutil.disk_usage(place).free >> 20
+        if left < 64:
+            message += f"; {place} has {left} MiB left: free some of its disk"
+    raise SystemExit(message)
 
 
 class BuildPy(build_py):
@@ -46,6 +79,7 @@ class BuildLibrary(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python ABI in the name
 
     def build_extension(self, ext: Extension) -> None:
+        check_tools()
         # One directory for all kinds of build, so that the second one has little to compile.
         build = ROOT / "build" / f"cmake-{self.plat_name}"
         # pip builds in the source tree: an earlier build's options and compilers must not linger.
@@ -61,8 +95,8 @@ class BuildLibrary(build_ext):
         if ninja:  # by its path: that of an earlier build may lie in an environment that is gone
             arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        run("cmake", "-S", str(ROOT), "-B", str(build), *arguments)
+        run("cmake", "--build", str(build), "--parallel", jobs)
 
         packaged = Path(self.get_ext_fullpath(ext.name)).resolve()
         in_source = ROOT / "vispruner_cuda" / "libvispruner.so"

@@ -46,6 +46,8 @@ _INDEX_CUDA = 13  # the first major version whose packages hold nvcc; those of 1
 # What pip (PYTHONPATH) and `build` (PYTHONNOUSERSITE) use to hide an environment from the build.
 _HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")
 
+_ROOT = Path(__file__).resolve().parents[1]
+
 _PROBE = """
 import importlib.metadata, importlib.util, json
 found = {}
@@ -81,16 +83,26 @@ def _packages(target: bool) -> dict[str, tuple[str, str]]:
 
 
 def torch_dir() -> str | None:
-    """The torch to build against: VISPRUNER_TORCH_DIR, this environment's, or the target's."""
+    """The torch to build against: VISPRUNER_TORCH_DIR, this environment's, or the target's.
+
+    None where there is no torch at all.
+    """
     named = os.environ.get(TORCH_DIR)
     if named:
         if not Path(named, "include", "torch", "headeronly", "version.h").is_file():
             raise SystemExit(f"{TORCH_DIR}={named}: no torch >= {TORCH[0]}.{TORCH[1]} there")
         return named
+    old = ""
     for target in (False, True):
         version, directory = _packages(target).get("torch", ("", ""))
         if _version(version) >= TORCH:
             return directory
+        old = version or old
+    if old:  # never a second torch of gigabytes beside it, without a word
+        raise SystemExit(
+            f"vispruner: torch {old} is installed, and at least {TORCH[0]}.{TORCH[1]} is needed: "
+            f"pip install -U 'torch>={TORCH[0]}.{TORCH[1]}'"
+        )
     return None
 
 
@@ -232,6 +244,11 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 
 def _setuptools() -> Any:
     """setuptools.build_meta, from the target environment if this one has no setuptools."""
+    if not os.access(_ROOT, os.W_OK):
+        raise SystemExit(
+            f"vispruner: cannot write to the source tree {_ROOT}, where the build takes place: "
+            "install from a copy of it"
+        )
     try:
         import setuptools
     except ImportError:

@@ -15,7 +15,7 @@ By role, each room using only those above it in this list:
 - `embedded`: a small model in the package and the scenes it understands; `cli`: the `vispruner`
   command; `clip`: a CLIP vision tower alone; `shapes`, `flops`: what published models cost.
 
-Models need the extra `vispruner-cuda[transformers]`; importing the package does not. Nothing below
+Models need the extra `transformers` of this package; importing the package does not. Nothing below
 is imported before it is used, so that the command can answer without torch.
 """
 

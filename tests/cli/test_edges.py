@@ -92,3 +92,18 @@ assert "torch" not in sys.modules, "torch was imported"
     assert done.returncode == 0, done.stderr
     if arguments == "--version":
         assert done.stdout == f"vispruner {version('vispruner-cuda')}\n"
+
+
+@pytest.mark.parametrize("missing", ["rich_argparse", "transformers"])
+def test_what_to_install(missing: str) -> None:
+    """By the packages' names: this one may be in no index."""
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+from vispruner import cli
+sys.exit(cli.main(["flops"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("pip install 'transformers>=5.17' pillow rich rich-argparse\n")

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,34 @@ def test_torch_only_where_there_is_none(backend):
     assert backend.get_requires_for_build_sdist() == []
 
 
-def test_old_torch_counts_as_none(backend):
+def test_old_torch_is_refused(backend, tmp_path):
     backend.packages["torch"] = ("2.9.1+cu128", "/env/torch")
-    assert backend.get_requires_for_build_wheel() == ["torch>=2.10"]
+    message = r"^vispruner: torch 2\.9\.1\+cu128 is installed[^\n]*pip install -U 'torch>=2\.10'$"
+    for hook in (backend.get_requires_for_build_wheel, lambda: backend.build_wheel(str(tmp_path))):
+        with pytest.raises(SystemExit, match=message):
+            hook()
+
+
+def test_read_only_source_tree_is_refused(backend, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == ROOT and mode == os.W_OK))
+    monkeypatch.setenv(backend.TORCH_DIR, "")  # what the backend sets is taken back
+    monkeypatch.setattr(backend, "index_compiler", lambda: None)
+    hooks = (backend.build_wheel, backend.build_editable, backend.build_sdist,
+             backend.prepare_metadata_for_build_wheel)  # fmt: skip
+    for hook in hooks:
+        os.environ.pop(backend.TORCH_DIR, None)
+        with pytest.raises(
+            SystemExit, match=r"^vispruner: cannot write to the source tree [^\n]*$"
+        ):
+            hook(str(tmp_path))
+
+
+def test_too_old_setuptools_is_refused(backend, monkeypatch):
+    monkeypatch.setitem(sys.modules, "setuptools", types.SimpleNamespace(__version__="65.5.0"))
+    with pytest.raises(
+        SystemExit, match=r"^vispruner: setuptools 65\.5\.0 is too old: pip install[^\n]*$"
+    ):
+        backend.build_sdist("/nowhere")
 
 
 def test_old_setuptools_counts_as_none(backend):

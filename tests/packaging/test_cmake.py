@@ -10,6 +10,7 @@ import pytest
 
 # What `nvcc --list-gpu-code` knows, by release.
 KNOWN = {
+    "11.8": "35 37 50 52 53 60 61 62 70 72 75 80 86 87 89 90",
     "12.4": "50 52 53 60 61 62 70 72 75 80 86 87 89 90",
     "12.8": "50 52 53 60 61 62 70 72 75 80 86 87 89 90 100 101 120",
     "13.0": "75 80 86 87 88 89 90 100 110 103 120 121",
@@ -21,7 +22,8 @@ def architectures(sources, tmp_path):
     """Runs the part of CMakeLists.txt that chooses, with a compiler that knows so much."""
     text = (sources / "CMakeLists.txt").read_text()
     (function,) = re.findall(r"^function\(vp_setup_cuda\)\n.*?^endfunction\(\)", text, re.M | re.S)
-    (default,) = re.findall(r"^set\(VP_DEFAULT_ARCHS .*\)$", text, re.M)
+    defaults = re.findall(r"^set\((?:VP_DEFAULT_ARCHS|VP_OLDEST_NVCC) .*\)$", text, re.M)
+    default = "\n".join(defaults)
 
     def choose(
         release: str, asked: str = "", torch_cuda: str = "", wanted: str = "AUTO"
@@ -101,6 +103,18 @@ def test_compiler_newer_than_the_cuda_of_torch(architectures, release, torch_cud
     asked = architectures(release, torch_cuda=torch_cuda, wanted="ON")
     assert (asked.returncode != 0) == newer
     assert (message in " ".join(asked.stderr.split())) == newer
+
+
+def test_compiler_too_old(architectures):
+    """A distribution's own nvcc may be of CUDA 11: a CPU build that says so, or an error."""
+    message = "is of CUDA 11.8, and at least 12.4 is needed"
+    warned = architectures("11.8", torch_cuda="12.8")
+    assert warned.returncode == 0
+    assert message in " ".join(warned.stderr.split())
+    assert warned.stderr.rstrip().endswith("||")  # no architectures, no options
+    asked = architectures("11.8", torch_cuda="12.8", wanted="ON")
+    assert asked.returncode != 0
+    assert message in " ".join(asked.stderr.split())
 
 
 @pytest.mark.parametrize(("written", "expected"), [("'12.8'", "12.8"), ("None", "")])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
+import shlex
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, NoReturn
 
 from .common import CommandError
@@ -24,10 +27,18 @@ class _Version(argparse.Action):
         super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        from importlib.metadata import version
-
-        print(f"vispruner {version('vispruner-cuda')}")
+        print(f"vispruner {metadata.version('vispruner-cuda')}")
         parser.exit()
+
+
+def _remedy() -> str:
+    """How to install what the extra `transformers` has, wherever this package came from."""
+    wanted = [
+        requirement.partition(";")[0].strip()
+        for requirement in metadata.requires("vispruner-cuda") or ()
+        if re.search(r"extra == .transformers.", requirement)
+    ]
+    return f"pip install {shlex.join(wanted)}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
     except ImportError as error:  # of rich, transformers, ...
-        print(f"vispruner: {error}: pip install 'vispruner-cuda[transformers]'", file=sys.stderr)
+        print(f"vispruner: {error}: {_remedy()}", file=sys.stderr)
         return 2
     try:
         status: int = options.run(options)
@@ -76,10 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vispruner {options.command}: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(
-            f"vispruner {options.command}: {error}: pip install 'vispruner-cuda[transformers]'",
-            file=sys.stderr,
-        )
+        print(f"vispruner {options.command}: {error}: {_remedy()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -9,7 +9,7 @@ A scene is a background, unlabelled distractors and one to six objects, each a s
 placed apart from each other. Answers follow from the list of objects. The same arguments give the
 same scene: training draws from splits ("train/0", ...) that no other use draws from.
 
-Needs Pillow and NumPy, which the extra `vispruner-cuda[transformers]` brings.
+Needs Pillow and NumPy, which the extra `transformers` of this package brings.
 """
 
 from __future__ import annotations

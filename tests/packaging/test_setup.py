@@ -1,0 +1,79 @@
+"""How a build that cannot work ends: one line with the remedy, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+import setuptools
+setuptools.setup = lambda **_: None
+sys.path.insert(0, {tree!r})
+sys.argv = ["setup.py"]
+namespace = {{"__file__": {setup!r}, "__name__": "setup"}}
+exec(compile(open({setup!r}).read(), {setup!r}, "exec"), namespace)
+{call}
+"""
+
+
+@pytest.fixture
+def fails(sources, tmp_path):
+    """Calls a function of setup.py that must fail: the lines that it writes to stderr."""
+
+    def call(code: str, path: Path, **variables: str) -> list[str]:
+        script = SCRIPT.format(tree=str(sources), setup=str(sources / "setup.py"), call=code)
+        environment = {key: value for key, value in os.environ.items() if key != "CXX"}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment | {"PATH": str(path)} | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        return done.stderr.splitlines()
+
+    return call
+
+
+def program(directory: Path, name: str, text: str = "exit 0") -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{text}\n")
+    (directory / name).chmod(0o755)
+
+
+def test_no_compiler(fails, tmp_path):
+    (line,) = fails("namespace['check_tools']()", tmp_path)
+    assert line.startswith("vispruner: no C++ compiler: install one")
+
+
+def test_compiler_that_is_not_there(fails, tmp_path):
+    program(tmp_path, "g++")
+    (line,) = fails("namespace['check_tools']()", tmp_path, CXX="g++-99 -O1")
+    assert line == "vispruner: CXX=g++-99 -O1: there is no program 'g++-99'"
+
+
+def test_no_cmake(fails, tmp_path):
+    program(tmp_path, "g++")
+    (line,) = fails("namespace['check_tools']()", tmp_path)
+    assert line.startswith("vispruner: no cmake: pip install cmake ninja")
+
+
+def test_failed_step(fails, tmp_path):
+    program(tmp_path, "cmake", "echo the reason >&2; exit 3")
+    reason, line = fails("namespace['run']('cmake', '--build')", tmp_path)
+    assert reason == "the reason"
+    assert line.startswith("vispruner: cmake failed with exit status 3, the reason is above")
+
+
+@pytest.mark.parametrize(("left", "said"), [(5, True), (500, False)])
+def test_full_disk(fails, tmp_path, left, said):
+    program(tmp_path, "cmake", "exit 1")
+    usage = f"type('U', (), {{'free': {left} << 20}})"
+    call = f"namespace['shutil'].disk_usage = lambda _: {usage}\nnamespace['run']('cmake')"
+    (line,) = fails(call, tmp_path)
+    assert (f"has {left} MiB left: free some of its disk" in line) == said
