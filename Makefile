@@ -23,7 +23,7 @@ endif
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format bench clean
+.PHONY: help venv install demo test lint format wheel bench clean
 .PHONY: lint-ruff lint-mypy lint-format lint-tidy lint-yaml
 
 help:  ## print this
@@ -77,6 +77,13 @@ format: install ## format all sources in place
 	$(BIN)ruff check --fix-only .
 	$(BIN)ruff format .
 	$(CXX_FILES) | xargs $(BIN)clang-format -i
+
+# auditwheel reads from the library which glibc it needs, and names the wheel by it.
+wheel: install ## build a wheel in dist/ for other machines with a glibc and torch that are as new
+	rm -rf dist
+	$(PY) -m pip wheel --no-deps --wheel-dir dist/raw .
+	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/raw/*.whl
+	$(PY) -m auditwheel show dist/*.whl
 
 bench: install ## run the benchmarks, JSON in .benchmarks/
 	cd benchmarks && $(PY) -m pytest --benchmark-only --benchmark-autosave $(PYTEST_ARGS)
