@@ -23,7 +23,7 @@ endif
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format wheel bench clean
+.PHONY: help venv install demo test lint format docs wheel bench clean
 .PHONY: lint-ruff lint-mypy lint-format lint-tidy lint-yaml
 
 help:  ## print this
@@ -61,11 +61,11 @@ lint-mypy: install
 
 # Workflows, issue forms and CITATION.cff, with the schemas that come with the tool.
 lint-yaml: install
-	$(BIN)yamllint --strict .github .pre-commit-config.yaml .yamllint.yml CITATION.cff
+	$(BIN)yamllint --strict .github .pre-commit-config.yaml .yamllint.yml CITATION.cff mkdocs.yml
 	$(BIN)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
-	$(BIN)check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff mkdocs.yml
 
 lint-format: install
 	$(CXX_FILES) | xargs $(BIN)clang-format --dry-run -Werror
@@ -77,6 +77,9 @@ format: install ## format all sources in place
 	$(BIN)ruff check --fix-only .
 	$(BIN)ruff format .
 	$(CXX_FILES) | xargs $(BIN)clang-format -i
+
+docs: install ## build the documentation in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 # auditwheel reads from the library which glibc it needs, and names the wheel by it.
 wheel: install ## build a wheel in dist/ for other machines with a glibc and torch that are as new

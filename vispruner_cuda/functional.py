@@ -100,7 +100,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
         (B, N, N) float32, bitwise the same on every device.
 
     Raises:
-        TypeError, ValueError: as for :func:`topk`.
+        TypeError, ValueError: as for `topk`.
 
     Source: docs/numerics.md, "Gram" and "Redundancy".
     """
@@ -116,7 +116,7 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
 
     Args:
         feats: (B, N, C) tokens *in ranking order*, most important first; dtypes as for
-            :func:`prune`.
+            `prune`.
         k: tokens to keep, at least 1; all N if k >= N.
         step: tokens to drop a round, at least 1.
 
@@ -124,7 +124,7 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
         (B, min(k, N)) int64 positions in `feats`, ascending.
 
     Raises:
-        TypeError, ValueError: as for :func:`topk`.
+        TypeError, ValueError: as for `topk`.
 
     Source: VisPruner (arXiv 2412.01818), section 3.3; docs/numerics.md, "The loop".
     """
@@ -186,22 +186,23 @@ def prune_varlen(
     important_ratio: float = 0.5,
     step: int = 8,
 ) -> PruneVarlenResult:
-    """:func:`prune` for images of different size, packed one after the other.
+    """`prune` for images of different size, packed one after the other.
 
     Args:
-        feats: (T, C) packed patch features; dtypes as in :func:`prune`.
+        feats: (T, C) packed patch features; dtypes as in `prune`.
         cls_attn: (T,) or (H, T), packed alike.
         cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1]; ints, or an integer tensor
             on the CPU (a tensor on the GPU would make the host wait: keep the lengths there).
         k: tokens to keep, one int for all images or one for each, on the host, at least 1.
-        important_ratio, step: as in :func:`prune`.
+        important_ratio: share of k kept by attention, as in `prune`.
+        step: tokens dropped per round, as in `prune`.
 
     Returns:
         PruneVarlenResult: `feats` (T', C), `indices` (T',) int64 rows of the packed input, and the
         new `cu_seqlens` as a tuple of ints.
 
     Raises:
-        TypeError, ValueError: as for :func:`prune`.
+        TypeError, ValueError: as for `prune`.
     """
     bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
     kept, indices = _prune_varlen(
@@ -229,7 +230,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
     Returns:
         (B, N) float32, from float32 arithmetic; the same for an image alone and in any batch.
-        Ready for :func:`prune` as `cls_attn`.
+        Ready for `prune` as `cls_attn`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -253,8 +254,9 @@ def received_attention(
     Column means of softmax(q k^T * scale) in memory linear in the tokens.
 
     Args:
-        q, k: (T, H, D) packed queries and keys after any rotary embedding, float16, bfloat16 or
-            float32; at most 32768 tokens an image and D <= 256.
+        q: (T, H, D) packed queries after any rotary embedding, float16, bfloat16 or float32; at
+            most 32768 tokens per image, and D <= 256.
+        k: (T, H, D) keys of the same layout and dtype.
         scale: factor of the logits, usually D ** -0.5.
         cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1], on the host; None: all
             rows are one image.
@@ -265,7 +267,7 @@ def received_attention(
         (T,) float32, from float32 arithmetic; the scores of each image sum to 1.
 
     Raises:
-        TypeError, ValueError: as for :func:`cls_attention`.
+        TypeError, ValueError: as for `cls_attention`.
 
     Source: VisPruner (arXiv 2412.01818), the authors' recipe for encoders without [CLS].
     """
