@@ -79,7 +79,7 @@ format: install ## format all sources in place
 	$(CXX_FILES) | xargs $(BIN)clang-format -i
 
 docs: install ## build the documentation in build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # auditwheel reads from the library which glibc it needs, and names the wheel by it.
 wheel: install ## build a wheel in dist/ for other machines with a glibc and torch that are as new
