@@ -77,7 +77,7 @@ def test_paths_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "ask --help", "flops --help", "--version"])
+@pytest.mark.parametrize("arguments", ["--help", "ask --help", "flops --help", "web --help", "--version"])
 def test_without_torch(arguments: str) -> None:
     program = f"""
 import sys
@@ -94,16 +94,23 @@ assert "torch" not in sys.modules, "torch was imported"
         assert done.stdout == f"vispruner {version('vispruner-cuda')}\n"
 
 
-@pytest.mark.parametrize("missing", ["rich_argparse", "transformers"])
-def test_what_to_install(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "command", "install"),
+    [
+        ("rich_argparse", "flops", "'transformers>=5.17' pillow rich rich-argparse"),
+        ("transformers", "flops", "'transformers>=5.17' pillow rich rich-argparse"),
+        ("gradio", "web", "'gradio>=6'"),
+    ],
+)
+def test_what_to_install(missing: str, command: str, install: str) -> None:
     """By the packages' names: this one may be in no index."""
     program = f"""
 import sys
 sys.modules[{missing!r}] = None
 from vispruner import cli
-sys.exit(cli.main(["flops"]))
+sys.exit(cli.main([{command!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.endswith("pip install 'transformers>=5.17' pillow rich rich-argparse\n")
+    assert done.stderr.endswith(f"pip install {install}\n")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .common import CommandError
 
-COMMANDS = ("ask", "show", "flops", "draw", "info")
+COMMANDS = ("ask", "show", "web", "flops", "draw", "info")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,14 +31,19 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _remedy() -> str:
-    """How to install what the extra `transformers` has, wherever this package came from."""
-    wanted = [
-        requirement.partition(";")[0].strip()
-        for requirement in metadata.requires("vispruner-cuda") or ()
-        if re.search(r"extra == .transformers.", requirement)
-    ]
-    return f"pip install {shlex.join(wanted)}"
+def _remedy(error: ImportError) -> str:
+    """How to install what is missing, wherever this package came from: an extra's requirements."""
+    missing = str(error.name).partition(".")[0].replace("_", "-")
+    extras: dict[str, list[str]] = {}
+    chosen = "transformers"
+    for requirement in metadata.requires("vispruner-cuda") or ():
+        wanted, _, marker = requirement.partition(";")
+        extra = re.search(r"extra == .([\w-]+).", marker)
+        if extra and extra[1] in ("transformers", "web"):
+            extras.setdefault(extra[1], []).append(wanted.strip())
+            if re.split(r"[^\w-]", wanted)[0] == missing:
+                chosen = extra[1]
+    return f"pip install {shlex.join(extras.get(chosen, ()))}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
     except ImportError as error:  # of rich, transformers, ...
-        print(f"vispruner: {error}: {_remedy()}", file=sys.stderr)
+        print(f"vispruner: {error}: {_remedy(error)}", file=sys.stderr)
         return 2
     try:
         status: int = options.run(options)
@@ -87,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vispruner {options.command}: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"vispruner {options.command}: {error}: {_remedy()}", file=sys.stderr)
+        print(f"vispruner {options.command}: {error}: {_remedy(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

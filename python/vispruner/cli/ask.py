@@ -23,11 +23,10 @@ from .common import (
     load_model,
     model_inputs,
     one_line,
+    phases_of,
     positive,
     read_image,
 )
-
-PRUNING = ("score", "select", "rewrite")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,17 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def _phases(milliseconds: Mapping[str, float]) -> dict[str, float]:
-    """The rows of the table."""
-    rows = {
-        "vision": milliseconds.get("vision", 0.0),
-        "prune": sum(milliseconds.get(name, 0.0) for name in PRUNING),
-        "prefill": milliseconds.get("prefill", 0.0),
-        "decode": milliseconds.get("decode", 0.0),
-    }
-    return rows | {"total": sum(rows.values())}
-
-
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
@@ -106,12 +94,12 @@ def run(options: argparse.Namespace) -> int:
         with apply_budget(model, budget) as pruner:
             text = answer()
             assert pruner.last is not None
-            return text, _phases(pruner.last.milliseconds), pruner.last
+            return text, phases_of(pruner.last.milliseconds), pruner.last
 
     def whole() -> tuple[str, dict[str, float], Any]:
         with unpruned(model) as clock:
             text = answer()
-            return text, _phases(clock.milliseconds()), None
+            return text, phases_of(clock.milliseconds()), None
 
     # In turn, so that a busy machine slows both alike.
     ways = {"pruned": pruned} | ({"unpruned": whole} if options.compare else {})

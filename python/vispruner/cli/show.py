@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """One picture as the encoder sees it, and what was kept of it.
 
     Attributes:
@@ -97,7 +97,7 @@ def _pixels_as_image(pixels: Tensor, processor: Any) -> Image.Image:
     return Image.frombytes("RGB", (values.shape[2], values.shape[1]), raw)
 
 
-def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> list[_Picture]:
+def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> list[Picture]:
     """The pictures that an image was encoded as: itself, or its tiles.
 
     Args:
@@ -121,7 +121,7 @@ def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> l
         cells = slice(start, start + grid[0] * grid[1])
         start = cells.stop
         found.append(
-            _Picture(
+            Picture(
                 image if pixels is None else _pixels_as_image(pixels[i], processor),
                 grid,
                 item.scores[cells].cpu(),
@@ -131,20 +131,17 @@ def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> l
     return found
 
 
-def _by_model(
-    options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
-) -> list[_Picture]:
+def kept_by(
+    model: Any, processor: Any, budget: Budget, device: torch.device, images: list[Image.Image]
+) -> list[Picture]:
+    """What a model keeps of each image; raises CommandError where it cannot be pruned."""
     import torch
 
     from .. import prepare
 
-    model, processor = load_model(options, device)
     found = []
     try:
-        with (
-            torch.no_grad(),
-            apply_budget(model, budget) as pruner,
-        ):
+        with torch.no_grad(), apply_budget(model, budget) as pruner:
             for image in images:
                 inputs = model_inputs(processor, image, "", device)
                 prepare(model, inputs)
@@ -156,9 +153,15 @@ def _by_model(
     return found
 
 
+def _by_model(
+    options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
+) -> list[Picture]:
+    return kept_by(*load_model(options, device), budget, device, images)
+
+
 def _by_tower(
     options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
-) -> list[_Picture]:
+) -> list[Picture]:
     import torch
 
     from ..clip import ClipTower, TowerError
@@ -222,7 +225,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _montage(found: list[_Picture], *, random_weights: bool) -> Image.Image:
+def _montage(found: list[Picture], *, random_weights: bool) -> Image.Image:
     from . import pictures
 
     rows = []
