@@ -77,7 +77,9 @@ def test_paths_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "ask --help", "flops --help", "web --help", "--version"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "ask --help", "flops --help", "web --help", "--version"]
+)
 def test_without_torch(arguments: str) -> None:
     program = f"""
 import sys
