@@ -414,15 +414,22 @@ Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// e^x to about one unit in the last place; 0 below -87, NaN for NaN.
+// e^x to about one unit in the last place; 0 far below, NaN for NaN.
 Floats exponential(Floats x) {
+  // ln 2 in two parts, the first of so few bits that its product is exact.
+  constexpr float kLog2E = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
+#if defined(__AVX512F__)
+  x = reinterpret_cast<Floats>(_mm512_max_ps(_mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
+  const auto n = reinterpret_cast<Floats>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(x * kLog2E), _MM_FROUND_TO_NEAREST_INT));
+#else
   const Ints tiny = x < -87.0f;
   x = tiny ? all(-87.0f) : x;
   x = x > 88.0f ? all(88.0f) : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats n = (x * 1.44269504f + kRound) - kRound;
-  // ln 2 in two parts, the first of so few bits that its product is exact.
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const Floats n = (x * kLog2E + kRound) - kRound;
+#endif
+  const Floats r = multiply_add(n, all(-kLn2Rest), multiply_add(n, all(-kLn2), x));
   // Minimax polynomial of (e^r - 1 - r) / r^2 (Cephes, expf).
   Floats p = all(1.9875691500e-4f);
   p = multiply_add(p, r, all(1.3981999507e-3f));
@@ -431,8 +438,13 @@ Floats exponential(Floats x) {
   p = multiply_add(p, r, all(1.6666665459e-1f));
   p = multiply_add(p, r, all(5.0000001201e-1f));
   p = multiply_add(p, r * r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   return tiny ? Floats{} : p * reinterpret_cast<Floats>(power);
+#endif
 }
 
 // A tile has as many sums as there are registers for.
@@ -444,22 +456,47 @@ constexpr int kTileQueries = kQueryTile / 2;
 constexpr int kTileVectors = 2;
 static_assert(kPanelKeys % kLanes == 0 && kQueryTile % kTileQueries == 0);
 
+// sum + q . k of one word: of one channel, or of two.
+struct Float32Word {
+  static Floats add_product(Floats sum, Floats q, Floats k) { return multiply_add(q, k, sum); }
+};
+#if defined(__AVX512BF16__)
+struct BFloat16Words {
+  static Floats add_product(Floats sum, Floats q, Floats k) {
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                     reinterpret_cast<__m512bh>(q),
+                                                     reinterpret_cast<__m512bh>(k)));
+  }
+};
+#endif
+
+// The word in every lane, whatever its bits are.
+Floats all_lanes(const float* word) {
+#if defined(__AVX512F__)
+  int32_t bits;
+  std::memcpy(&bits, word, sizeof bits);
+  return reinterpret_cast<Floats>(_mm512_set1_epi32(bits));
+#else
+  return all(*word);
+#endif
+}
+
 // out[i][t] = scale * (q_i . k_t) of kTileQueries queries and kVectors vectors of keys from `first`
 // on. A sum runs over the channels in order, whatever stands beside it.
-template <int kVectors>
-void logit_tile(const float* q, const float* panels, int64_t first, int dim, float scale,
+template <typename Word, int kVectors>
+void logit_tile(const float* q, const float* panels, int64_t first, int words, float scale,
                 int64_t stride, float* out) {
   const float* keys[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const int64_t key = first + v * kLanes;
-    keys[v] = panels + key / kPanelKeys * kPanelKeys * dim + key % kPanelKeys;
+    keys[v] = panels + key / kPanelKeys * kPanelKeys * words + key % kPanelKeys;
   }
   Floats sums[kTileQueries][kVectors] = {};
-  for (int64_t d = 0; d < dim; ++d) {
+  for (int64_t w = 0; w < words; ++w) {
     for (int v = 0; v < kVectors; ++v) {
-      const Floats k = load(keys[v] + d * kPanelKeys);
+      const Floats k = load(keys[v] + w * kPanelKeys);
       for (int i = 0; i < kTileQueries; ++i) {
-        sums[i][v] = multiply_add(all(q[i * dim + d]), k, sums[i][v]);
+        sums[i][v] = Word::add_product(sums[i][v], all_lanes(q + i * words + w), k);
       }
     }
   }
@@ -470,58 +507,73 @@ void logit_tile(const float* q, const float* panels, int64_t first, int dim, flo
   }
 }
 
-void add_weights(const float* q, int queries, const float* panels, int tokens, int dim, float scale,
-                 const float* lse, float* scratch, float* columns) {
+template <typename Word>
+void add_weights(const float* q, int queries, const float* panels, int tokens, int words,
+                 float scale, const float* lse, float* scratch, float* columns) {
   constexpr int kFloatSums = 64;  // terms of a float32 sum before float64 takes over
   constexpr int kTileKeys = kTileVectors * kLanes;
   const int64_t width = int64_t{(tokens + kPanelKeys - 1) / kPanelKeys} * kPanelKeys;
   for (int i = 0; i < kQueryTile; i += kTileQueries) {
-    const float* rows = q + int64_t{i} * dim;
+    const float* rows = q + int64_t{i} * words;
     float* out = scratch + i * width;
     int64_t t = 0;
     for (; t + kTileKeys <= width; t += kTileKeys) {
-      logit_tile<kTileVectors>(rows, panels, t, dim, scale, width, out);
+      logit_tile<Word, kTileVectors>(rows, panels, t, words, scale, width, out);
     }
-    for (; t < width; t += kLanes) logit_tile<1>(rows, panels, t, dim, scale, width, out);
+    for (; t < width; t += kLanes) logit_tile<Word, 1>(rows, panels, t, words, scale, width, out);
   }
+  float share[kQueryTile];
   for (int i = 0; i < queries; ++i) {
     float* row = scratch + i * width;
     for (int64_t t = tokens; t < width; ++t) row[t] = -__builtin_inff();  // weight 0
-    if (lse) {
-      for (int64_t t = 0; t < width; t += kLanes) {
-        store(columns + t, load(columns + t) + exponential(load(row + t) - lse[i]));
+    float shift = lse ? lse[i] : row[0];
+    if (!lse) {
+      Floats high = load(row);
+      for (int64_t t = kLanes; t < width; t += kLanes) {
+        const Floats x = load(row + t);
+        high = x > high ? x : high;
       }
-      continue;
+      for (int l = 0; l < kLanes; ++l) shift = high[l] > shift ? high[l] : shift;
     }
-    Floats high = load(row);
-    for (int64_t t = kLanes; t < width; t += kLanes) {
-      const Floats x = load(row + t);
-      high = x > high ? x : high;
-    }
-    float highest = high[0];
-    for (int l = 1; l < kLanes; ++l) highest = high[l] > highest ? high[l] : highest;
     double sum = 0.0;
     for (int64_t begin = 0; begin < width; begin += kFloatSums * kLanes) {
       const int64_t end = begin + kFloatSums * kLanes;
       Floats partial = {};
       for (int64_t t = begin; t < (end < width ? end : width); t += kLanes) {
-        const Floats weight = exponential(load(row + t) - highest);
+        const Floats weight = exponential(load(row + t) - shift);
         store(row + t, weight);
         partial += weight;
       }
       for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(partial[l]);
     }
-    const auto share = static_cast<float>(1.0 / sum);
-    for (int64_t t = 0; t < width; t += kLanes) {
-      store(columns + t, load(columns + t) + load(row + t) * share);
+    share[i] = lse ? 1.0f : static_cast<float>(1.0 / sum);
+  }
+  for (int64_t t = 0; t < width; t += kLanes) {
+    Floats column = load(columns + t);
+    for (int i = 0; i < queries; ++i) {
+      column = multiply_add(load(scratch + i * width + t), all(share[i]), column);
     }
+    store(columns + t, column);
   }
 }
 
 }  // namespace
 
 extern const IsaKernels kKernels;
-const IsaKernels kKernels = {VP_STRING(VP_ISA), transpose, quantize_token, gram_tile,
-                             neighbours,        load_row,  exact_logits,   add_weights};
+const IsaKernels kKernels = {
+    VP_STRING(VP_ISA),
+    transpose,
+    quantize_token,
+    gram_tile,
+    neighbours,
+    load_row,
+    exact_logits,
+    add_weights<Float32Word>,
+#if defined(__AVX512BF16__)
+    add_weights<BFloat16Words>,
+#else
+    nullptr,
+#endif
+};
 
 }  // namespace vispruner::cpu::VP_ISA

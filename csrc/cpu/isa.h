@@ -24,7 +24,7 @@ constexpr int kTransposedRows = 16;
 constexpr int kListStride = 32;
 
 // Received attention: queries that go through the keys together, and keys side by side in a panel:
-// panel[channel][key % 16], float32.
+// panel[word][key % 16]. A word is a channel in float32, or two of them in bfloat16.
 constexpr int kQueryTile = 8;
 constexpr int kPanelKeys = 16;
 
@@ -58,11 +58,14 @@ struct IsaKernels {
                        double* out);
 
   // columns[t] += sum over `queries` of softmax(scale * (q . k_t)), the softmax over all `tokens`
-  // keys; with lse, of exp(scale * (q . k_t) - lse[query]). `q` has kQueryTile rows of `dim`
-  // floats, `panels` and `columns` are padded to whole panels (with zeros, with anything), and
+  // keys; with lse, of exp(scale * (q . k_t) - lse[query]). `q` has kQueryTile rows of `words`
+  // words, `panels` and `columns` are padded to whole panels (with zeros, with anything), and
   // `scratch` holds kQueryTile such rows of columns.
-  void (*add_weights)(const float* q, int queries, const float* panels, int tokens, int dim,
-                      float scale, const float* lse, float* scratch, float* columns);
+  using AddWeights = void (*)(const float* q, int queries, const float* panels, int tokens,
+                              int words, float scale, const float* lse, float* scratch,
+                              float* columns);
+  AddWeights add_weights;
+  AddWeights add_weights_bfloat16;  // of words of two channels; null without such instructions
 };
 
 // The kernels for this processor.
