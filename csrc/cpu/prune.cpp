@@ -69,7 +69,10 @@ struct DedupWorkspace {
   // Used after the Gram matrix, in the memory of the quantized tokens.
   uint16_t* neighbours;  // (rows, kListStride)
   float* redundancy;     // (rows, kListStride)
-  int32_t* key_scratch;  // (threads, padded)
+  // For each thread, of the tokens that are left: similarities to one of them, and sort keys.
+  float* gram_scratch;
+  int32_t* key_scratch;
+  float* left_inv;
   uint16_t* list[2];
   uint64_t* sort_keys;
   uint64_t* sort_scratch;
@@ -81,7 +84,9 @@ struct DedupWorkspace {
     arena.rewind(gram.only_for_gram);
     neighbours = arena.take<uint16_t>(int64_t{residual} * kListStride);
     redundancy = arena.take<float>(int64_t{residual} * kListStride);
+    gram_scratch = arena.take<float>(int64_t{threads} * gram.padded);
     key_scratch = arena.take<int32_t>(int64_t{threads} * gram.padded);
+    left_inv = arena.take<float>(residual);
     list[0] = arena.take<uint16_t>(residual);
     list[1] = arena.take<uint16_t>(residual);
     sort_keys = arena.take<uint64_t>(residual);
@@ -261,9 +266,36 @@ void sort_keys(uint64_t* keys, uint64_t* scratch, int count) {
   }
 }
 
+// Makes the neighbour lists of the `n` tokens that are left, of each other. As long as all are,
+// `left` is 0, 1, 2, ...
+void list_neighbours(const Threads& threads, DedupWorkspace& ws, const uint16_t* left, int n) {
+  constexpr int kTokensPerTask = 32;
+  for (int i = 0; i < n; ++i) ws.left_inv[i] = ws.gram.inv[left[i]];
+  for_each_task(threads, (n + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t t, int worker) {
+    float* gathered = ws.gram_scratch + int64_t{worker} * ws.gram.padded;
+    int32_t* keys = ws.key_scratch + int64_t{worker} * ws.gram.padded;
+    const int begin = static_cast<int>(t) * kTokensPerTask;
+    for (int i = begin; i < std::min(begin + kTokensPerTask, n); ++i) {
+      const float* row = ws.matrix + int64_t{left[i]} * ws.gram.padded;
+      if (n < ws.gram.rows) {
+        for (int j = 0; j < n; ++j) gathered[j] = row[left[j]];
+        row = gathered;
+      }
+      const int64_t at = int64_t{left[i]} * kListStride;
+      uint16_t* ids = ws.neighbours + at;
+      const int count = isa().neighbours(row, ws.left_inv, n, i, ids, ws.redundancy + at, keys);
+      for (int e = 0; e < count; ++e) ids[e] = left[ids[e]];
+      ids[count] = static_cast<uint16_t>(ws.gram.rows);  // the sentinel
+    }
+  });
+}
+
 // The loop of the method on residual rows 0 ... R - 1, which are in ranking order. Leaves the
 // survivors in ws.list[0].
-void dedup_loop(DedupWorkspace& ws, int k, int step) {
+void dedup_loop(const Threads& threads, DedupWorkspace& ws, int k, int step) {
+  // Lists are made again when so many times fewer tokens are left that most of their entries are
+  // gone, unless these are so few that scanning them costs less.
+  constexpr int kListAgain = 4, kFewTokens = 150;
   const int rows = ws.gram.rows;
   const int64_t ld = ws.gram.padded;
   uint16_t* list = ws.list[0];
@@ -273,8 +305,14 @@ void dedup_loop(DedupWorkspace& ws, int k, int step) {
     ws.in_b[i] = i & 1;
   }
   ws.in_b[rows] = 1;  // the sentinel that ends every neighbour list
+  list_neighbours(threads, ws, list, rows);
 
+  int listed = rows;
   for (int n = rows; n > k;) {
+    if (n * kListAgain <= listed && n > kFewTokens) {
+      list_neighbours(threads, ws, list, n);
+      listed = n;
+    }
     const int a_count = (n + 1) / 2;
     for (int p = 0; p < a_count; ++p) {
       const int64_t token = list[2 * p];
@@ -346,20 +384,7 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
     quantize_rows(
         feats, image.feats, [&](int row) { return key_token(order[row]); }, threads, dedup.gram);
     gram_matrix(threads, dedup.gram, dedup.matrix);
-    constexpr int kRowsPerTask = 32;
-    for_each_task(
-        threads, (residual + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t t, int worker) {
-          const int begin = static_cast<int>(t) * kRowsPerTask;
-          for (int i = begin; i < std::min(begin + kRowsPerTask, residual); ++i) {
-            const int64_t at = int64_t{i} * kListStride;
-            const int count =
-                isa().neighbours(dedup.matrix + int64_t{i} * dedup.gram.padded, dedup.gram.inv,
-                                 residual, i, dedup.neighbours + at, dedup.redundancy + at,
-                                 dedup.key_scratch + int64_t{worker} * dedup.gram.padded);
-            dedup.neighbours[at + count] = static_cast<uint16_t>(residual);  // the sentinel
-          }
-        });
-    dedup_loop(dedup, shape.diverse, step);
+    dedup_loop(threads, dedup, shape.diverse, step);
     for (int i = 0; i < shape.diverse; ++i) ws.keep[key_token(order[dedup.list[0][i]])] = 1;
   }
 

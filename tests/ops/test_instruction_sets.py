@@ -49,6 +49,7 @@ settings(max_examples=200, deadline=None, derandomize=True, database=None,
 for features in ("constant", "normal", "clustered"):
     check(Problem(1, 150, 8192, None, 16, features=features))
     check(Problem(2, 577, 200, 2, 60, features=features, dtype=torch.float16))
+    check(Problem(1, 700, 32, 2, 20, features=features))  # makes neighbour lists again
 
 # Squared norms up to and beyond what an int32 sum over all channels is used for (2^30).
 signs = torch.tensor([1.0, -1.0])[torch.randint(2, (80, 1), generator=torch.manual_seed(0))]
