@@ -52,8 +52,10 @@ struct Registry {
   Stage received_attention{
       "received_attention", "VISPRUNER_RECEIVED_ATTENTION_PLAN", true, {"auto", "wide", "narrow"}};
   Stage launch{"launch", "VISPRUNER_LAUNCH", true, {"auto", "ordered", "dependent"}};
-  Stage cpu{
-      "cpu", "VISPRUNER_CPU_ISA", false, {"auto", "portable", "avx2", "avx512", "avx512vnni"}};
+  Stage cpu{"cpu",
+            "VISPRUNER_CPU_ISA",
+            false,
+            {"auto", "portable", "avx2", "avx512", "avx512vnni", "avx512bf16"}};
   std::string error;  // of the environment
 
   std::vector<Stage*> all() {

@@ -1,10 +1,11 @@
-// Attention scores on the CPU: arithmetic on inputs upcast to float32, memory linear in tokens. The
-// one row of [CLS] is computed in float64, because one weight can dominate its softmax.
+// Attention scores on the CPU: products of the inputs summed in float32, memory linear in tokens.
+// The one row of [CLS] is computed in float64, because one weight can dominate its softmax.
 //
 // Every image and head is computed alone and sums run in a fixed order, so that neither the batch
 // nor the number of threads changes a bit.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
@@ -32,14 +33,25 @@ std::vector<float> load_rows(const HeadsView& view, DType dtype, int64_t image, 
   return rows;
 }
 
-// Rows of `dim` floats to panels of kPanelKeys keys (isa.h), padded with zeros.
-std::vector<float> to_panels(const std::vector<float>& rows, int tokens, int dim) {
-  const int64_t padded = round_up(tokens, kPanelKeys);
-  std::vector<float> panels(static_cast<size_t>(padded * dim));
+// `tokens` rows of one head as words of two bfloat16 channels, padded with zeros as above.
+std::vector<float> load_bfloat16_rows(const HeadsView& view, int64_t first_token, int head,
+                                      int tokens, int dim) {
+  const auto words = static_cast<int>(round_up(dim, kDimAlign)) / 2;
+  std::vector<float> rows(static_cast<size_t>(tokens) * static_cast<size_t>(words));
   for (int t = 0; t < tokens; ++t) {
-    const float* row = rows.data() + int64_t{t} * dim;
-    float* to = panels.data() + int64_t{t / kPanelKeys} * dim * kPanelKeys + t % kPanelKeys;
-    for (int d = 0; d < dim; ++d) to[int64_t{d} * kPanelKeys] = row[d];
+    const int64_t at = head * view.head_stride + (first_token + t) * view.token_stride;
+    std::memcpy(rows.data() + int64_t{t} * words, element_at(view.data, DType::kBFloat16, at),
+                static_cast<size_t>(dim) * sizeof(BFloat16));
+  }
+  return rows;
+}
+
+// Rows of `words` words, as many as whole panels have, to panels of kPanelKeys keys (isa.h).
+std::vector<float> to_panels(const std::vector<float>& rows, int words) {
+  static_assert(kPanelKeys == kTransposedRows);
+  std::vector<float> panels(rows.size());
+  for (size_t at = 0; at < rows.size(); at += static_cast<size_t>(kPanelKeys) * words) {
+    isa().transpose(rows.data() + at, words, words, panels.data() + at, kPanelKeys);
   }
   return panels;
 }
@@ -84,6 +96,8 @@ void cls_attention(const ClsAttentionArgs& args, float* out, const Threads& thre
 void received_attention(const ReceivedAttentionArgs& args, float* out, const Threads& threads) {
   constexpr int kBlock = 32;  // queries whose weights are added in float32 before float64 does
   const int64_t rows = args.rows();
+  const bool in_bfloat16 = args.dtype == DType::kBFloat16 && isa().add_weights_bfloat16;
+  const auto add_weights = in_bfloat16 ? isa().add_weights_bfloat16 : isa().add_weights;
   std::vector<double> sums(static_cast<size_t>(args.heads * rows));  // (heads, rows)
   for_each(threads, args.images * args.heads, [&](int64_t task) {
     const int64_t image = task / args.heads;
@@ -91,11 +105,15 @@ void received_attention(const ReceivedAttentionArgs& args, float* out, const Thr
     const int64_t first = args.bounds[image];
     const auto tokens = static_cast<int>(args.bounds[image + 1] - first);
     if (tokens == 0) return;
-    const auto dim = static_cast<int>(round_up(args.head_dim, kDimAlign));
-    auto q = load_rows(args.q, args.dtype, 0, first, head, tokens, args.head_dim);
-    q.resize(static_cast<size_t>(round_up(tokens, kQueryTile) * dim));
-    const auto k = to_panels(load_rows(args.k, args.dtype, 0, first, head, tokens, args.head_dim),
-                             tokens, dim);
+    const auto load = [&](const HeadsView& view) {
+      return in_bfloat16 ? load_bfloat16_rows(view, first, head, tokens, args.head_dim)
+                         : load_rows(view, args.dtype, 0, first, head, tokens, args.head_dim);
+    };
+    auto q = load(args.q), k = load(args.k);
+    const auto words = static_cast<int>(q.size() / static_cast<size_t>(tokens));
+    q.resize(static_cast<size_t>(round_up(tokens, kQueryTile) * words));
+    k.resize(static_cast<size_t>(round_up(tokens, kPanelKeys) * words));
+    k = to_panels(k, words);
     double* total = sums.data() + head * rows + first;
     const auto width = static_cast<size_t>(round_up(tokens, kPanelKeys));
     std::vector<float> block(width), scratch(kQueryTile * width);
@@ -107,8 +125,8 @@ void received_attention(const ReceivedAttentionArgs& args, float* out, const Thr
         for (int j = 0; args.lse && j < queries; ++j) {
           lse[j] = args.lse[head * args.lse_head_stride + (first + i + j) * args.lse_token_stride];
         }
-        isa().add_weights(q.data() + int64_t{i} * dim, queries, k.data(), tokens, dim, args.scale,
-                          args.lse ? lse : nullptr, scratch.data(), block.data());
+        add_weights(q.data() + int64_t{i} * words, queries, k.data(), tokens, words, args.scale,
+                    args.lse ? lse : nullptr, scratch.data(), block.data());
       }
       for (int t = 0; t < tokens; ++t)
         total[t] += static_cast<double>(block[static_cast<size_t>(t)]);

@@ -14,6 +14,7 @@ namespace portable { extern const IsaKernels kKernels; }
 namespace avx2 { extern const IsaKernels kKernels; }
 namespace avx512 { extern const IsaKernels kKernels; }
 namespace avx512vnni { extern const IsaKernels kKernels; }
+namespace avx512bf16 { extern const IsaKernels kKernels; }
 #endif
 
 namespace {
@@ -34,9 +35,11 @@ const std::vector<Candidate>& candidates() {
     const bool has_avx512 =
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
     return std::vector<Candidate>{
-        {plan::Cpu::kAvx512Vnni, &avx512vnni::kKernels,
-         has_avx512 && __builtin_cpu_supports("avx512vnni")},
+        {plan::Cpu::kAvx512Bf16, &avx512bf16::kKernels,
+         has_vnni && __builtin_cpu_supports("avx512bf16")},
+        {plan::Cpu::kAvx512Vnni, &avx512vnni::kKernels, has_vnni},
         {plan::Cpu::kAvx512, &avx512::kKernels, has_avx512},
         {plan::Cpu::kAvx2, &avx2::kKernels, has_avx2},
         {plan::Cpu::kPortable, &portable::kKernels, true},

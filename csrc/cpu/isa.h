@@ -12,35 +12,43 @@ namespace vispruner::cpu {
 constexpr int kPanelTokens = 16;
 
 // A Gram tile is kTileRows x kTileCols; matrices are padded to multiples of kTileCols.
-constexpr int kTileRows = 8;
+constexpr int kTileRows = kPanelTokens;
 constexpr int kTileCols = 32;
+
+// Products of quantized values whose sum fits int32 whatever they are: 512 * 2047^2 < 2^31.
+constexpr int64_t kInt32Products = 512;
+
+constexpr int kTransposedRows = 16;
 
 // Neighbour lists: kListStride - 1 entries at most, best first, then the sentinel.
 constexpr int kListStride = 32;
 
 // Received attention: queries that go through the keys together, and keys side by side in a panel:
-// panel[channel][key % 16], float32.
+// panel[word][key % 16]. A word is a channel in float32, or two of them in bfloat16.
 constexpr int kQueryTile = 8;
 constexpr int kPanelKeys = 16;
 
 struct IsaKernels {
   const char* name;
 
-  // Quantizes one token into slot `slot` of its panel and returns its squared norm.
-  // `row` has C elements; `scratch` holds round_up(C, 2) floats.
-  int64_t (*quantize_token)(const void* row, DType dtype, int64_t channels, int slot,
-                            int16_t* panel, float* scratch);
+  // to[c][r] = from[r][c] of kTransposedRows rows, in elements of 32 bits of any type.
+  void (*transpose)(const float* from, int64_t from_stride, int64_t columns, float* to,
+                    int64_t to_stride);
 
-  // tile[r][c] = q_(row0 + r) . q_(col0 + c), exact, as float64. row0 % 8 == 0, col0 % 32 == 0.
-  void (*gram_tile)(const int16_t* panels, int64_t panel_size, int64_t pairs, int row0, int col0,
-                    double* tile);
+  // Quantizes the C channels of one token and returns its squared norm. `scratch` holds C floats.
+  int64_t (*quantize_token)(const void* row, DType dtype, int64_t channels, int16_t* quantized,
+                            float* scratch);
+
+  // tile[r][c] = fl32(q_(row0 + r) . q_(col0 + c)) of the exact product. Sums over `int32_pairs`
+  // pairs of channels must fit int32. row0 % kTileRows == 0, col0 % kTileCols == 0.
+  void (*gram_tile)(const int16_t* panels, int64_t panel_size, int64_t pairs, int64_t int32_pairs,
+                    int row0, int col0, float* tile);
 
   // The most similar tokens of one token, best first, as (id, redundancy); every token that is
   // more similar than the last entry is in the list. Returns the number of entries.
-  // similarity(gram[j], inv[j]) is ranked; `self` is left out. `guess` carries the threshold
-  // from one call to the next. `scratch` holds n int32.
+  // similarity(gram[j], inv[j]) is ranked; `self` is left out. `scratch` holds round_up(n, 32).
   int (*neighbours)(const float* gram, const float* inv, int n, int self, uint16_t* ids,
-                    float* redundancy, int32_t* guess, int32_t* scratch);
+                    float* redundancy, int32_t* scratch);
 
   // Upcasts `count` elements.
   void (*load)(const void* from, DType dtype, int64_t count, float* to);
@@ -50,11 +58,14 @@ struct IsaKernels {
                        double* out);
 
   // columns[t] += sum over `queries` of softmax(scale * (q . k_t)), the softmax over all `tokens`
-  // keys; with lse, of exp(scale * (q . k_t) - lse[query]). `q` has kQueryTile rows of `dim`
-  // floats, `panels` and `columns` are padded to whole panels (with zeros, with anything), and
+  // keys; with lse, of exp(scale * (q . k_t) - lse[query]). `q` has kQueryTile rows of `words`
+  // words, `panels` and `columns` are padded to whole panels (with zeros, with anything), and
   // `scratch` holds kQueryTile such rows of columns.
-  void (*add_weights)(const float* q, int queries, const float* panels, int tokens, int dim,
-                      float scale, const float* lse, float* scratch, float* columns);
+  using AddWeights = void (*)(const float* q, int queries, const float* panels, int tokens,
+                              int words, float scale, const float* lse, float* scratch,
+                              float* columns);
+  AddWeights add_weights;
+  AddWeights add_weights_bfloat16;  // of words of two channels; null without such instructions
 };
 
 // The kernels for this processor.

@@ -46,18 +46,21 @@ struct GramWorkspace {
   float* inv;
   int64_t only_for_gram;  // a mark: what follows is of no use after the Gram matrix
   int16_t* panels;
-  float* row_scratch;  // one row of channels for each thread
+  // For each thread: the channels of one token, and the quantized tokens of a panel.
+  float* row_scratch;
+  int16_t* token_scratch;
 
   GramWorkspace(Arena& arena, int tokens, int64_t channels, int threads)
       : rows(tokens),
         padded(static_cast<int>(round_up(tokens, kTileCols))),
         pairs((channels + 1) / 2),
         panel_size(pairs * 2 * kPanelTokens),
-        row_stride(round_up(channels, 16)),
+        row_stride(round_up(channels, 64) + 32),  // rows side by side fall into different sets
         inv(arena.take<float>(padded)),
         only_for_gram(arena.mark()),
         panels(arena.take<int16_t>(padded / kPanelTokens * panel_size)),
-        row_scratch(arena.take<float>(row_stride * threads)) {}
+        row_scratch(arena.take<float>(row_stride * threads)),
+        token_scratch(arena.take<int16_t>(row_stride * kPanelTokens * threads)) {}
 };
 
 struct DedupWorkspace {
@@ -66,9 +69,13 @@ struct DedupWorkspace {
   // Used after the Gram matrix, in the memory of the quantized tokens.
   uint16_t* neighbours;  // (rows, kListStride)
   float* redundancy;     // (rows, kListStride)
-  int32_t* key_scratch;  // (threads, padded)
+  // For each thread, of the tokens that are left: similarities to one of them, and sort keys.
+  float* gram_scratch;
+  int32_t* key_scratch;
+  float* left_inv;
   uint16_t* list[2];
-  uint64_t* sort_keys[2];
+  uint64_t* sort_keys;
+  uint64_t* sort_scratch;
   uint8_t* in_b;
 
   DedupWorkspace(Arena& arena, int residual, int64_t channels, int threads)
@@ -77,11 +84,13 @@ struct DedupWorkspace {
     arena.rewind(gram.only_for_gram);
     neighbours = arena.take<uint16_t>(int64_t{residual} * kListStride);
     redundancy = arena.take<float>(int64_t{residual} * kListStride);
+    gram_scratch = arena.take<float>(int64_t{threads} * gram.padded);
     key_scratch = arena.take<int32_t>(int64_t{threads} * gram.padded);
+    left_inv = arena.take<float>(residual);
     list[0] = arena.take<uint16_t>(residual);
     list[1] = arena.take<uint16_t>(residual);
-    sort_keys[0] = arena.take<uint64_t>(residual);
-    sort_keys[1] = arena.take<uint64_t>(residual);
+    sort_keys = arena.take<uint64_t>(residual);
+    sort_scratch = arena.take<uint64_t>(residual);
     in_b = arena.take<uint8_t>(residual + 1);
   }
 };
@@ -155,33 +164,46 @@ void quantize_rows(const FeatureView& feats, const void* first, const TokenOf& t
                    const Threads& threads, GramWorkspace& ws) {
   const int64_t bytes = dtype_bytes(feats.dtype);
   for_each_task(threads, ws.padded / kPanelTokens, [&](int64_t p, int worker) {
-    int16_t* panel = ws.panels + p * ws.panel_size;
+    float* scratch = ws.row_scratch + worker * ws.row_stride;
+    int16_t* tokens = ws.token_scratch + worker * kPanelTokens * ws.row_stride;
     for (int slot = 0; slot < kPanelTokens; ++slot) {
       const auto row = static_cast<int>(p) * kPanelTokens + slot;
-      if (row >= ws.rows) {  // padding
-        for (int64_t c = 0; c < ws.pairs; ++c) {
-          std::memset(panel + (c * kPanelTokens + slot) * 2, 0, 2 * sizeof(int16_t));
-        }
+      int16_t* token = tokens + slot * ws.row_stride;
+      token[2 * ws.pairs - 1] = 0;  // the last channel may have no other to pair with
+      if (row >= ws.rows) {         // padding
+        std::fill(token, token + 2 * ws.pairs, int16_t{0});
         ws.inv[row] = 0.0f;
         continue;
       }
       const char* x = static_cast<const char*>(first) + token_of(row) * feats.token_stride * bytes;
-      const int64_t squared = isa().quantize_token(x, feats.dtype, feats.channels, slot, panel,
-                                                   ws.row_scratch + worker * ws.row_stride);
-      ws.inv[row] = inverse_norm(squared);
+      ws.inv[row] =
+          inverse_norm(isa().quantize_token(x, feats.dtype, feats.channels, token, scratch));
     }
+    static_assert(kPanelTokens == kTransposedRows);
+    isa().transpose(reinterpret_cast<const float*>(tokens), ws.row_stride / 2, ws.pairs,
+                    reinterpret_cast<float*>(ws.panels + p * ws.panel_size), kPanelTokens);
   });
+}
+
+// Pairs of channels whose products int32 can sum. No sum of products of two tokens exceeds the
+// product of their norms (Cauchy-Schwarz), so that it is all of them if squared norms are below
+// 2^31, as norms of at most 2^15, rounded, imply.
+int64_t int32_pairs(const GramWorkspace& ws) {
+  const bool small = std::all_of(ws.inv, ws.inv + ws.rows,
+                                 [](float inv) { return inv == 0.0f || inv >= 0x1p-15f; });
+  return small ? ws.pairs : kInt32Products / 2;
 }
 
 // Calls emit(row, col, gram_tile) for every tile on or above the diagonal, in parallel.
 template <typename Emit>
 void for_each_tile(const Threads& threads, const GramWorkspace& ws, const Emit& emit) {
   const int64_t columns = ws.padded / kTileCols;
+  const int64_t int32_sums = int32_pairs(ws);
   for_each_task(threads, columns, [&](int64_t task, int) {
     const auto col0 = static_cast<int>(columns - 1 - task) * kTileCols;  // the longest first
-    double tile[kTileRows * kTileCols];
+    float tile[kTileRows * kTileCols];
     for (int row0 = 0; row0 < std::min(col0 + kTileCols, ws.rows); row0 += kTileRows) {
-      isa().gram_tile(ws.panels, ws.panel_size, ws.pairs, row0, col0, tile);
+      isa().gram_tile(ws.panels, ws.panel_size, ws.pairs, int32_sums, row0, col0, tile);
       emit(row0, col0, tile);
     }
   });
@@ -189,16 +211,13 @@ void for_each_tile(const Threads& threads, const GramWorkspace& ws, const Emit& 
 
 void gram_matrix(const Threads& threads, const GramWorkspace& ws, float* matrix) {
   const int64_t ld = ws.padded;
-  for_each_tile(threads, ws, [&](int row0, int col0, const double* tile) {
+  for_each_tile(threads, ws, [&](int row0, int col0, const float* tile) {
     for (int r = 0; r < kTileRows; ++r) {
-      float* out = matrix + (row0 + r) * ld + col0;
-      for (int c = 0; c < kTileCols; ++c) out[c] = static_cast<float>(tile[r * kTileCols + c]);
+      std::copy_n(tile + r * kTileCols, kTileCols, matrix + (row0 + r) * ld + col0);
     }
     if (row0 >= col0) return;  // a tile on the diagonal holds both halves
-    for (int c = 0; c < kTileCols; ++c) {
-      float* out = matrix + (col0 + c) * ld + row0;
-      for (int r = 0; r < kTileRows; ++r) out[r] = static_cast<float>(tile[r * kTileCols + c]);
-    }
+    static_assert(kTileRows == kTransposedRows);
+    isa().transpose(tile, kTileCols, kTileCols, matrix + col0 * ld + row0, ld);
   });
 }
 
@@ -207,35 +226,76 @@ uint64_t redundancy_key(float redundancy, int position) {
   return (uint64_t{~ordered_key(redundancy)} << 32) | static_cast<uint32_t>(position);
 }
 
-// Ascending order of `count` keys by their high 32 bits, stable. Returns the array it ends up in.
-uint64_t* sort_by_high_half(uint64_t* keys, uint64_t* other, int count) {
-  constexpr int kFewKeys = 128;
-  if (count < kFewKeys) {
-    std::sort(keys, keys + count);  // positions in the low half make it stable
-    return keys;
+// Sorts keys that are in order where their high halves are equal: a scatter into buckets of equal
+// width, the same again in crowded ones, and an insertion sort of what is nearly in order then.
+void sort_keys(uint64_t* keys, uint64_t* scratch, int count) {
+  constexpr int kFew = 16, kMostBuckets = 2048;
+  if (count > kFew) {
+    const auto high_half = [](uint64_t key) { return static_cast<uint32_t>(key >> 32); };
+    uint32_t low = UINT32_MAX, high = 0;
+    for (int i = 0; i < count; ++i) {
+      low = std::min(low, high_half(keys[i]));
+      high = std::max(high, high_half(keys[i]));
+    }
+    if (low == high) return;
+    int shift = 0;
+    while ((high - low) >> shift >= static_cast<uint32_t>(std::min(2 * count, kMostBuckets)))
+      ++shift;
+    const int buckets = static_cast<int>((high - low) >> shift) + 1;
+    const auto bucket = [&](uint64_t key) { return (high_half(key) - low) >> shift; };
+
+    int ends[kMostBuckets];
+    std::fill(ends, ends + buckets, 0);
+    for (int i = 0; i < count; ++i) ++ends[bucket(keys[i])];
+    int sum = 0, most = 0;
+    for (int b = 0; b < buckets; ++b) {
+      most = std::max(most, ends[b]);
+      sum += std::exchange(ends[b], sum);
+    }
+    for (int i = 0; i < count; ++i) scratch[ends[bucket(keys[i])]++] = keys[i];
+    std::copy_n(scratch, count, keys);
+    for (int b = 0, begin = 0; b < buckets && most > kFew; begin = ends[b++]) {
+      if (ends[b] - begin > kFew) sort_keys(keys + begin, scratch + begin, ends[b] - begin);
+    }
   }
-  constexpr int kDigits = 3, kBits = 11, kValues = 1 << kBits;
-  const auto digit = [](uint64_t key, int d) {
-    return static_cast<int>(key >> (32 + d * kBits)) & (kValues - 1);
-  };
-  uint32_t starts[kDigits][kValues] = {};
-  for (int i = 0; i < count; ++i) {
-    for (int d = 0; d < kDigits; ++d) ++starts[d][digit(keys[i], d)];
+  for (int i = 1; i < count; ++i) {
+    const uint64_t key = keys[i];
+    int at = i;
+    for (; at > 0 && keys[at - 1] > key; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
   }
-  for (int d = 0; d < kDigits; ++d) {
-    uint32_t* start = starts[d];
-    if (start[digit(keys[0], d)] == static_cast<uint32_t>(count)) continue;  // all the same
-    uint32_t sum = 0;
-    for (int v = 0; v < kValues; ++v) sum += std::exchange(start[v], sum);
-    for (int i = 0; i < count; ++i) other[start[digit(keys[i], d)]++] = keys[i];
-    std::swap(keys, other);
-  }
-  return keys;
+}
+
+// Makes the neighbour lists of the `n` tokens that are left, of each other. As long as all are,
+// `left` is 0, 1, 2, ...
+void list_neighbours(const Threads& threads, DedupWorkspace& ws, const uint16_t* left, int n) {
+  constexpr int kTokensPerTask = 32;
+  for (int i = 0; i < n; ++i) ws.left_inv[i] = ws.gram.inv[left[i]];
+  for_each_task(threads, (n + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t t, int worker) {
+    float* gathered = ws.gram_scratch + int64_t{worker} * ws.gram.padded;
+    int32_t* keys = ws.key_scratch + int64_t{worker} * ws.gram.padded;
+    const int begin = static_cast<int>(t) * kTokensPerTask;
+    for (int i = begin; i < std::min(begin + kTokensPerTask, n); ++i) {
+      const float* row = ws.matrix + int64_t{left[i]} * ws.gram.padded;
+      if (n < ws.gram.rows) {
+        for (int j = 0; j < n; ++j) gathered[j] = row[left[j]];
+        row = gathered;
+      }
+      const int64_t at = int64_t{left[i]} * kListStride;
+      uint16_t* ids = ws.neighbours + at;
+      const int count = isa().neighbours(row, ws.left_inv, n, i, ids, ws.redundancy + at, keys);
+      for (int e = 0; e < count; ++e) ids[e] = left[ids[e]];
+      ids[count] = static_cast<uint16_t>(ws.gram.rows);  // the sentinel
+    }
+  });
 }
 
 // The loop of the method on residual rows 0 ... R - 1, which are in ranking order. Leaves the
 // survivors in ws.list[0].
-void dedup_loop(DedupWorkspace& ws, int k, int step) {
+void dedup_loop(const Threads& threads, DedupWorkspace& ws, int k, int step) {
+  // Lists are made again when so many times fewer tokens are left that most of their entries are
+  // gone, unless these are so few that scanning them costs less.
+  constexpr int kListAgain = 4, kFewTokens = 150;
   const int rows = ws.gram.rows;
   const int64_t ld = ws.gram.padded;
   uint16_t* list = ws.list[0];
@@ -245,8 +305,14 @@ void dedup_loop(DedupWorkspace& ws, int k, int step) {
     ws.in_b[i] = i & 1;
   }
   ws.in_b[rows] = 1;  // the sentinel that ends every neighbour list
+  list_neighbours(threads, ws, list, rows);
 
+  int listed = rows;
   for (int n = rows; n > k;) {
+    if (n * kListAgain <= listed && n > kFewTokens) {
+      list_neighbours(threads, ws, list, n);
+      listed = n;
+    }
     const int a_count = (n + 1) / 2;
     for (int p = 0; p < a_count; ++p) {
       const int64_t token = list[2 * p];
@@ -264,9 +330,10 @@ void dedup_loop(DedupWorkspace& ws, int k, int step) {
         }
         redundancy = best * ws.gram.inv[token];
       }
-      ws.sort_keys[0][p] = redundancy_key(redundancy, p);
+      ws.sort_keys[p] = redundancy_key(redundancy, p);
     }
-    const uint64_t* sorted = sort_by_high_half(ws.sort_keys[0], ws.sort_keys[1], a_count);
+    const uint64_t* sorted = ws.sort_keys;
+    sort_keys(ws.sort_keys, ws.sort_scratch, a_count);
 
     const int r = std::min({step, n - k, a_count});
     int length = 0;
@@ -317,21 +384,7 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
     quantize_rows(
         feats, image.feats, [&](int row) { return key_token(order[row]); }, threads, dedup.gram);
     gram_matrix(threads, dedup.gram, dedup.matrix);
-    constexpr int kRowsPerTask = 32;
-    for_each_task(
-        threads, (residual + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t t, int worker) {
-          int32_t guess = 0;
-          const int begin = static_cast<int>(t) * kRowsPerTask;
-          for (int i = begin; i < std::min(begin + kRowsPerTask, residual); ++i) {
-            const int64_t at = int64_t{i} * kListStride;
-            const int count =
-                isa().neighbours(dedup.matrix + int64_t{i} * dedup.gram.padded, dedup.gram.inv,
-                                 residual, i, dedup.neighbours + at, dedup.redundancy + at, &guess,
-                                 dedup.key_scratch + int64_t{worker} * dedup.gram.padded);
-            dedup.neighbours[at + count] = static_cast<uint16_t>(residual);  // the sentinel
-          }
-        });
-    dedup_loop(dedup, shape.diverse, step);
+    dedup_loop(threads, dedup, shape.diverse, step);
     for (int i = 0; i < shape.diverse; ++i) ws.keep[key_token(order[dedup.list[0][i]])] = 1;
   }
 
@@ -359,11 +412,11 @@ void pairwise_cosine(const FeatureView& feats, const void* first_token, int toke
   Arena arena(workspace);
   GramWorkspace ws(arena, tokens, feats.channels, threads.count);
   quantize_rows(feats, first_token, [](int row) { return row; }, threads, ws);
-  for_each_tile(threads, ws, [&](int row0, int col0, const double* tile) {
+  for_each_tile(threads, ws, [&](int row0, int col0, const float* tile) {
     for (int r = 0; r < kTileRows && row0 + r < tokens; ++r) {
       for (int c = 0; c < kTileCols && col0 + c < tokens; ++c) {
         const int i = row0 + r, j = col0 + c;
-        const auto gram = static_cast<float>(tile[r * kTileCols + c]);
+        const float gram = tile[r * kTileCols + c];
         out[int64_t{i} * tokens + j] = similarity(gram, ws.inv[j]) * ws.inv[i];
         out[int64_t{j} * tokens + i] = similarity(gram, ws.inv[i]) * ws.inv[j];
       }

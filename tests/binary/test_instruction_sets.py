@@ -30,7 +30,7 @@ def objects(tmp_path_factory, build) -> dict[str, Path]:
 
 
 def test_instruction_sets_built(build):
-    x86 = ("portable", "avx2", "avx512", "avx512vnni")
+    x86 = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
     want = x86 if platform.machine() == "x86_64" else ("portable",)
     assert set(build.cpu_isas) == set(want)
     assert build.cpu_isa in build.cpu_isas
@@ -63,3 +63,5 @@ def test_vectors_no_wider_than_named(objects, tool):
     assert "%zmm" in code["avx512"]
     assert "vpdpwssd" not in code["avx512"]
     assert "vpdpwssd" in code["avx512vnni"]
+    assert "vdpbf16ps" not in code["avx512vnni"]
+    assert "vdpbf16ps" in code["avx512bf16"]

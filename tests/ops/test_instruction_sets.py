@@ -49,6 +49,20 @@ settings(max_examples=200, deadline=None, derandomize=True, database=None,
 for features in ("constant", "normal", "clustered"):
     check(Problem(1, 150, 8192, None, 16, features=features))
     check(Problem(2, 577, 200, 2, 60, features=features, dtype=torch.float16))
+    check(Problem(1, 700, 32, 2, 20, features=features))  # makes neighbour lists again
+
+# Squared norms up to and beyond what an int32 sum over all channels is used for (2^30).
+signs = torch.tensor([1.0, -1.0])[torch.randint(2, (80, 1), generator=torch.manual_seed(0))]
+for value in (1022, 1023, 1024, 1447, 2047):
+    feats = torch.full((1, 80, 1024), float(value))
+    feats[0, :, ::7] -= torch.arange(80)[:, None] % 3
+    feats[0, :40, 0] = 2047
+    feats *= signs
+    attn = torch.rand(1, 80, generator=torch.manual_seed(1))
+    want, got = (module.prune(feats, attn, 20) for module in (reference, vispruner_cuda))
+    assert torch.equal(want.indices, got.indices), value
+    assert torch.equal(reference.pairwise_cosine(feats), vispruner_cuda.pairwise_cosine(feats))
+    count += 2
 print("equal", count)
 """
 

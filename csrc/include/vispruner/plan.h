@@ -24,8 +24,8 @@ enum class Sort { kAuto, kBuckets, kCounting };
 enum class ClsAttention { kAuto, kShared, kWorkspace };  // where the logits lie
 enum class ReceivedAttention { kAuto, kWide, kNarrow };  // 64 columns per tile, or 16
 enum class Launch { kAuto, kOrdered, kDependent };
-enum class Cpu { kAuto, kPortable, kAvx2, kAvx512, kAvx512Vnni };
-constexpr int kCpus = 5;
+enum class Cpu { kAuto, kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+constexpr int kCpus = 6;
 
 struct Plans {
   Rank rank;
