@@ -137,15 +137,16 @@ def test_the_time_of_workers_is_seen_where_processes_share_counters(
     pictures = server.metric("vispruner_scored_pictures_total")
     begin = time.monotonic()
     create(**chat(9, 10))
+    create(**chat(11))
     spent = time.monotonic() - begin
-    assert server.metric("vispruner_scored_pictures_total") == pictures + 2
+    assert server.metric("vispruner_scored_pictures_total") == pictures + 3
     for name, earlier in zip(names, start, strict=True):
         assert 0 < server.metric(name) - earlier < spent
     lines = re.findall(
         r"Pruned (\d+) pictures in [\d.]+ s: (\d+) visual tokens, (\d+) kept; "
         r"scoring [\d.]+ ms and selection [\d.]+ ms a picture", log.read_text(),
     )  # fmt: skip
-    assert sum(int(n) for n, _, _ in lines) == pictures + 2
+    assert sum(int(n) for n, _, _ in lines) == pictures + 3
     assert all(0 < int(kept) < int(before) for _, before, kept in lines)
 
 

@@ -35,6 +35,12 @@ class Server:
             text: str = response.read().decode()
         return text
 
+    def post(self, path: str) -> None:
+        """An endpoint without arguments; raises if it does not answer with success."""
+        call = urllib.request.Request(f"{self.url}{path}", method="POST")
+        with urllib.request.urlopen(call, timeout=30):
+            pass
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of all samples of a metric that have these labels, 0 if there are none."""
         from prometheus_client.parser import text_string_to_metric_families
