@@ -21,6 +21,7 @@ from support.engine_process import Engine
 from support.engine_requests import Request, smooth_picture
 
 import vispruner
+from vispruner import embedded
 from vispruner.selection import Budget
 
 pytestmark = pytest.mark.engine
@@ -30,17 +31,19 @@ PROMPT = Request("USER: {image}what is in the image? ASSISTANT:", [0])
 
 
 @pytest.mark.parametrize(
-    ("family", "important_ratio"), [("llava", 0.5), ("qwen25", 0.5), ("qwen3", 0.5), ("qwen3", 0.0)]
+    ("family", "important_ratio"),
+    [("llava", 0.5), ("qwen25", 0.5), ("qwen3", 0.5), ("embedded", 0.5)],
 )
 def test_smooth_pictures(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, important_ratio: float
 ) -> None:
-    folder = checkpoint(family)
+    folder = Path(embedded.path()) if family == "embedded" else checkpoint(family)
     budget = Budget(k=K, important_ratio=important_ratio)
     prompt, pictures = PROMPT.prompt(family), [smooth_picture(n) for n in range(PICTURES)]
     with Engine(
         folder, {"k": K, "important_ratio": important_ratio}, record=tmp_path,
         mm_processor_cache_gb=0,
+        max_model_len=512,
     ) as engine:  # fmt: skip
         known = set(tmp_path.iterdir())  # of the engine's own trial
         answers = [

@@ -59,12 +59,13 @@ def _broken(number: int) -> str:
     ]
 
 
-def mix(count: int, most: int) -> list[Job]:
+def mix(count: int, most: int, pictures: int = PICTURES) -> list[Job]:
     """The jobs of a run: the same ones every time.
 
     Args:
-        most: the engine's cap. The k of clients that leave at any time are their own, so that
+        most: the engine's cap. Clients that leave at any time have a k of their own each, so that
             counters by k show which of them the engine had taken.
+        pictures: how many different ones.
     """
     random = np.random.default_rng(0)
     early = count // 20
@@ -72,7 +73,7 @@ def mix(count: int, most: int) -> list[Job]:
     jobs = []
     for number in range(count):
         text = f"what is in the image? {number % 5}"
-        images = tuple(int(n) for n in random.integers(0, PICTURES, 1 + number % 2))
+        images = tuple(int(n) for n in random.integers(0, pictures, 1 + number % 2))
         k = None if number % 10 == 3 else int(random.integers(1, shared + 1))
         place = number % 20
         if place in (0, 10):
