@@ -77,11 +77,15 @@ def _serve(
     options: dict[str, Any],
     variables: dict[str, str],
     record: Path | None,
+    version: str | None,
 ) -> None:
     """The child: makes the engine, then answers lists of requests until there is None."""
     os.environ.update(variables)
+    import vllm
     from vllm import LLM, SamplingParams
 
+    if version is not None:
+        vllm.__version__ = version
     if record is not None:
         _record_choices(record)
 
@@ -141,6 +145,7 @@ class Engine:
         plugin: whether the plugin is loaded at all.
         apart: whether the engine core runs in yet another process, as it does in a server.
         record: folder for a file of every choice of tokens, in their order.
+        version: that vLLM says it has.
         options: further arguments of `vllm.LLM`.
 
     Raises:
@@ -155,6 +160,7 @@ class Engine:
         plugin: bool = True,
         apart: bool = False,
         record: Path | None = None,
+        version: str | None = None,
         **options: Any,
     ) -> None:
         settings = {
@@ -179,7 +185,9 @@ class Engine:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         if not plugin:
             variables["VLLM_PLUGINS"] = ""
-        self._process = _server().Process(target=_serve, args=(child, settings, variables, record))
+        self._process = _server().Process(
+            target=_serve, args=(child, settings, variables, record, version)
+        )
         self._process.start()
         child.close()
         try:
