@@ -14,9 +14,12 @@ import pytest
 pytest.importorskip("vllm")
 
 import openai
+import torch
 from support.engine_process import TESTS, environment
 from support.engine_server import Server, running
 from support.engine_traffic import chat, video_part
+
+from vispruner.vllm.timing import Timing
 
 pytestmark = pytest.mark.engine
 
@@ -148,6 +151,21 @@ def test_the_time_of_workers_is_seen_where_processes_share_counters(
     )  # fmt: skip
     assert sum(int(n) for n, _, _ in lines) == pictures + 3
     assert all(0 < int(kept) < int(before) for _, before, kept in lines)
+
+
+def test_a_worker_keeps_no_times_for_ever() -> None:
+    """Neither the rank that counts nor one that does the same work beside it."""
+    for counted in (True, False):
+        timing = Timing("of-a-test", torch.device("cpu"), counted)
+        before = timing._counters.pictures.labels("of-a-test")._value.get()
+        for _ in range(5):
+            for phase in ("scoring", "selection"):
+                with timing(phase):
+                    pass
+            timing.record(2, 128, 16)
+        assert not (timing._clock and timing._clock.take())
+        gained = timing._counters.pictures.labels("of-a-test")._value.get() - before
+        assert gained == (10 if counted else 0)
 
 
 def test_every_metric_of_the_dashboard_exists(qwen: tuple[Server, Path]) -> None:

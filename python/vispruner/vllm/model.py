@@ -103,7 +103,9 @@ class PrunedModel(Mixin):
         self.pruning = pruning
         self.encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.timing = Timing(
-            vllm_config.model_config.served_model_name, vllm_config.device_config.device
+            vllm_config.model_config.served_model_name,
+            vllm_config.device_config.device,
+            counted=get_tp_group().rank_in_group == 0,
         )
         logger.info_once("Pruning visual tokens: %s", pruning)
 
@@ -146,8 +148,7 @@ class PrunedModel(Mixin):
                 # unnoticed.
                 rows = group.broadcast(rows.contiguous())
                 kept = features[rows]
-        if group.rank_in_group == 0:  # the others do the same work at the same time
-            self.timing.record(len(lengths), len(features), len(rows))
+        self.timing.record(len(lengths), len(features), len(rows))
         return kept, rows
 
 

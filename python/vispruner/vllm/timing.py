@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from vllm import envs
@@ -27,10 +27,11 @@ class Timing:
 
     Args:
         model_name: as the engine's metrics call it; device: of the encoder.
+        counted: False for a rank that does the work of another one at the same time.
     """
 
-    def __init__(self, model_name: str, device: torch.device) -> None:
-        self._clock = Clock(device)
+    def __init__(self, model_name: str, device: torch.device, counted: bool) -> None:
+        self._clock = Clock(device) if counted else None
         self._model_name = model_name
         self._counters = worker_counters()
         self._reported = time.monotonic()
@@ -43,7 +44,7 @@ class Timing:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Times "scoring" or "selection"."""
-        with self._clock(phase):
+        with self._clock(phase) if self._clock else nullcontext():
             yield
 
     def record(self, pictures: int, before: int, kept: int) -> None:
@@ -52,6 +53,8 @@ class Timing:
         Times on a GPU are counted when it has come to their end, at a later call; the host never
         waits for them.
         """
+        if self._clock is None:
+            return
         self._counters.pictures.labels(self._model_name).inc(pictures)
         self._pictures += pictures
         self._before += before
@@ -62,7 +65,9 @@ class Timing:
         now = time.monotonic()
         if now - self._reported < envs.VLLM_LOG_STATS_INTERVAL:
             return
-        each = {phase: 1e3 * spent / self._pictures for phase, spent in self._seconds.items()}
+        each = {
+            phase: 1e3 * spent / max(1, self._pictures) for phase, spent in self._seconds.items()
+        }
         logger.info(
             "Pruned %d pictures in %.1f s: %d visual tokens, %d kept; scoring %.3f ms and "
             "selection %.3f ms a picture",
