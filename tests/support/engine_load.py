@@ -15,6 +15,7 @@ import openai
 from .engine_requests import smooth_picture
 from .engine_traffic import chat, image_part
 
+LONGER = 20  # times the answer that a client asks for and does not wait for
 PICTURES = 24  # fewer than requests, so that the same picture is asked about with another k
 
 _DATA = "data:image/png;base64,"
@@ -45,6 +46,8 @@ class Job:
         if self.kind == "broken":
             parts = [{"type": "image_url", "image_url": {"url": _broken(self.images[0])}}]
             pictures = []
+        if self.leaves is not None:
+            length *= LONGER
         call = chat(*pictures, k=self.k, text=self.text, length=length, parts=parts)
         return {**call, "stream": True, "stream_options": {"include_usage": True}}
 
@@ -125,13 +128,13 @@ async def ask(client: openai.AsyncOpenAI, job: Job, length: int) -> Outcome:
         return Outcome(error.status_code, message=str(error))
     text, prompt, first = "", 0, 0.0
     async for chunk in stream:
-        if chunk.choices and not first:
+        if chunk.choices and not first:  # sent with the first token, be its text empty
             first = time.perf_counter() - start
-        if chunk.choices and chunk.choices[0].delta.content:
-            text += chunk.choices[0].delta.content
             if job.leaves:
                 await stream.close()
                 return Outcome(200, first=first)
+        if chunk.choices and chunk.choices[0].delta.content:
+            text += chunk.choices[0].delta.content
         if chunk.usage is not None:
             prompt = chunk.usage.prompt_tokens
     return Outcome(200, text, prompt=prompt, first=first)
