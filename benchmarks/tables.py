@@ -357,6 +357,35 @@ def serving(results: Callable[[str], Any]) -> str:
     )
 
 
+def load(results: Callable[[str], Any]) -> str:
+    """A server with and without pruning under mixed load, as benchmarks/load.py measures it."""
+    data = results("load")
+    if data is None:
+        return "Not measured yet.\n"
+    setup, versions = data["setup"], data["versions"]
+    rows = [
+        [
+            row["name"],
+            f"{row['prompt_tokens']:.0f}",
+            f"{row['requests_per_second']:.2f}",
+            f"{row['first_token_seconds']['median']:.1f} s",
+            f"{row['first_token_seconds']['p90']:.1f} s",
+            f"{100 * row['kv_cache_highest']:.1f} %",
+            str(row["failed"]),
+        ]
+        for row in data["results"]
+    ]
+    head = [
+        "server", "tokens a prompt", "requests/s", "first token, median", "90 %",
+        "KV cache, highest", "failed",
+    ]  # fmt: skip
+    return (
+        f"{_markdown(head, rows)}\n{setup['model']}; {setup['requests']} requests, "
+        f"{setup['concurrency']} in flight, {setup['output_tokens']} tokens an answer; vLLM "
+        f"{versions['vllm']}. {_where(data)}\n"
+    )
+
+
 def loop_counts(results: Callable[[str], Any]) -> str:
     """What the dedup loop meets: scans and chains."""
     data = results("loop_counts")
@@ -379,6 +408,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "gpu-goals": gpu_goals,
     "capacity": capacity,
     "serving": serving,
+    "load": load,
     "end-to-end-cpu": end_to_end_cpu,
     "end-to-end-gpu": end_to_end_gpu,
 }

@@ -1,4 +1,8 @@
-"""A pruned engine answers what the pruned model answers in transformers; nothing else changes."""
+"""A pruned engine answers what the pruned model answers in transformers; nothing else changes.
+
+The pictures are noise, whose patches do not resemble each other, so that rounding errors of the
+features do not change the choice. `test_smooth` has pictures where they may.
+"""
 
 from __future__ import annotations
 

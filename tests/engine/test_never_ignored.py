@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 import transformers
 from support.engine_process import Engine
+from support.engine_requests import Request
 
 from vispruner.vllm import architectures, guard
 
@@ -68,6 +69,21 @@ def test_an_engine_that_would_ignore_the_option_does_not_start(
     pruning = None if "hf_overrides" in options else {"k": 8}
     with pytest.raises(RuntimeError, match=message):
         Engine(checkpoint("llava"), pruning, **options)
+
+
+def test_another_version_of_vllm(checkpoint: Callable[[str], Path]) -> None:
+    """Nothing is pruned in a way that nobody has tested, and the rest is as without the plugin."""
+    folder = checkpoint("llava")
+    with pytest.raises(RuntimeError, match=r"vispruner: vLLM 0\.99\.1 is not supported") as error:
+        Engine(folder, {"k": 8}, version="0.99.1")
+    assert r"\n" not in str(error.value)  # of the error in the engine's process, as repr shows it
+    with pytest.raises(RuntimeError, match="vispruner: --hf-overrides has 'vis_pruner'"):
+        Engine(folder, version="0.99.1", hf_overrides={"vis_pruner": {"k": 8}})
+    request = [Request("USER: {image}what is it? ASSISTANT:", [1]).for_engine("llava")]
+    with Engine(folder, version="0.99.1") as other:
+        found = other(request)
+    with Engine(folder, plugin=False) as plain:
+        assert found == plain(request)
 
 
 @pytest.mark.parametrize(

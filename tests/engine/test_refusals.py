@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ pytest.importorskip("vllm")
 
 import transformers
 from support import engine_models
-from support.engine_process import Engine
+from support.engine_process import TESTS, Engine
 
 from vispruner.models import UnsupportedModelError
+from vispruner.vllm import architectures
 from vispruner.vllm.llava import PrunedLlava
 from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL
 
@@ -59,6 +61,32 @@ def test_options_that_qwen_cannot_be_pruned_with(
     model.check_engine(engine_config())
     with pytest.raises(ValueError, match=f"^vispruner: .*{named}.* cannot be used[^\n]*$"):
         model.check_engine(engine_config(**changes))
+
+
+def test_the_table_of_the_documentation() -> None:
+    """Its rows are the architectures, and it says "refused" where a model of its row refuses."""
+    text = (TESTS.parent / "docs" / "serving.md").read_text()
+    lines = text[text.index("| architecture | tensor parallel |") :].split("\n\n")[0].splitlines()
+    head, _, *rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    assert set(table) == set(architectures())
+    options = {
+        "tensor parallel": {"tensor_parallel_size": 2},
+        "pipeline parallel": {"pipeline_parallel_size": 2},
+        "speculative decoding": {"speculative_config": object()},
+        "chunked prefill": {}, "prefix cache": {}, "LoRA": {"lora_config": SimpleNamespace(
+            enable_tower_connector_lora=False)},
+    }  # fmt: skip
+    for architecture, cells in table.items():
+        module, _, name = architectures()[architecture].partition(":")
+        model = getattr(importlib.import_module(f"vispruner.vllm.{module}"), name)
+        for feature, changes in options.items():
+            refused = False
+            try:
+                model.check_engine(engine_config(**changes))
+            except ValueError:
+                refused = True
+            assert (cells[feature] == "refused") == refused, (architecture, feature)
 
 
 def test_a_runner_that_leaves_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ import pytest
 pytest.importorskip("vllm")
 
 import openai
+from support import engine_traffic
 from support.engine_process import environment
-from support.engine_requests import picture
 from support.engine_server import Server, running
 
 pytestmark = pytest.mark.engine
@@ -28,7 +26,7 @@ START = 300  # seconds that a busy machine may take to start a server
 
 def options(checkpoint: Callable[[str], Path]) -> list[str]:
     return [
-        "--model", str(checkpoint("llava")), "--served-model-name", "llava",
+        "--model", str(checkpoint("llava")), "--served-model-name", "tiny",
         "--dtype", "float32", "--seed", "0",
         "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager",
         "--limit-mm-per-prompt", '{"image": 2}',
@@ -46,20 +44,9 @@ def server(
         yield server
 
 
-def image_part(number: int) -> dict[str, Any]:
-    data = io.BytesIO()
-    picture(number).save(data, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def chat(*numbers: int, k: Any = None, length: int = 6, **more: Any) -> dict[str, Any]:
-    """Arguments of a chat completion about these pictures."""
-    content = [*map(image_part, numbers), {"type": "text", "text": "what is in the image?"}]
-    call: dict[str, Any] = {
-        "model": "llava", "messages": [{"role": "user", "content": content}],
-        "max_tokens": length, "temperature": 0, "extra_body": {"ignore_eos": True}, **more,
-    }  # fmt: skip
+def chat(*numbers: int, k: Any = None, **more: Any) -> dict[str, Any]:
+    """Arguments of a chat completion about these pictures; k goes where trust is needed."""
+    call = engine_traffic.chat(*numbers, **more)
     if k is not None:
         call["extra_body"]["mm_processor_kwargs"] = {"vispruner": {"k": k}}
     return call

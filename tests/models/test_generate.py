@@ -532,6 +532,15 @@ def test_phases_of_an_unpruned_model() -> None:
     assert clock.milliseconds() == {}
 
 
+def test_a_clock_forgets_what_is_taken() -> None:
+    clock = Clock(torch.device("cpu"))
+    with clock("outer"), clock("inner"):
+        pass
+    everything = clock.milliseconds()
+    assert clock.take() == everything
+    assert clock.take() == clock.milliseconds() == {}
+
+
 def test_prefill_ends_with_the_prompt() -> None:
     clock = Clock(torch.device("cpu"))
     prefill = Prefill(clock, columns=10)

@@ -15,10 +15,14 @@ _QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 _LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "{% if c['type'] == 'image' %}<image>{% elif c['type'] == 'video' %}<video>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} "
     "{% endfor %}ASSISTANT:"
 )
-_QWEN_CHAT = _LLAVA_CHAT.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+_QWEN_CHAT = _LLAVA_CHAT
+for _kind in ("image", "video"):
+    _placeholder = f"<|vision_start|><|{_kind}_pad|><|vision_end|>"
+    _QWEN_CHAT = _QWEN_CHAT.replace(f"<{_kind}>", _placeholder)
 
 SIDE = 112  # pixels of a LLaVA image: 8 x 8 patches
 

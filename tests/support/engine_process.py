@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -50,10 +51,43 @@ class Answer:
     cached: int
 
 
-def _serve(connection: Connection, options: dict[str, Any], variables: dict[str, str]) -> None:
+def _record_choices(folder: Path) -> None:
+    """Has the model of this process save the arguments and the result of every choice."""
+    import torch
+
+    from vispruner.vllm.model import PrunedModel
+
+    choose, number = PrunedModel.choose, itertools.count()
+
+    @functools.wraps(choose)
+    def recorded(self: Any, features: Any, scores: Any, lengths: Any, counts: Any) -> Any:
+        kept, rows = choose(self, features, scores, lengths, counts)
+        choice = {
+            "features": features, "scores": scores, "rows": rows, "lengths": list(lengths),
+            "counts": list(counts),
+        }  # fmt: skip
+        torch.save(choice, folder / f"{next(number):04}.pt")
+        return kept, rows
+
+    PrunedModel.choose = recorded  # type: ignore[method-assign]
+
+
+def _serve(
+    connection: Connection,
+    options: dict[str, Any],
+    variables: dict[str, str],
+    record: Path | None,
+    version: str | None,
+) -> None:
     """The child: makes the engine, then answers lists of requests until there is None."""
     os.environ.update(variables)
+    import vllm
     from vllm import LLM, SamplingParams
+
+    if version is not None:
+        vllm.__version__ = version
+    if record is not None:
+        _record_choices(record)
 
     try:
         engine = LLM(**options)
@@ -110,6 +144,8 @@ class Engine:
         pruning: its "vispruner" option, None for an engine that does not prune.
         plugin: whether the plugin is loaded at all.
         apart: whether the engine core runs in yet another process, as it does in a server.
+        record: folder for a file of every choice of tokens, in their order.
+        version: that vLLM says it has.
         options: further arguments of `vllm.LLM`.
 
     Raises:
@@ -123,6 +159,8 @@ class Engine:
         *,
         plugin: bool = True,
         apart: bool = False,
+        record: Path | None = None,
+        version: str | None = None,
         **options: Any,
     ) -> None:
         settings = {
@@ -147,7 +185,9 @@ class Engine:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         if not plugin:
             variables["VLLM_PLUGINS"] = ""
-        self._process = _server().Process(target=_serve, args=(child, settings, variables))
+        self._process = _server().Process(
+            target=_serve, args=(child, settings, variables, record, version)
+        )
         self._process.start()
         child.close()
         try:

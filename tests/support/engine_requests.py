@@ -26,6 +26,13 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(values.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
+def smooth_picture(number: int) -> Image.Image:
+    """Large soft spots, as a photograph out of focus has them: patches resemble their neighbors."""
+    height, width = SIZES[number % len(SIZES)]
+    spots = np.random.default_rng(number).integers(0, 255, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(spots).resize((width, height), Image.Resampling.BICUBIC)
+
+
 def clip_of_frames(number: int) -> Any:
     """A video as vLLM takes it: frames, and where they come from."""
     frames = np.random.default_rng(100 + number).integers(

@@ -29,6 +29,29 @@ class Server:
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout
         )
 
+    def metrics(self) -> str:
+        """What it says on /metrics."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            text: str = response.read().decode()
+        return text
+
+    def post(self, path: str) -> None:
+        """An endpoint without arguments; raises if it does not answer with success."""
+        call = urllib.request.Request(f"{self.url}{path}", method="POST")
+        with urllib.request.urlopen(call, timeout=30):
+            pass
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of all samples of a metric that have these labels, 0 if there are none."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.metrics())
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
     def healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:

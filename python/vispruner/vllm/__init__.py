@@ -13,6 +13,7 @@ has the options, the limits and the supported versions.
 - `model`: what the workers share: scores, the choice, tensor parallelism;
 - `llava`, `llava_next`, `qwen_vl`: one module per family, named by the family's file in `models`;
 - `requests`: k of a request in `vllm_xargs`; `guard`: errors where an option would be ignored;
+- `metrics`, `timing`, `headers`: what operators and clients see;
 - `compatibility`: the versions of vLLM whose internals these modules know.
 """
 

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning
+from .timing import Timing
 
 logger = init_logger(f"vllm.plugins.{KEY}")  # below "vllm", whose handlers it takes
 
@@ -79,11 +80,13 @@ class PrunedModel(Mixin):
         stock: vLLM's own class, which is built where the engine does not prune.
         pruning: the engine's options.
         encoder_tokens: visual tokens that the encoder may see at once.
+        timing: of this worker.
     """
 
     stock: ClassVar[type[Any]]
     pruning: Pruning
     encoder_tokens: int
+    timing: Timing
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         if Pruning.of(vllm_config.model_config.hf_config) is None:
@@ -99,6 +102,11 @@ class PrunedModel(Mixin):
         assert pruning is not None
         self.pruning = pruning
         self.encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.timing = Timing(
+            vllm_config.model_config.served_model_name,
+            vllm_config.device_config.device,
+            counted=get_tp_group().rank_in_group == 0,
+        )
         logger.info_once("Pruning visual tokens: %s", pruning)
 
     @classmethod
@@ -131,13 +139,16 @@ class PrunedModel(Mixin):
         Returns:
             (T', C) kept features and (T',) int64 ascending rows of features.
         """
-        kept, rows = self.pruning.budget.select_packed(features, scores, lengths, counts)
         group = get_tp_group()
-        if group.world_size > 1:
-            # Equal features and scores give equal choices, but nothing makes every kernel of every
-            # rank return equal bits, and ranks that disagree on a token would go unnoticed.
-            rows = group.broadcast(rows.contiguous())
-            kept = features[rows]
+        with self.timing("selection"):
+            kept, rows = self.pruning.budget.select_packed(features, scores, lengths, counts)
+            if group.world_size > 1:
+                # Equal features and scores give equal choices, but nothing makes every kernel of
+                # every rank return equal bits, and ranks that disagree on a token would go
+                # unnoticed.
+                rows = group.broadcast(rows.contiguous())
+                kept = features[rows]
+        self.timing.record(len(lengths), len(features), len(rows))
         return kept, rows
 
 

@@ -8,20 +8,48 @@ nothing else. The number travels to the workers with each image, in a field of i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.processing import ProcessorInputs, PromptUpdate
+from vllm.multimodal.processing import ProcessorInputs, PromptUpdate, PromptUpdateDetails
 
 from ..selection import Budget
+from . import metrics
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning, identity, without_key
 
 #: modality to the field of its items that holds the tokens that each of their pictures keeps
 RETAINED = {"image": "vispruner_retained", "video": "vispruner_retained_video"}
+
+_laid_out: ContextVar[list[metrics.Pruned]] = ContextVar("vispruner_laid_out")
+
+
+@dataclass
+class _Shortened(PromptUpdateDetails):
+    """Placeholders of a pruned item, with what they were made of.
+
+    vLLM's caches of processed items keep the placeholders and drop the rest, so this is where the
+    counts of an item are that is not processed again.
+    """
+
+    pruned: metrics.Pruned | None = None
+
+
+def _embedded(details: PromptUpdateDetails) -> int:
+    """Placeholders that an embedding takes the place of."""
+    if details.is_embed is None:
+        return len(details.full)
+    return int(details.is_embed(details.full).sum())
+
+
+def _details(tokens: Any) -> PromptUpdateDetails:
+    if isinstance(tokens, PromptUpdateDetails):
+        return tokens
+    return PromptUpdateDetails.from_seq(tokens)
 
 
 class PrunedInfo(Mixin):
@@ -40,6 +68,8 @@ class PrunedInfo(Mixin):
         pruning = Pruning.of(ctx.model_config.hf_config)
         assert pruning is not None
         self.pruning = pruning
+        modalities = RETAINED.keys() & self.get_supported_mm_limits().keys()
+        metrics.install(ctx.model_config, pruning.budget, modalities)
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         return super().get_hf_processor(**without_key(kwargs))
@@ -107,9 +137,28 @@ class PrunedProcessor(Mixin):
         }
         return {**fields, **own}
 
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """vLLM's, with the counts of its pruned items under our key."""
+        prompt = super().apply(inputs, timing_ctx)
+        prompt[KEY] = _laid_out.get()
+        return prompt
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        contents = [
+            updates[0].content
+            for of_items in mm_res.prompt_updates.values()
+            for updates in of_items
+            if updates
+        ]
+        _laid_out.set(
+            [own.pruned for own in contents if isinstance(own, _Shortened) and own.pruned]
+        )
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
+        budget = self.info.pruning.for_request(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
         def shorter(modality: str, whole: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -117,7 +166,12 @@ class PrunedProcessor(Mixin):
                 item = out_mm_kwargs[modality][index]
                 count = item.get(RETAINED[modality])
                 tokens = whole(index)
-                return tokens if count is None else self.shortened(tokens, int(count.data), item)
+                if count is None:
+                    return tokens
+                short = _details(self.shortened(tokens, int(count.data), item))
+                before, kept = _embedded(_details(tokens)), _embedded(short)
+                pruned = metrics.Pruned(modality, budget, before, kept)
+                return _Shortened(short.full, short.is_embed, pruned)
 
             return replacement
 

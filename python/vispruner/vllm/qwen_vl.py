@@ -201,10 +201,12 @@ class _PrunedQwen(PrunedModel):
         pictures = (h * w for t, h, w in grids for _ in range(t))
         bounds = list(itertools.accumulate(pictures, initial=0))
         scale = attention.hidden_size_per_attention_head**-0.5
-        scores = selection.received_attention(q, k, scale, bounds)
-        scores = over_all_heads(scores, attention.tp_size)
-        scores = scores.view(-1, self.visual.spatial_merge_size**2).mean(-1)
-        return torch.cat(list(encoded)), self._in_raster_order(scores, grids)
+        with self.timing("scoring"):
+            scores = selection.received_attention(q, k, scale, bounds)
+            scores = over_all_heads(scores, attention.tp_size)
+            scores = scores.view(-1, self.visual.spatial_merge_size**2).mean(-1)
+            scores = self._in_raster_order(scores, grids)
+        return torch.cat(list(encoded)), scores
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Scores (T,) of merged tokens in the order of the blocks, in that of the embeddings."""

@@ -53,5 +53,7 @@ class PrunedTowerModel(PrunedModel):
             features: Tensor = self._image_pixels_to_features(self.vision_tower, pixels)
         heads = (layer.num_heads_per_partition, layer.head_dim)
         q, k = (x.unflatten(-1, heads) for x in tap.take())  # (B, 1 + N, H, D)
-        scores = selection.cls_attention(q[:, 0], k.transpose(1, 2), layer.scale)
-        return features, over_all_heads(scores, layer.tp_size)
+        with self.timing("scoring"):
+            scores = selection.cls_attention(q[:, 0], k.transpose(1, 2), layer.scale)
+            scores = over_all_heads(scores, layer.tp_size)
+        return features, scores

@@ -1,0 +1,159 @@
+"""Measures an OpenAI server with and without pruning under mixed load; writes results/load.json.
+
+The traffic is that of tests/engine/test_load.py: text and images, k from 1 to the cap, pictures
+that are none, and one client in ten that leaves before its answer is complete; here each request
+has pictures of its own. The stock server gets the same requests without k. One server runs after
+the other; reported are requests a second, the time to the first token of complete answers, and how
+full the KV cache was.
+
+Without --model it is the random LLaVA of serving.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import environment
+import serving
+import torch
+from rich.console import Console
+from support import engine_load, engine_server
+from support.engine_load import Job
+
+
+async def _drive(
+    server: engine_server.Server,
+    warm: list[Job],
+    jobs: list[Job],
+    options: argparse.Namespace,
+) -> tuple[float, float, list[engine_load.Outcome]]:
+    """Seconds, the highest share of the KV cache in use, and what came of the jobs.
+
+    Args:
+        warm: jobs before it.
+    """
+    highest, done = 0.0, asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            share = await asyncio.to_thread(server.metric, "vllm:kv_cache_usage_perc")
+            highest = max(highest, share)
+            await asyncio.sleep(0.5)
+
+    async with server.async_client(timeout=3600) as client:
+        await engine_load.ask_all(client, warm, 1, 8)
+        watching = asyncio.create_task(watch())
+        start = time.perf_counter()
+        outcomes = await engine_load.ask_all(
+            client, jobs, options.output_tokens, options.concurrency
+        )
+        seconds = time.perf_counter() - start
+        done.set()
+        await watching
+    return seconds, highest, outcomes
+
+
+def measure(
+    name: str, pruning: dict[str, Any] | None, options: argparse.Namespace, log: Path
+) -> dict[str, Any]:
+    """One server, from start to end."""
+    jobs = engine_load.mix(options.requests, options.max_k, pictures=4 * options.requests)
+    if pruning is None:  # which has no cap to refuse anything by
+        jobs = [replace(job, k=None) for job in jobs]
+    jobs = [job for job in jobs if job.kind != "refused"]
+    warm = [Job("image", (1_000_000 + n,), None, "what") for n in range(8)]
+    arguments = [
+        "--model", options.model, "--served-model-name", "tiny", "--max-num-seqs",
+        str(options.concurrency), "--limit-mm-per-prompt", '{"image": 2}',
+        *options.server_options,
+        *(() if pruning is None else ("--hf-overrides", json.dumps({"vispruner": pruning}))),
+    ]  # fmt: skip
+    with engine_server.running(
+        arguments, log, serving.server_environment(), serving.START
+    ) as server:
+        counters = {
+            "preemptions": "vllm:num_preemptions_total",
+            "visual_tokens_before": "vispruner_visual_tokens_before_total",
+            "visual_tokens_kept": "vispruner_visual_tokens_kept_total",
+        }
+        seconds, highest, outcomes = asyncio.run(_drive(server, warm, jobs, options))
+        counted = {key: int(server.metric(metric)) for key, metric in counters.items()}
+    first = [o.first for o in outcomes if o.prompt]
+    return {
+        "name": name,
+        "pruning": pruning,
+        "requests": len(jobs),
+        "seconds": round(seconds, 2),
+        "requests_per_second": round(len(jobs) / seconds, 4),
+        "first_token_seconds": {
+            "median": round(statistics.median(first), 4),
+            "p90": round(statistics.quantiles(first, n=100)[89], 4),
+        },
+        "kv_cache_highest": round(highest, 4),
+        "prompt_tokens": round(statistics.mean(o.prompt for o in outcomes if o.prompt), 1),
+        "complete": len(first),
+        "refused": sum(o.status == 400 for o in outcomes),
+        "failed": sum(o.status >= 500 for o in outcomes),
+        **counted,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
+    parser.add_argument("--k", type=int, default=64, help="where a request does not say (64)")
+    parser.add_argument("--max-k", type=int, default=128, help="the cap of a request's k (128)")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight (64)")
+    parser.add_argument("--requests", type=int, default=500, help="requests in all (500)")
+    parser.add_argument("--output-tokens", type=int, default=16, help="tokens an answer (16)")
+    parser.add_argument("--no-file", action="store_true", help="print, but write no file")
+    parser.add_argument(
+        "server_options", nargs="*", help="after --: options of both servers, such as -tp 2"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        import engine_shims
+
+        engine_shims.install()
+    console = Console(stderr=True)
+    description = options.model or "random LLaVA, 576 visual tokens"
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            options.model = str(serving.random_llava(Path(folder)))
+            options.server_options += ["--dtype", "float32", "--max-model-len", "2048"]
+        pruning = {"k": options.k, "max_k": options.max_k}
+        results: list[dict[str, Any]] = []
+        for name, own in (("stock", None), (f"k = {options.k}, 1 to {options.max_k}", pruning)):
+            result = measure(name, own, options, Path(folder) / f"{len(results)}.log")
+            console.print(json.dumps(result))
+            results.append(result)
+    if options.no_file:
+        return 0
+    described = environment.describe()
+    data = {
+        "versions": described["versions"] | serving.engine_versions(),
+        "setup": {
+            "model": description,
+            "concurrency": options.concurrency,
+            "requests": results[0]["requests"],
+            "output_tokens": options.output_tokens,
+        },
+        "results": results,
+    }
+    console.print(f"wrote {environment.write('load', data)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""Smooth pictures: what is the same as in transformers, and what is only close to it.
+
+Patches of a smooth picture resemble each other, so that features which differ by a rounding error
+between two implementations of a tower can lead to other diverse tokens. The important tokens are
+the same, the engine's features give the engine's choice, and equal tokens give equal answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+import transformers
+from support.engine_process import Engine
+from support.engine_requests import Request, smooth_picture
+
+import vispruner
+from vispruner import embedded
+from vispruner.selection import Budget
+
+pytestmark = pytest.mark.engine
+
+K, LENGTH, PICTURES = 8, 12, 16
+PROMPT = Request("USER: {image}what is in the image? ASSISTANT:", [0])
+
+
+@pytest.mark.parametrize(
+    ("family", "important_ratio"),
+    [("llava", 0.5), ("qwen25", 0.5), ("qwen3", 0.5), ("embedded", 0.5)],
+)
+def test_smooth_pictures(
+    checkpoint: Callable[[str], Path], tmp_path: Path, family: str, important_ratio: float
+) -> None:
+    folder = Path(embedded.path()) if family == "embedded" else checkpoint(family)
+    budget = Budget(k=K, important_ratio=important_ratio)
+    prompt, pictures = PROMPT.prompt(family), [smooth_picture(n) for n in range(PICTURES)]
+    with Engine(
+        folder, {"k": K, "important_ratio": important_ratio}, record=tmp_path,
+        mm_processor_cache_gb=0,
+        max_model_len=512,
+    ) as engine:  # fmt: skip
+        known = set(tmp_path.iterdir())  # of the engine's own trial
+        answers = [
+            engine([{"prompt": prompt, "multi_modal_data": {"image": picture}}], LENGTH)[0]
+            for picture in pictures
+        ]
+    choices = [torch.load(file) for file in sorted(set(tmp_path.iterdir()) - known)]
+    assert len(choices) == PICTURES
+    same = 0
+    expected = _transformers(folder, prompt, pictures, budget)
+    for answer, own, (tokens, kept) in zip(answers, choices, expected, strict=True):
+        torch.testing.assert_close(own["scores"], kept.scores, rtol=1e-3, atol=1e-6)
+        # Its features give its choice: the engine adds nothing to it.
+        _, rows = budget.select(own["features"][None], own["scores"][None])
+        assert torch.equal(own["rows"], rows[0])
+        count = budget.ranked(K)
+        important = own["scores"].topk(count).indices.tolist()
+        assert set(important) == set(kept.scores.topk(count).indices.tolist())
+        assert set(important) <= set(own["rows"].tolist())
+        if torch.equal(own["rows"], kept.indices):
+            same += 1
+            assert answer.tokens == tokens
+    assert same >= PICTURES // 2  # and not for want of equal tokens
+
+
+def _transformers(
+    folder: Path, prompt: str, pictures: list[Any], budget: Budget
+) -> list[tuple[list[int], Any]]:
+    """Of each picture, the answer in transformers and what was kept."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model.eval().generation_config.eos_token_id = None  # as with ignore_eos
+    answers = []
+    with vispruner.apply(model, budget) as pruner, torch.no_grad():
+        for picture in pictures:
+            inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+            output = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+            tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+            answers.append((tokens, pruner.last.items[0]))
+    return answers

@@ -1,0 +1,61 @@
+"""Chat completions about numbered pictures and videos, for a server of the tests' models."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from .engine_requests import clip_of_frames, picture
+
+QUESTION = "what is in the image?"
+
+
+def _base64(image: Image.Image, kind: str) -> str:
+    data = io.BytesIO()
+    image.save(data, kind)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def image_part(image: int | Image.Image) -> dict[str, Any]:
+    """A picture, by its number or as it is, as a part of a message."""
+    image = picture(image) if isinstance(image, int) else image
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{_base64(image, 'PNG')}"},
+    }
+
+
+def video_part(number: int) -> dict[str, Any]:
+    """The frames of a video, in the form in which vLLM takes them without a container."""
+    frames, _ = clip_of_frames(number)
+    encoded = ",".join(_base64(Image.fromarray(frame), "JPEG") for frame in frames)
+    return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{encoded}"}}
+
+
+def chat(
+    *images: int | Image.Image,
+    k: Any = None,
+    text: str = QUESTION,
+    length: int = 6,
+    parts: Sequence[dict[str, Any]] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """Arguments of a chat completion.
+
+    Args:
+        images: that it is about; parts: of its message beside them.
+        k: what it asks to keep, None for what the engine keeps.
+        length: tokens of the answer; more: other arguments.
+    """
+    content = [*map(image_part, images), *parts, {"type": "text", "text": text}]
+    body: dict[str, Any] = {"ignore_eos": True}
+    if k is not None:
+        body["vllm_xargs"] = {"vispruner_k": k}
+    return {
+        "model": "tiny", "messages": [{"role": "user", "content": content}],
+        "max_tokens": length, "temperature": 0, "extra_body": body, **more,
+    }  # fmt: skip
