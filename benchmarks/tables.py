@@ -113,7 +113,7 @@ def cpu_memory(results: Callable[[str], Any]) -> str:
         ]
         for row in data["memory"]
     ]
-    head = ["work", "features", "Gram matrix", "peak extra", "copies of the features besides Gram"]
+    head = ["work", "features", "Gram matrix", "peak extra", "(peak - Gram) / features"]
     return (
         f"{_markdown(head, rows)}\nGrowth of the peak resident set over one call. {_where(data)}\n"
     )

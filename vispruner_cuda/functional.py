@@ -217,7 +217,7 @@ def prune_varlen(
 
 
 def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The attention that [CLS] pays to each patch, without an attention matrix.
+    """[CLS]-to-patch attention, without materializing the attention matrix.
 
     The softmax runs over all keys, [CLS] included; its own column is dropped and the heads are
     averaged. With it the encoder can stay on FlashAttention or SDPA.

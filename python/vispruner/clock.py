@@ -54,7 +54,7 @@ class Clock:
     def take(self) -> dict[str, float]:
         """Phase to milliseconds of the spans that the device has come to the end of.
 
-        They are forgotten, so that a clock that runs for ever stays small; it waits for nothing.
+        They are removed, so that a long-running clock stays small. Does not synchronize.
         """
         ended = 0
         for _, _, _, end in self._spans:
