@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import environment
+import provenance
 import torch
 import transformers
 
@@ -176,7 +176,7 @@ def compute() -> dict[str, Any]:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(f"wrote {environment.write('capacity', compute())}")
+    print(f"wrote {provenance.write('capacity', compute())}")
     return 0
 
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import environment
-import peers
+import baselines
+import provenance
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -153,7 +153,7 @@ class Case:
                     out = tower(pixels, output_attentions=True, output_hidden_states=True)
                 seen = _now(self.model.device)
                 feats = out.hidden_states[-2][:, 1:]
-                peers.prune_each(feats, out.attentions[-2][:, :, 0, 1:], k)
+                baselines.prune_each(feats, out.attentions[-2][:, :, 0, 1:], k)
                 end = _now(self.model.device)
             finally:
                 tower.set_attn_implementation(before)
@@ -208,7 +208,7 @@ def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[
         case = Case(model, call, options.new_tokens)
         ways: dict[str, Callable[[], dict[str, float]]] = {"unpruned": case.unpruned}
         ways |= {f"k={k}": case.pruned(k) for k in options.k}
-        one = options.k[-1] if options.peer_k is None else options.peer_k
+        one = options.k[-1] if options.baseline_k is None else options.baseline_k
         ways[f"free k={one}"] = case.free(one)
         if (plain := case.plain(one)) is not None:
             ways[f"plain k={one}"] = plain
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--models", nargs="+", choices=list(shapes.MODELS), default=list(MODELS), metavar="NAME",
         help=f"of {', '.join(shapes.MODELS)}")  # fmt: skip
     add("--k", nargs="+", type=int, default=[576, 192, 128, 64, 32], help="tokens kept a picture")
-    add("--peer-k", type=int, default=64, help="the k of the rows 'free' and 'plain'")
+    add("--baseline-k", type=int, default=64, help="the k of the rows 'free' and 'plain'")
     add("--batch", nargs="+", type=int, default=[1, 8, 32], help="prompts in a batch")
     add("--most-tokens", type=int, default=10**6, metavar="TOKENS",
         help="leave out batches with more visual tokens than this")  # fmt: skip
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32", help="of the model")
     add("-o", "--output", type=Path, metavar="JSON",
-        default=environment.RESULTS / f"end_to_end_{'gpu' if cuda else 'cpu'}.json",
+        default=provenance.RESULTS / f"end_to_end_{'gpu' if cuda else 'cpu'}.json",
         help="where the result goes")  # fmt: skip
     options = parser.parse_args(arguments)
 
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in bar.track(options.models, description="models"):
             rows += measure(name, options, bar)
             # After each model: a run that is cut off leaves what it has.
-            environment.write(
+            provenance.write(
                 options.output.stem,
                 {"setup": {**setup, "transformers": transformers.__version__}, "rows": rows},
                 options.output.resolve().parent,

@@ -40,13 +40,13 @@ tools=(memcheck racecheck initcheck synccheck)
 closing=6 # seconds kept for the last report
 declare -A pids=()
 
-report() {  # the verdict and the logs, as they are now
-  local verdict
-  "$python" -S benchmarks/verdict.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
-  verdict=$?
+report() {  # the report and the logs, as they are now
+  local status
+  "$python" -S benchmarks/write_report.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
+  status=$?
   tar -C "$work" -czf "$out/gpu_check_logs.tar.gz.new" gpu_check_logs &&
     mv "$out/gpu_check_logs.tar.gz.new" "$out/gpu_check_logs.tar.gz"
-  return $verdict
+  return $status
 }
 
 start() {  # start NAME SECONDS COMMAND...: in the background, with a limit and a log
@@ -112,8 +112,8 @@ build() {
 }
 
 describe() {
-  "$python" -c 'import json, sys; sys.path.insert(0, "benchmarks"); import environment
-json.dump(environment.describe(), open(sys.argv[1], "w"))' "$logs/environment.json"
+  "$python" -c 'import json, sys; sys.path.insert(0, "benchmarks"); import provenance
+json.dump(provenance.describe(), open(sys.argv[1], "w"))' "$logs/provenance.json"
 }
 
 sanitizer() {  # sanitizer TOOL COMMAND...
@@ -169,6 +169,6 @@ for tool in "${tools[@]}"; do finish "$tool"; done
 
 step stress 80 "$python" benchmarks/stress.py ${dry:+--help}
 
-step benchmarks 300 "$python" benchmarks/kernels.py --rows --quick --compile-limit 25 \
+step benchmarks 300 "$python" benchmarks/operators_gpu.py --rows --quick --compile-limit 25 \
   ${dry:+--device cpu} -o "$out"
 exit 0

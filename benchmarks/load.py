@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import environment
+import provenance
 import serving
 import torch
 from rich.console import Console
@@ -140,7 +140,7 @@ def main() -> int:
             results.append(result)
     if options.no_file:
         return 0
-    described = environment.describe()
+    described = provenance.describe()
     data = {
         "versions": described["versions"] | serving.engine_versions(),
         "setup": {
@@ -151,7 +151,7 @@ def main() -> int:
         },
         "results": results,
     }
-    console.print(f"wrote {environment.write('load', data)}")
+    console.print(f"wrote {provenance.write('load', data)}")
     return 0
 
 

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 
-import environment
+import provenance
 import torch
 import workloads
 from rich.console import Console
@@ -127,7 +127,7 @@ def main() -> int:
         means = {name: round(sum(c[name] for c in own) / len(own), 1) for name in own[0]}
         case = {"features": kind, "tokens": tokens, "channels": channels, "k": k}
         results.append({**case, "images": len(own), "counts": means})
-    path = environment.write("loop_counts", {"setup": {"step": STEP}, "results": results})
+    path = provenance.write("loop_counts", {"setup": {"step": STEP}, "results": results})
     console.print(f"wrote {path}")
     return 0
 

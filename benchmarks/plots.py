@@ -1,7 +1,7 @@
 """Draws the scaling curves of results/kernels.json: docs/performance_NAME.svg, one for each curve.
 
-Time of the operators against tokens, images and so on, with the peers measured in the same run and
-the floor.
+Time of the operators against tokens, images and so on, with the baselines measured in the same run
+and the floor.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ NUMERIC = ("tokens", "images", "k", "channels")
 
 
 def draw(name: str, rows: Sequence[dict[str, Any]], where: str, path: Path) -> None:
-    """One curve with its peers and floor, both axes logarithmic."""
+    """One curve with its baselines and floor, both axes logarithmic."""
     plt.rcParams["svg.hashsalt"] = "vispruner"  # the same file from the same data
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     x = [row[name] for row in rows]
     axes.plot(x, [row["us"] for row in rows], "o-", label="vispruner_cuda", linewidth=2)
-    peers = sorted({peer for row in rows for peer in row.get("peers_us", {})})
-    for peer in peers:
-        points = [(row[name], row["peers_us"].get(peer)) for row in rows if "peers_us" in row]
+    baselines = sorted({baseline for row in rows for baseline in row.get("baselines_us", {})})
+    for baseline in baselines:
+        measured = [row for row in rows if "baselines_us" in row]
+        points = [(row[name], row["baselines_us"].get(baseline)) for row in measured]
         known = [(a, b) for a, b in points if b]
-        axes.plot(*zip(*known, strict=True), ".--", label=peer)
+        axes.plot(*zip(*known, strict=True), ".--", label=baseline)
     axes.plot(x, [max(row["floor_us"].values()) for row in rows], "k:", label="floor")
     axes.set(xscale="log", yscale="log", xlabel=name, ylabel="microseconds a call", title=where)
     axes.set_xticks(x, [str(value) for value in x])
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs", help="directory")
     arguments = parser.parse_args(argv)
     if not arguments.results.exists():
-        parser.error(f"{arguments.results} does not exist: run benchmarks/kernels.py on a GPU")
+        parser.error(f"{arguments.results} does not exist: run operators_gpu.py on a GPU")
     data = json.loads(arguments.results.read_text())
     gpu = data["device"]["gpu"] or {"name": "CPU, dry run"}
     for name, rows in data["curves"].items():

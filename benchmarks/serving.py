@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import environment
 import numpy as np
+import provenance
 import torch
 from PIL import Image
 from rich.console import Console
@@ -213,7 +213,7 @@ def main() -> int:
     console.print(f"{speedup:.2f} x the requests, first token {earlier:.2f} x earlier")
     if options.no_file:
         return 0
-    described = environment.describe()
+    described = provenance.describe()
     data = {
         "versions": described["versions"] | engine_versions(),
         "setup": {
@@ -227,7 +227,7 @@ def main() -> int:
         "speedup": round(speedup, 3),
         "first_token_earlier": round(earlier, 3),
     }
-    console.print(f"wrote {environment.write('serving', data)}")
+    console.print(f"wrote {provenance.write('serving', data)}")
     return 0
 
 

@@ -71,11 +71,11 @@ def _cpu_speed(data: Any, only: Sequence[str] = ()) -> str:
             continue
         median = dict(row["median_ms"])
         own = median.pop("vispruner_cuda")
-        peer = min(median, key=lambda name: median[name])
+        baseline = min(median, key=lambda name: median[name])
         rows.append(
             [
                 f"`{row['name']}`",
-                f"{_milliseconds(median[peer])} ({peer})",
+                f"{_milliseconds(median[baseline])} ({baseline})",
                 _milliseconds(own),
                 f"{row['speedup']:.1f} x" if row["speedup"] < 10 else f"{row['speedup']:.0f} x",
             ]
@@ -87,7 +87,7 @@ def _cpu_speed(data: Any, only: Sequence[str] = ()) -> str:
 
 
 def cpu_speed(results: Callable[[str], Any]) -> str:
-    """Operators against the fastest eager peer."""
+    """Operators against the fastest eager baseline."""
     return _cpu_speed(results("cpu"))
 
 
@@ -119,9 +119,9 @@ def cpu_memory(results: Callable[[str], Any]) -> str:
     )
 
 
-def chaos(results: Callable[[str], Any]) -> str:
+def rounding_sensitivity(results: Callable[[str], Any]) -> str:
     """What survives a rounding error: agreement of the diverse half, and coverage."""
-    data = results("numerics_chaos")
+    data = results("rounding_sensitivity")
     reordered = "canonical v1, channels reversed, in a batch"
     agreement, coverage = [], []
     for result in data["results"]:
@@ -197,7 +197,7 @@ def compiled_kernels(results: Callable[[str], Any]) -> str:
 
 
 def gpu_goals(results: Callable[[str], Any]) -> str:
-    """Each speed goal: goal, measured, best peer, floor."""
+    """Each speed goal: goal, measured, best baseline, floor."""
     data = results("kernels")
     if data is None:
         return "Not measured yet: no GPU has run these kernels.\n"
@@ -205,16 +205,18 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
     for row in data["rows"]:
         own = row["us_per_image"] if row["per"] == "image" else row["us"]
         floor = max(row["floor_us"].values()) / (row["images"] if row["per"] == "image" else 1)
-        peers = {name: time for name, time in row.get("peers_us", {}).items() if time}
+        baselines = {name: time for name, time in row.get("baselines_us", {}).items() if time}
         if row["relative_to"] == "floor":
             own, unit, base = own / floor, "x floor", floor
         elif row["relative_to"]:
-            base = peers[row["relative_to"]]
+            base = baselines[row["relative_to"]]
             own, unit = own / base, f"x {row['relative_to']}"
         else:
             unit, base = "us an image" if row["per"] == "image" else "us", 0.0
         best = min(
-            (name for name in peers if "copy" not in name), key=lambda n: peers[n], default=None
+            (name for name in baselines if "copy" not in name),
+            key=lambda n: baselines[n],
+            default=None,
         )
         rows.append(
             [
@@ -222,12 +224,12 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
                 f"{row['goal']:g} ({row['aim']:g}) {unit}" if row["goal"] else "",
                 f"{own:.3g} {unit}",
                 f"{row['us']:.3g} us",
-                f"{peers[best]:.3g} us ({best})" if best else "",
+                f"{baselines[best]:.3g} us ({best})" if best else "",
                 f"{max(row['floor_us'].values()):.3g} us "
                 f"({max(row['floor_us'], key=lambda n: row['floor_us'][n])})",
             ]
         )
-    head = ["work", "goal (aim)", "measured", "whole call", "best peer", "floor"]
+    head = ["work", "goal (aim)", "measured", "whole call", "best baseline", "floor"]
     return (
         f"{_markdown(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
         f"csrc tree `{data['csrc_tree'][:12]}`. {_where(data)}\n"
@@ -253,10 +255,10 @@ def _end_to_end(data: Any) -> str:
         spent = sum(ms.get(name, 0.0) for name in pruning)
         less = 100 * (row["first_token_ms"] / whole["first_token_ms"] - 1)
         flops = 100 * (row["flops"] / whole["flops"] - 1)
-        peer = free.get((row["model"], row["batch"]))
+        baseline = free.get((row["model"], row["batch"]))
         over = ""
-        if peer is not None and row["k"] == int(peer["way"].split("=")[1]):
-            over = f"{100 * (sum(ms.values()) / sum(peer['milliseconds'].values()) - 1):+.1f} %"
+        if baseline is not None and row["k"] == int(baseline["way"].split("=")[1]):
+            over = f"{100 * (sum(ms.values()) / sum(baseline['milliseconds'].values()) - 1):+.1f} %"
         memory = row["peak_bytes"]
         rows.append(
             [
@@ -401,7 +403,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-speed-summary": cpu_speed_summary,
     "cpu-memory": cpu_memory,
-    "chaos": chaos,
+    "rounding-sensitivity": rounding_sensitivity,
     "loop-counts": loop_counts,
     "gpu-status": gpu_status,
     "compiled-kernels": compiled_kernels,

@@ -1,6 +1,6 @@
-"""CPU operators and their eager peers under pytest-benchmark: `make bench`.
+"""CPU operators and their eager baselines under pytest-benchmark: `make bench`.
 
-benchmarks/cpu_report.py measures the same cases interleaved, for the tables in the documentation.
+operators_cpu.py measures the same cases interleaved, for the tables in the documentation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
 
-from cpu_report import OPERATOR, candidates, check
+from operators_cpu import OPERATOR, candidates, check
 from workloads import CASES, Case
 
 PAIRS = [(case, name) for case in CASES for name in candidates(Case(case.op, case.images, 4))]

@@ -53,12 +53,12 @@ def make_attention(
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: an operator against its peers on the same tensors.
+    """One comparison: an operator against its baselines on the same tensors.
 
     Attributes:
         op: prune, topk, pairwise_cosine, dedup, cls_attention or received_attention.
         channels: of the features; of a head, for the attention scores.
-        rounds: timed rounds, fewer where the peer takes seconds.
+        rounds: timed rounds, fewer where the baseline takes seconds.
     """
 
     op: str

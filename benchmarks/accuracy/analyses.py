@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import environment
 import numpy as np
+import provenance
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -185,7 +185,7 @@ def analyze(recipe: Recipe, name: str, seed: int, directory: Path, count: int) -
     subject = Subject(shipped(load_model(recipe, directory, "subset")), recipe)
     seen = len(recipe.style.backgrounds)
     drawn = test_scenes(recipe, count)[: count * seen]
-    return environment.write(
+    return provenance.write(
         f"accuracy_analyses_{name}_seed{seed}",
         {
             "recipe": name,

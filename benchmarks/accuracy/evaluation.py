@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import environment
 import numpy as np
+import provenance
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
@@ -262,7 +262,7 @@ def evaluate(recipe: Recipe, name: str, seed: int, directory: Path, count: int) 
             "answers": {rule: to_bits(right) for rule, right in answers.items()},
             "agrees_with_generate": agreement(subject, drawn, answers),
         }
-    return environment.write(
+    return provenance.write(
         f"accuracy_{name}_seed{seed}",
         {
             "recipe": name,

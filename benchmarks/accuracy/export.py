@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from vispruner import embedded
 from vispruner.embedded import scenes
 
-from . import guard
+from . import regression
 from .model import processor
 from .recipe import Recipe
 from .train import load_model
@@ -25,7 +25,7 @@ EXAMPLE_SPLIT = "example"
 def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = None) -> Path:
     """Writes the model after the subset stage to `target`, into the package where left out.
 
-    A model in the package brings its example and its entry in the quality guard with it.
+    A model in the package brings its example and its entry in the regression test with it.
 
     Raises:
         ValueError: it is larger than the package allows.
@@ -44,7 +44,7 @@ def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = Non
         file.chmod(0o644)  # weights are written readable by their owner only
     if target == packaged:
         write_example(recipe, packaged.parent)
-        guard.record(str(packaged))
+        regression.record(str(packaged))
     return target
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import environment
+import provenance
 
 from vispruner import embedded
 
@@ -17,13 +17,13 @@ from .recipe import Recipe
 from .results import Results, load_analyses
 from .tables import Tables
 
-DOCS = environment.ROOT / "docs"
+DOCS = provenance.ROOT / "docs"
 _BLOCK = re.compile(r"(<!-- accuracy:(?P<name>[\w-]+) -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
 
 
 def documents() -> list[Path]:
     """Every file that may have a table."""
-    root = environment.ROOT
+    root = provenance.ROOT
     return [root / "README.md", *sorted(DOCS.glob("*.md")), Path(embedded.path()) / "README.md"]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import environment
 import numpy as np
+import provenance
 from numpy.typing import NDArray
 
 from .evaluation import Asked, from_bits, from_lines
@@ -18,7 +18,7 @@ Filter = Callable[[Asked], bool]
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:
-    paths = environment.RESULTS.glob(f"{pattern}_seed*.json")
+    paths = provenance.RESULTS.glob(f"{pattern}_seed*.json")
     return sorted((json.loads(path.read_text()) for path in paths), key=lambda data: data["seed"])
 
 
@@ -49,7 +49,7 @@ class Results:
         """
         runs = _load(f"accuracy_{recipe}")
         if not runs:
-            raise FileNotFoundError(f"no accuracy_{recipe}_seed*.json in {environment.RESULTS}")
+            raise FileNotFoundError(f"no accuracy_{recipe}_seed*.json in {provenance.RESULTS}")
         if any(run["asked"] != runs[0]["asked"] for run in runs):
             raise ValueError("the result files hold answers to different questions")
         return Results(tuple(runs), tuple(from_lines(runs[0]["asked"])))

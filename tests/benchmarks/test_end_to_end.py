@@ -26,7 +26,7 @@ TEXT = {
 @pytest.fixture
 def end_to_end(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("end_to_end", "environment", "peers", "tables"):
+    for name in ("end_to_end", "provenance", "baselines", "tables"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("end_to_end")
     clip = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -42,7 +42,7 @@ def end_to_end(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_rows_and_table(end_to_end: Any, tmp_path: Path) -> None:
     output = tmp_path / "end_to_end_cpu.json"
     models = ["llava-1.5-7b", "qwen2.5-vl-7b"]
-    arguments = ["--small", "--models", *models, "--k", "64", "8", "--peer-k", "8"]
+    arguments = ["--small", "--models", *models, "--k", "64", "8", "--baseline-k", "8"]
     arguments += ["--batch", "1", "2", "--runs", "1", "--new-tokens", "2", "--text-tokens", "9"]
     assert end_to_end.main([*arguments, "--image-size", "280x280", "-o", str(output)]) == 0
     data = json.loads(output.read_text())

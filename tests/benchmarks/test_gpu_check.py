@@ -33,8 +33,8 @@ PYTHON = f"""#!/usr/bin/env bash
 {PRETEND}
 echo "$*" >>"$CALLS"
 case "$*" in
-  *verdict.py*) exec {sys.executable} "$@" ;;
-  *environment.describe*)
+  *write_report.py*) exec {sys.executable} "$@" ;;
+  *provenance.describe*)
     echo '{{"device": {{"gpu": {{"name": "Imagined"}}}}, "versions": {{}}}}' >"${{@: -1}}" ;;
   *find_spec*) echo /nowhere ;;
   *capability*) echo 90 ;;
@@ -43,7 +43,7 @@ case "$*" in
     pretend verify ;;
   "-m pytest "*) echo '... [ 50%]'; pretend tests ;;
   *stress.py*) echo '{{"repeats": {{}}, "differed": []}}'; pretend stress ;;
-  *kernels.py*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
+  *operators_gpu.py*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
   *sanitize.py*) pretend sanitize ;;
 esac
 """
@@ -67,7 +67,7 @@ def tree(tmp_path: Path) -> Path:
     """A tree with the scripts, and the fake programs in bin/."""
     for name in ("benchmarks", "vispruner_cuda", "bin"):
         (tmp_path / name).mkdir()
-    for script in ("gpu_check.sh", "verdict.py"):
+    for script in ("gpu_check.sh", "write_report.py"):
         shutil.copy(BENCHMARKS / script, tmp_path / "benchmarks")
     programs = {
         "python": PYTHON,
@@ -102,13 +102,13 @@ def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
 
 
 def run(tree: Path, **variables: object) -> tuple[int, str, dict[str, Any]]:
-    """Exit status, output and verdict."""
+    """Exit status, output and report."""
     process = begin(tree, **variables)
     output, _ = process.communicate(timeout=60)
-    return process.returncode, output, verdict(tree)
+    return process.returncode, output, report(tree)
 
 
-def verdict(tree: Path) -> Any:
+def report(tree: Path) -> Any:
     return json.loads((tree / "out" / "gpu_verified.json").read_text())
 
 
@@ -135,11 +135,11 @@ def test_clean_run(tree: Path) -> None:
     assert not list(tree.glob("tmp.*"))
 
 
-def test_the_verdict_is_there_before_the_benchmarks(tree: Path) -> None:
+def test_the_report_is_there_before_the_benchmarks(tree: Path) -> None:
     calls = run(tree) and (tree / "calls").read_text().splitlines()
-    benchmarks = next(i for i, call in enumerate(calls) if "kernels.py" in call)
-    assert sum("verdict.py" in call for call in calls[:benchmarks]) >= 10
-    assert any("verdict.py" in call for call in calls[benchmarks:])
+    benchmarks = next(i for i, call in enumerate(calls) if "operators_gpu.py" in call)
+    assert sum("write_report.py" in call for call in calls[:benchmarks]) >= 10
+    assert any("write_report.py" in call for call in calls[benchmarks:])
 
 
 def test_sanitizers_look_at_kernels_of_this_library_alone(tree: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_stopped_run_leaves_what_it_has(tree: Path, sent: signal.Signals, stat
     output, _ = process.communicate(timeout=30)
     assert time.monotonic() - start < 5
     assert process.returncode == status, output
-    found = verdict(tree)
+    found = report(tree)
     assert not found["clean"]
     assert found["steps"]["verify"]["status"] == 0
     assert found["steps"]["tests"]["status"] == "stopped"
@@ -248,7 +248,7 @@ def test_a_killed_run_leaves_what_came_before(tree: Path) -> None:
     wait_for(tree, "-m pytest ")
     process.kill()
     process.wait()
-    found = verdict(tree)
+    found = report(tree)
     assert found["steps"]["verify"]["status"] == 0
     assert found["steps"]["tests"]["status"] is None
     assert "verify.log" in logs(tree)

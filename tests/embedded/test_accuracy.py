@@ -9,19 +9,19 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from accuracy import evaluation, guard
+from accuracy import evaluation, regression
 
 from vispruner.embedded.scenes import Scene
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[Scene]:
-    return guard.draw_scenes()
+    return regression.draw_scenes()
 
 
-@pytest.mark.parametrize("k", guard.BUDGETS)
+@pytest.mark.parametrize("k", regression.BUDGETS)
 def test_accuracy_is_as_recorded(k: int, model: Any, processor: Any, drawn: list[Scene]) -> None:
-    recorded = json.loads(guard.RECORD.read_text())
+    recorded = json.loads(regression.RECORD.read_text())
     right = sum(evaluation.generated(model, processor, drawn, k))
     expected = recorded["right"][str(k)]
     assert abs(right - expected) <= recorded["band"], f"{right} of {len(drawn)}, not {expected}"

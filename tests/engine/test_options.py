@@ -18,7 +18,7 @@ from vispruner.selection import Budget
 from vispruner.vllm import architectures, compatibility
 from vispruner.vllm.config import KEY, Pruning, identity
 from vispruner.vllm.model import counts_of, encoder_batches
-from vispruner.vllm.places import CHANNELS, Unpruned, with_places, without_places, write_places
+from vispruner.vllm.positions import CHANNELS, Unpruned, with_places, without_places, write_places
 from vispruner.vllm.processing import RETAINED
 from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL
 

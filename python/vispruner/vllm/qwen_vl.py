@@ -39,7 +39,7 @@ from .model import (
     encoder_batches,
     over_all_heads,
 )
-from .places import CHANNELS, Unpruned, with_places, without_places, write_places
+from .positions import CHANNELS, Unpruned, with_places, without_places, write_places
 from .processing import RETAINED, PrunedInfo, PrunedProcessor, register_processor
 
 Grid = tuple[int, int, int]  # frames, rows and columns of patches

@@ -1,8 +1,8 @@
 """GPU time of the operators, beside what a user would pick instead and beside the floor.
 
-    python benchmarks/kernels.py                 every row, peer and curve, to results/kernels.json
-    python benchmarks/kernels.py --rows --quick  the rows of the speed goals alone
-    python benchmarks/kernels.py --device cpu --quick -o /tmp/x   a dry run of this script
+    python benchmarks/operators_gpu.py             all rows, baselines, curves: results/kernels.json
+    python benchmarks/operators_gpu.py --rows --quick  the rows of the speed goals alone
+    python benchmarks/operators_gpu.py --device cpu --quick -o /tmp/x   a dry run of this script
 
 Times are medians over many replays of captured CUDA graphs, measured with events; inputs rotate
 through more memory than the L2 cache holds. Peers get the same tensors in the same run; those that
@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import environment
-import peers
+import baselines
+import provenance
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +50,7 @@ class Row:
 
     Attributes:
         goal, aim: microseconds for the whole call, or for one image where `per` is "image"; or,
-            with `relative_to`, multiples of the floor or of that peer's time.
+            with `relative_to`, multiples of the floor or of that baseline's time.
     """
 
     name: str
@@ -121,7 +121,7 @@ CURVES: dict[str, tuple[Row, ...]] = {
     ),
 }
 
-PEERED_CURVES = ("tokens", "images")
+CURVES_WITH_BASELINES = ("tokens", "images")
 
 # Rows to measure under every plan of these stages (docs/performance.md).
 PLANNED_STAGES = ("launch", "rank", "gram", "sort")
@@ -192,7 +192,7 @@ def call_of(row: Row, x: dict[str, Tensor]) -> Call:
     return lambda: vispruner_cuda.received_attention(x["q"], x["k"], scale, lse=lse)
 
 
-def simple_peers(row: Row, x: dict[str, Tensor]) -> dict[str, Call]:
+def simple_baselines(row: Row, x: dict[str, Tensor]) -> dict[str, Call]:
     """Peers that need no compilation, on the same tensors."""
     if row.op == "topk":
         scores = x["attn"].float().sum(1)
@@ -205,13 +205,13 @@ def simple_peers(row: Row, x: dict[str, Tensor]) -> dict[str, Call]:
         normal = F.normalize(x["feats"], dim=-1)
         return {
             "torch.bmm alone": lambda: torch.bmm(normal, normal.transpose(1, 2)),
-            "normalize and torch.bmm": lambda: peers.pairwise_cosine(x["feats"]),
+            "normalize and torch.bmm": lambda: baselines.pairwise_cosine(x["feats"]),
         }
     if row.op == "cls_attention":
         q, k = x["q"], x["k"]
         copy = torch.empty_like(k)
         return {
-            "eager softmax": lambda: peers.cls_attention(q, k, row.channels**-0.5),
+            "eager softmax": lambda: baselines.cls_attention(q, k, row.channels**-0.5),
             "copy of the keys": lambda: copy.copy_(k),
         }
     if row.op.startswith("received"):
@@ -221,9 +221,9 @@ def simple_peers(row: Row, x: dict[str, Tensor]) -> dict[str, Call]:
     copy = torch.empty_like(feats)
     found: dict[str, Call] = {"copy of the features": lambda: copy.copy_(feats)}
     if row.images <= 64 and row.tokens <= 4096:
-        found["eager loop, batched"] = lambda: peers.prune_batched(feats, attn, row.k)
+        found["eager loop, batched"] = lambda: baselines.prune_batched(feats, attn, row.k)
     if row.images == 1:
-        found["eager loop"] = lambda: peers.prune_each(feats, attn, row.k)
+        found["eager loop"] = lambda: baselines.prune_each(feats, attn, row.k)
     return found
 
 
@@ -323,7 +323,7 @@ def stage_times(row: Row) -> dict[str, float]:
     }
 
 
-# -------------------------------------------------------------------------------- compiled peers
+# ---------------------------------------------------------------------------- compiled baselines
 COMPILED = {
     "torch.compile": {},
     "torch.compile reduce-overhead": {"mode": "reduce-overhead"},
@@ -332,11 +332,11 @@ COMPILED = {
 }
 
 
-def compiled_peer(name: str, row: Row, device: str, seconds: float) -> float:
+def compiled_baseline(name: str, row: Row, device: str, seconds: float) -> float:
     x = tensors(row, device, 0)
 
     def loop() -> Any:
-        return peers.prune_batched(x["feats"], x["attn"], row.k)
+        return baselines.prune_batched(x["feats"], x["attn"], row.k)
 
     options = COMPILED[name]
     if options is None:
@@ -347,11 +347,13 @@ def compiled_peer(name: str, row: Row, device: str, seconds: float) -> float:
     return gpu_or_cpu_time([compiled], device, seconds, graph=False)
 
 
-def compiled_peers(row: Row, arguments: argparse.Namespace) -> Iterator[tuple[str, float | None]]:
+def compiled_baselines(
+    row: Row, arguments: argparse.Namespace
+) -> Iterator[tuple[str, float | None]]:
     """Each in a process of its own; None where the time limit came first."""
     for name in COMPILED:
-        say(f"compiled peer: {name}")
-        command = [sys.executable, __file__, "--peer", name, "--device", arguments.device]
+        say(f"compiled baseline: {name}")
+        command = [sys.executable, __file__, "--baseline", name, "--device", arguments.device]
         command += ["--seconds", str(arguments.seconds)]
         command += ["--quick"] if arguments.quick else []
         process = subprocess.Popen(
@@ -408,7 +410,7 @@ def shrunk(row: Row) -> Row:
 
 
 def measure(
-    row: Row, arguments: argparse.Namespace, with_peers: bool, with_stages: bool = False
+    row: Row, arguments: argparse.Namespace, with_baselines: bool, with_stages: bool = False
 ) -> dict[str, Any]:
     device, seconds = arguments.device, arguments.seconds
     sets = input_sets(row, device)
@@ -419,12 +421,13 @@ def measure(
         "us_per_image": own / row.images,
         "floor_us": floor(row),
     }
-    if with_peers:
-        result["peers_us"] = {}
-        for name, peer in simple_peers(row, sets[0]).items():
+    if with_baselines:
+        result["baselines_us"] = {}
+        for name, baseline in simple_baselines(row, sets[0]).items():
             # Eager programs run as users run them; they are too long to capture in most cases.
             eager = name.startswith("eager loop")
-            result["peers_us"][name] = gpu_or_cpu_time([peer], device, seconds, graph=not eager)
+            graph = not eager
+            result["baselines_us"][name] = gpu_or_cpu_time([baseline], device, seconds, graph=graph)
     if with_stages and device != "cpu":
         result["stages_us"] = stage_times(row)
     return result
@@ -439,9 +442,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--quick", action="store_true", help="short measurements")
     parser.add_argument("--seconds", type=float, help="of each measurement (default 0.3)")
-    parser.add_argument("--compile-limit", type=float, default=120.0, help="seconds a peer")
-    parser.add_argument("-o", "--output", type=Path, default=environment.RESULTS, help="directory")
-    parser.add_argument("--peer", choices=list(COMPILED), help=argparse.SUPPRESS)
+    parser.add_argument("--compile-limit", type=float, default=120.0, help="seconds a baseline")
+    parser.add_argument("-o", "--output", type=Path, default=provenance.RESULTS, help="directory")
+    parser.add_argument("--baseline", choices=list(COMPILED), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU: --device cpu makes a dry run")
@@ -450,21 +453,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     dry = arguments.device == "cpu"
     rows = tuple(map(shrunk, ROWS)) if dry else ROWS
-    if arguments.peer:
-        print(compiled_peer(arguments.peer, rows[0], arguments.device, arguments.seconds))
+    if arguments.baseline:
+        print(compiled_baseline(arguments.baseline, rows[0], arguments.device, arguments.seconds))
         return 0
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that peers are ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that baselines are ended, too
     data: dict[str, Any] = {"dry_run": dry, "rows": [], "curves": {}}
 
     def save() -> Path:
         """After each part: a time limit from outside then costs the rest alone."""
         name = "kernels_dry_run" if dry else "kernels"
-        return environment.write(name, data, arguments.output)
+        return provenance.write(name, data, arguments.output)
 
     data["host_us"] = host_time(rows[0], arguments.device)
     for row in rows:
-        data["rows"].append(measure(row, arguments, with_peers=True, with_stages=True))
+        data["rows"].append(measure(row, arguments, with_baselines=True, with_stages=True))
         if row.name in PLANNED_ROWS:
             data["rows"][-1]["plans"] = plan_times(row, arguments.device, arguments.seconds)
         say(f"{row.name}: {data['rows'][-1]['us']:.1f} us")
@@ -473,13 +476,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, curve in CURVES.items():
             points = tuple(map(shrunk, curve)) if dry else curve
             data["curves"][name] = [
-                measure(row, arguments, with_peers=name in PEERED_CURVES) for row in points
+                measure(row, arguments, with_baselines=name in CURVES_WITH_BASELINES)
+                for row in points
             ]
             say(f"curve over {name}")
             path = save()
     if not arguments.no_compile:
-        for peer, time_ in compiled_peers(rows[0], arguments):
-            data["rows"][0]["peers_us"][peer] = time_
+        for baseline, time_ in compiled_baselines(rows[0], arguments):
+            data["rows"][0]["baselines_us"][baseline] = time_
             path = save()
     print(path)
     print(json.dumps({row["name"]: round(row["us"], 2) for row in data["rows"]}))

@@ -1,4 +1,4 @@
-"""The quality guard: fixed questions to the embedded model, and how many it answers right.
+"""The regression test: fixed questions to the embedded model, and how many it answers right.
 
 They go the way that users' questions go: PNG pixels, processor, `vispruner.apply`, `generate`. The
 export of a model records the numbers in tests/embedded/accuracy.json, where the tests find them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import environment
+import provenance
 import torch
 
 from vispruner.embedded import scenes
@@ -17,7 +17,7 @@ from vispruner.embedded.scenes import Scene
 
 from .evaluation import generated
 
-RECORD = environment.ROOT / "tests" / "embedded" / "accuracy.json"
+RECORD = provenance.ROOT / "tests" / "embedded" / "accuracy.json"
 QUESTIONS = 300
 BUDGETS = (196, 32, 16)
 #: Answers that another processor or version may round the other way. A wrong position or a broken

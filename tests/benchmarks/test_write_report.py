@@ -1,4 +1,4 @@
-"""What benchmarks/verdict.py makes of the logs of a run."""
+"""What benchmarks/write_report.py makes of the logs of a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "verdict.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "write_report.py"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 @pytest.fixture(scope="module")
-def verdict() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verdict", SCRIPT)
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report", SCRIPT)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -43,7 +43,7 @@ def logs(tmp_path: Path) -> Path:
         "versions": {"torch": "2.13.0"},
         "csrc_tree": "0123456789abcdef",
     }
-    (logs / "environment.json").write_text(json.dumps(described))
+    (logs / "provenance.json").write_text(json.dumps(described))
     (logs / "tests.log").write_text("....s\n==== 4 passed, 1 skipped in 3.21s ====\n")
     (logs / "stress.log").write_text('{"repeats": {"alone": 8}, "differed": []}\n')
     for tool in TOOLS:
@@ -55,8 +55,8 @@ def logs(tmp_path: Path) -> Path:
     return logs
 
 
-def test_all_clean(verdict: ModuleType, logs: Path) -> None:
-    found = verdict.verdict(logs, logs.parent / "out")
+def test_all_clean(report: ModuleType, logs: Path) -> None:
+    found = report.report(logs, logs.parent / "out")
     assert found["clean"]
     assert (found["device"], found["driver"], found["torch"]) == ("Imagined", "580.1", "2.13.0")
     assert found["csrc_tree"] == "0123456789abcdef"
@@ -77,29 +77,29 @@ def test_all_clean(verdict: ModuleType, logs: Path) -> None:
 
 @pytest.mark.parametrize("step", ["build", "verify", "tests", "stress", *TOOLS])
 @pytest.mark.parametrize("status", ["1", "124", "137", "stopped", "not run", None])
-def test_steps_that_decide(verdict: ModuleType, logs: Path, step: str, status: str | None) -> None:
+def test_steps_that_decide(report: ModuleType, logs: Path, step: str, status: str | None) -> None:
     """A failure, a time limit, a stopped script, and a step that never came."""
     file = logs / f"{step}.status"
     file.write_text(f"{status}\n") if status else file.unlink()
-    assert not verdict.verdict(logs, logs.parent / "out")["clean"]
+    assert not report.report(logs, logs.parent / "out")["clean"]
 
 
 @pytest.mark.parametrize("status", ["1", "124", "stopped", "not run", None])
-def test_benchmarks_do_not_decide(verdict: ModuleType, logs: Path, status: str | None) -> None:
+def test_benchmarks_do_not_decide(report: ModuleType, logs: Path, status: str | None) -> None:
     file = logs / "benchmarks.status"
     file.write_text(f"{status}\n") if status else file.unlink()
-    found = verdict.verdict(logs, logs.parent / "out")
+    found = report.report(logs, logs.parent / "out")
     assert found["clean"]
     assert found["steps"]["benchmarks"]["status"] == (
         int(status) if status and status.isdigit() else status
     )
 
 
-def test_a_sanitizer_that_is_unavailable(verdict: ModuleType, logs: Path) -> None:
+def test_a_sanitizer_that_is_unavailable(report: ModuleType, logs: Path) -> None:
     for tool in TOOLS:
         (logs / f"{tool}.status").write_text("unavailable\n")
         (logs / f"{tool}.log").write_text("there is no compute-sanitizer\n")
-    found = verdict.verdict(logs, logs.parent / "out")
+    found = report.report(logs, logs.parent / "out")
     assert found["clean"]
     assert found["sanitizers"]["memcheck"] == {
         "status": "unavailable",
@@ -108,41 +108,41 @@ def test_a_sanitizer_that_is_unavailable(verdict: ModuleType, logs: Path) -> Non
     # One that can run and finds something decides all the same.
     (logs / "racecheck.status").write_text("9\n")
     (logs / "racecheck.log").write_text("========= RACECHECK SUMMARY: 3 hazards displayed\n")
-    found = verdict.verdict(logs, logs.parent / "out")
+    found = report.report(logs, logs.parent / "out")
     assert not found["clean"]
     assert found["sanitizers"]["racecheck"]["summary"].startswith("RACECHECK SUMMARY: 3")
 
 
-def test_only_the_tools_may_be_unavailable(verdict: ModuleType, logs: Path) -> None:
+def test_only_the_tools_may_be_unavailable(report: ModuleType, logs: Path) -> None:
     (logs / "tests.status").write_text("unavailable\n")
-    assert not verdict.verdict(logs, logs.parent / "out")["clean"]
+    assert not report.report(logs, logs.parent / "out")["clean"]
 
 
-def test_a_failed_test(verdict: ModuleType, logs: Path) -> None:
+def test_a_failed_test(report: ModuleType, logs: Path) -> None:
     (logs / "tests.status").write_text("1\n")
     (logs / "tests.log").write_text("..F.E\n== 1 failed, 3 passed, 1 error in 9.00s ==\n")
-    found = verdict.verdict(logs, logs.parent / "out")
+    found = report.report(logs, logs.parent / "out")
     assert found["tests"] == {"passed": 3, "failed": 1, "error": 1, "skipped": 0}
 
 
-def test_tests_that_were_cut_off_are_counted(verdict: ModuleType) -> None:
+def test_tests_that_were_cut_off_are_counted(report: ModuleType) -> None:
     log = "....................................ss [ 37%]\n..F."
-    assert verdict.counts(log) == {"passed": 39, "failed": 1, "error": 0, "skipped": 2}
-    assert verdict.counts("ImportError: No module named pytest\n")["passed"] == 0
+    assert report.counts(log) == {"passed": 39, "failed": 1, "error": 0, "skipped": 2}
+    assert report.counts("ImportError: No module named pytest\n")["passed"] == 0
 
 
-def test_nothing_but_a_failed_build(verdict: ModuleType, tmp_path: Path) -> None:
+def test_nothing_but_a_failed_build(report: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "build.status").write_text("2\n")
-    found = verdict.verdict(tmp_path, tmp_path)
+    found = report.report(tmp_path, tmp_path)
     assert not found["clean"]
     assert found["verify"] is None
     assert found["device"] is None
 
 
-def test_half_a_report(verdict: ModuleType, logs: Path) -> None:
+def test_half_a_report(report: ModuleType, logs: Path) -> None:
     out = logs.parent / "out"
     (out / "vispruner_verify.json").write_text('{"complete": fal')
-    assert verdict.verdict(logs, out)["verify"] is None
+    assert report.report(logs, out)["verify"] is None
 
 
 def run(logs: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ Written from the description of the method (docs/numerics.md, "The method"), wit
 dtype handling of an ordinary eager implementation: features are normalized once in their own
 dtype, every round multiplies A with B and sorts. Lists of odd length are split by this project's
 rule. Nothing here is canonical: run twice in different precision, it keeps different tokens, which
-benchmarks/numerics_chaos.py measures.
+benchmarks/rounding_sensitivity.py measures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How much of the choice of tokens survives a rounding error: results/numerics_chaos.json.
+"""How much of the choice of tokens survives a rounding error: results/rounding_sensitivity.json.
 
-Runs the eager loop of the method (peers.py) in float64, in float32, in float32 with the channels
-in reversed order (the same sums in another order) and in bfloat16, and the canonical numerics of
-this project, all on the same features, and compares what they keep:
+Runs the eager loop of the method (baselines.py) in float64, in float32, in float32 with the
+channels in reversed order (the same sums in another order) and in bfloat16, and the canonical
+numerics of this project, all on the same features, and compares what they keep:
 
 - agreement with the float64 loop, of the important and of the diverse half, and the share of
   images on which nothing differs;
@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import environment
-import peers
+import baselines
+import provenance
 import torch
 import torch.nn.functional as F
 import workloads
@@ -39,7 +39,7 @@ BASE = "loop, float64"
 def _loop(dtype: torch.dtype, reverse: bool = False) -> Callable[[Tensor, Tensor, int], Tensor]:
     def run(feats: Tensor, scores: Tensor, k: int) -> Tensor:
         x = feats.flip(-1) if reverse else feats
-        return peers.prune_one(x.to(dtype), scores, k, RATIO)
+        return baselines.prune_one(x.to(dtype), scores, k, RATIO)
 
     return run
 
@@ -169,7 +169,7 @@ def main() -> int:
             console.print(f"  {row['variant']:<46}{numbers}")
     if not options.quick:
         setup = {"important_ratio": RATIO}
-        path = environment.write("numerics_chaos", {"setup": setup, "results": results})
+        path = provenance.write("rounding_sensitivity", {"setup": setup, "results": results})
         console.print(f"wrote {path}")
     return 0
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import environment
-import peers
+import baselines
+import provenance
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -38,7 +38,7 @@ MEMORY_CASES = (
 
 
 def candidates(case: Case) -> dict[str, Callable[[], Any]]:
-    """The operator and its peers as functions without arguments."""
+    """The operator and its baselines as functions without arguments."""
     if case.op.endswith("attention"):
         return _score_candidates(case)
     feats, attn = case.tensors()
@@ -46,32 +46,32 @@ def candidates(case: Case) -> dict[str, Callable[[], Any]]:
     if case.op == "prune":
         found: dict[str, Callable[[], Any]] = {
             OPERATOR: lambda: vispruner_cuda.prune(feats, attn, k),
-            "eager loop": lambda: peers.prune_each(feats, attn, k),
+            "eager loop": lambda: baselines.prune_each(feats, attn, k),
         }
         if case.images > 1:
-            found["eager loop, batched"] = lambda: peers.prune_batched(feats, attn, k)
+            found["eager loop, batched"] = lambda: baselines.prune_batched(feats, attn, k)
         return found
     if case.op == "topk":
         return {
             OPERATOR: lambda: vispruner_cuda.topk(attn, k),
-            "mean, torch.topk": lambda: peers.topk(attn, k),
+            "mean, torch.topk": lambda: baselines.topk(attn, k),
         }
     if case.op == "pairwise_cosine":
         return {
             OPERATOR: lambda: vispruner_cuda.pairwise_cosine(feats),
-            "normalize, matmul": lambda: peers.pairwise_cosine(feats),
+            "normalize, matmul": lambda: baselines.pairwise_cosine(feats),
         }
     return {
         OPERATOR: lambda: vispruner_cuda.dedup(feats, k),
-        "eager loop": lambda: peers.dedup(feats, k),
+        "eager loop": lambda: baselines.dedup(feats, k),
     }
 
 
 def _score_candidates(case: Case) -> dict[str, Callable[[], Any]]:
     scale = case.channels**-0.5
     q, k = case.queries_and_keys()
-    own, peer = (getattr(module, case.op) for module in (vispruner_cuda, peers))
-    found = {OPERATOR: lambda: own(q, k, scale), "softmax of q k": lambda: peer(q, k, scale)}
+    own, baseline = (getattr(module, case.op) for module in (vispruner_cuda, baselines))
+    found = {OPERATOR: lambda: own(q, k, scale), "softmax of q k": lambda: baseline(q, k, scale)}
     if case.op == "received_attention":
         # Not the scores, but what the tower's own attention costs.
         q4, k4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
@@ -133,7 +133,7 @@ def measure(case: Case, rounds: int, tick: Callable[[], None]) -> dict[str, Any]
 
 
 def _speedup(times: dict[str, float]) -> float:
-    """How many times faster than the fastest peer."""
+    """How many times faster than the fastest baseline."""
     return min(value for name, value in times.items() if name != OPERATOR) / times[OPERATOR]
 
 
@@ -206,7 +206,7 @@ def main() -> int:
     for row in extra:
         console.print(json.dumps(row))
     if not options.quick:
-        console.print(f"wrote {environment.write('cpu', {'speed': speed, 'memory': extra})}")
+        console.print(f"wrote {provenance.write('cpu', {'speed': speed, 'memory': extra})}")
     return 0
 
 

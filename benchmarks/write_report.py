@@ -76,9 +76,9 @@ def verified(path: Path) -> dict[str, Any] | None:
     }
 
 
-def verdict(logs: Path, out: Path) -> dict[str, Any]:
+def report(logs: Path, out: Path) -> dict[str, Any]:
     """What gpu_verified.json says of a run, as far as it has come."""
-    described = _json(logs / "environment.json") or {"device": {}, "versions": {}}
+    described = _json(logs / "provenance.json") or {"device": {}, "versions": {}}
     gpu = described["device"].get("gpu") or {}
     stress = [line for line in _text(logs / "stress.log").splitlines() if line.startswith("{")]
     tools = {tool: sanitizer(logs, tool) for tool in TOOLS}
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="write gpu_dry_run.json instead")
     parser.add_argument("--quiet", action="store_true", help="print nothing, exit with 0")
     arguments = parser.parse_args(argv)
-    result = verdict(arguments.logs, arguments.out)
+    result = report(arguments.logs, arguments.out)
     path = arguments.out / ("gpu_dry_run.json" if arguments.dry_run else "gpu_verified.json")
     written = path.with_suffix(".json.new")
     written.write_text(json.dumps(result, indent=1) + "\n")
