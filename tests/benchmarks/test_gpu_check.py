@@ -82,6 +82,12 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _trappable() -> None:
+    """A shell cannot trap what was ignored when it began: SIGHUP under nohup, SIGINT behind `&`."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
     own = {
         "PATH": f"{tree / 'bin'}:{os.environ['PATH']}",
@@ -96,8 +102,7 @@ def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell cannot trap what was ignored when it began, as SIGHUP is under nohup.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=_trappable,
     )
 
 
