@@ -65,7 +65,7 @@ lint-yaml: install
 	$(BIN)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
-	$(BIN)check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff mkdocs.yml
+	$(BIN)check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 lint-format: install
 	$(CXX_FILES) | xargs $(BIN)clang-format --dry-run -Werror
