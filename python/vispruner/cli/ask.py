@@ -17,6 +17,7 @@ from .common import (
     add_budget,
     add_device,
     add_model,
+    answer,
     apply_budget,
     budget_of,
     device_of,
@@ -83,22 +84,17 @@ def run(options: argparse.Namespace) -> int:
     with console.status("loading the model"):
         model, processor = load_model(options, device)
         inputs = model_inputs(processor, image, question, device)
-    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-
-    def answer() -> str:
-        sequences = model.generate(**inputs, **settings)
-        new = sequences[:, inputs["input_ids"].shape[1] :]
-        return str(processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+    call = (model, processor, inputs, options.max_new_tokens)
 
     def pruned() -> tuple[str, dict[str, float], Any]:
         with apply_budget(model, budget) as pruner:
-            text = answer()
+            text = answer(*call)
             assert pruner.last is not None
             return text, phases_of(pruner.last.milliseconds), pruner.last
 
     def whole() -> tuple[str, dict[str, float], Any]:
         with unpruned(model) as clock:
-            text = answer()
+            text = answer(*call)
             return text, phases_of(clock.milliseconds()), None
 
     # In turn, so that a busy machine slows both alike.

@@ -286,3 +286,10 @@ def model_inputs(processor: Any, image: Image.Image, question: str, device: torc
     else:
         prompt = f"USER: {processor.image_token}\n{question} ASSISTANT:"
     return processor(images=[image], text=[prompt], return_tensors="pt").to(device)
+
+
+def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
+    """What a model says, chosen greedily."""
+    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = sequences[:, inputs["input_ids"].shape[1] :]
+    return str(processor.batch_decode(new, skip_special_tokens=True)[0]).strip()

@@ -212,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
     with console.status("choosing tokens"):
         choose = _by_model if options.tower is None else _by_tower
         found = choose(options, budget, device, images)
-        _montage(found, random_weights=options.tower == "random").save(options.output)
+        montage(found, random_weights=options.tower == "random").save(options.output)
     for picture in found:
         before = picture.grid[0] * picture.grid[1]
         important, diverse = len(picture.important), len(picture.diverse)
@@ -225,7 +225,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _montage(found: list[Picture], *, random_weights: bool) -> Image.Image:
+def montage(found: list[Picture], *, random_weights: bool = False) -> Image.Image:
+    """A row per picture: what the encoder sees, its scores, and the tokens that are kept."""
     from . import pictures
 
     rows = []

@@ -15,6 +15,7 @@ from .common import (
     CommandError,
     add_device,
     add_model,
+    answer,
     apply_budget,
     device_of,
     load_model,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..selection import Budget
-    from .show import Picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,33 +54,18 @@ class Viewer:
         self._lock = threading.Lock()
         self._warm = False
 
-    def tokens(self, image: Image.Image) -> int:
-        """Visual tokens of the picture, or of its largest tile: the highest k that drops any."""
-        found = self._kept(image, self._budget(1, 0.5, 8))
-        return max(picture.grid[0] * picture.grid[1] for picture in found)
-
     def draw(
         self, image: Image.Image, k: int, important_ratio: float, step: int
-    ) -> tuple[Image.Image, str]:
-        """The picture with its kept tokens, and how many there are."""
-        from . import pictures
-        from .show import PANEL
+    ) -> tuple[Image.Image, str, int]:
+        """What `vispruner show` draws, how many tokens are kept, and those of the largest tile."""
+        from .show import kept_by, montage
 
-        found = self._kept(image, self._budget(k, important_ratio, step))
-        panels = [
-            pictures.draw_kept(
-                one.seen, one.grid, one.important, one.diverse, cell=max(4, PANEL // max(one.grid))
-            )
-            for one in found
-        ]
-        before = sum(one.grid[0] * one.grid[1] for one in found)
-        important = sum(len(one.important) for one in found)
-        diverse = sum(len(one.diverse) for one in found)
-        text = (
-            f"{important + diverse} of {before} visual tokens are kept: {important} for their "
-            f"attention (orange), {diverse} for their diversity (blue)"
-        )
-        return _beside(panels), text
+        budget = self._budget(k, important_ratio, step)
+        with self._lock:
+            found = kept_by(self.model, self.processor, budget, self.device, [image])
+        cells = [one.grid[0] * one.grid[1] for one in found]
+        kept = sum(len(one.important) + len(one.diverse) for one in found)
+        return montage(found), f"{kept} of {sum(cells)} visual tokens are kept", max(cells)
 
     def ask(
         self, image: Image.Image, question: str, k: int, important_ratio: float, step: int
@@ -95,12 +80,7 @@ class Viewer:
         budget = self._budget(k, important_ratio, step)
         inputs = model_inputs(self.processor, image, question, self.device)
 
-        def answer() -> str:
-            sequences = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False
-            )
-            new = sequences[:, inputs["input_ids"].shape[1] :]
-            return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+        call = (self.model, self.processor, inputs, self.max_new_tokens)
 
         def row(name: str, text: str, tokens: int, times: dict[str, float]) -> list[str]:
             return [name, text, str(tokens), f"{times['prefill']:.1f}", f"{times['total']:.1f}"]
@@ -108,13 +88,13 @@ class Viewer:
         with self._lock, torch.no_grad():
             try:
                 if not self._warm:  # the first run pays for what later ones find ready
-                    answer()
+                    answer(*call)
                     self._warm = True
                 with unpruned(self.model) as clock:
-                    whole = answer()
+                    whole = answer(*call)
                     spent = phases_of(clock.milliseconds())
                 with apply_budget(self.model, budget) as pruner:
-                    text = answer()
+                    text = answer(*call)
                     last = pruner.last
                     assert last is not None
                     less = phases_of(last.milliseconds)
@@ -125,12 +105,6 @@ class Viewer:
             row("pruned", text, last.tokens_after, less),
         ]
 
-    def _kept(self, image: Image.Image, budget: Budget) -> list[Picture]:
-        from .show import kept_by
-
-        with self._lock:
-            return kept_by(self.model, self.processor, budget, self.device, [image])
-
     @staticmethod
     def _budget(k: int, important_ratio: float, step: int) -> Budget:
         from ..selection import Budget
@@ -139,18 +113,6 @@ class Viewer:
             return Budget(int(k), None, important_ratio, int(step))
         except ValueError as error:
             raise CommandError(one_line(error)) from error
-
-
-def _beside(panels: list[Image.Image]) -> Image.Image:
-    from PIL import Image
-
-    width = sum(panel.width for panel in panels)
-    whole = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
-    left = 0
-    for panel in panels:
-        whole.paste(panel, (left, 0))
-        left += panel.width
-    return whole
 
 
 def page(viewer: Viewer) -> Any:
@@ -169,25 +131,15 @@ def page(viewer: Viewer) -> Any:
             raise CommandError("choose a picture first")
         return read_image(Path(path))
 
-    def load(path: str | None, k: int, ratio: float, step: int) -> tuple[Any, Any, str]:
+    def draw(path: str | None, k: int, ratio: float, step: int) -> tuple[Any, Any, str]:
+        """The slider, which ends at the tokens of this picture, the drawing and the counts."""
         if not path:
             return gr.update(), None, ""
         try:
-            image = shown(path)
-            most = viewer.tokens(image)
-            k = min(int(k), most)
-            drawn, text = viewer.draw(image, k, ratio, step)
+            drawn, text, most = viewer.draw(shown(path), k, ratio, step)
         except CommandError as error:
             raise refuse(error) from error
-        return gr.update(maximum=most, value=k), drawn, text
-
-    def draw(path: str | None, k: int, ratio: float, step: int) -> tuple[Any, str]:
-        if not path:
-            return None, ""
-        try:
-            return viewer.draw(shown(path), k, ratio, step)
-        except CommandError as error:
-            raise refuse(error) from error
+        return gr.update(maximum=most, value=min(int(k), most)), drawn, text
 
     def ask(path: str | None, question: str, k: int, ratio: float, step: int) -> list[list[str]]:
         try:
@@ -204,10 +156,13 @@ def page(viewer: Viewer) -> Any:
                 sources=["upload", "clipboard"],
                 label="Picture",
                 elem_id="picture",
+                scale=1,
             )
             kept = gr.Image(
                 label="Kept tokens",
+                show_label=False,
                 elem_id="kept",
+                scale=3,
                 interactive=False,
                 buttons=["download", "fullscreen"],
             )
@@ -227,15 +182,14 @@ def page(viewer: Viewer) -> Any:
         settings = [k, ratio, step]
         # One call at a time: the model is one.
         once = {"concurrency_limit": 1, "concurrency_id": "model"}
+        sliders = [slider.release for slider in settings]
         gr.on(
-            [blocks.load, picture.change],
-            load,
+            [blocks.load, picture.change, *sliders],
+            draw,
             [picture, *settings],
             [k, kept, text],
             **once,
         )
-        for slider in settings:
-            slider.release(draw, [picture, *settings], [kept, text], **once)
         gr.on(
             [button.click, question.submit],
             ask,
