@@ -15,15 +15,12 @@ import argparse
 import asyncio
 import json
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import provenance
 import serving
-import torch
 from rich.console import Console
 from support import engine_load, engine_server
 from support.engine_load import Job
@@ -108,50 +105,26 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
-    parser.add_argument("--k", type=int, default=64, help="where a request does not say (64)")
+    parser = serving.server_parser(__doc__, concurrency=64, requests=500)
     parser.add_argument("--max-k", type=int, default=128, help="the cap of a request's k (128)")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight (64)")
-    parser.add_argument("--requests", type=int, default=500, help="requests in all (500)")
-    parser.add_argument("--output-tokens", type=int, default=16, help="tokens an answer (16)")
-    parser.add_argument("--no-file", action="store_true", help="print, but write no file")
-    parser.add_argument(
-        "server_options", nargs="*", help="after --: options of both servers, such as -tp 2"
-    )
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        import engine_shims
-
-        engine_shims.install()
     console = Console(stderr=True)
-    description = options.model or "random LLaVA, 576 visual tokens"
-    with tempfile.TemporaryDirectory() as folder:
-        if options.model is None:
-            options.model = str(serving.random_llava(Path(folder)))
-            options.server_options += ["--dtype", "float32", "--max-model-len", "2048"]
-        pruning = {"k": options.k, "max_k": options.max_k}
-        results: list[dict[str, Any]] = []
+    pruning = {"k": options.k, "max_k": options.max_k}
+    results: list[dict[str, Any]] = []
+    with serving.served(options, longest=2048) as (folder, description):
         for name, own in (("stock", None), (f"k = {options.k}, 1 to {options.max_k}", pruning)):
-            result = measure(name, own, options, Path(folder) / f"{len(results)}.log")
+            result = measure(name, own, options, folder / f"{len(results)}.log")
             console.print(json.dumps(result))
             results.append(result)
     if options.no_file:
         return 0
-    described = provenance.describe()
-    data = {
-        "versions": described["versions"] | serving.engine_versions(),
-        "setup": {
-            "model": description,
-            "concurrency": options.concurrency,
-            "requests": results[0]["requests"],
-            "output_tokens": options.output_tokens,
-        },
-        "results": results,
+    setup = {
+        "model": description,
+        "concurrency": options.concurrency,
+        "requests": results[0]["requests"],
+        "output_tokens": options.output_tokens,
     }
-    console.print(f"wrote {provenance.write('load', data)}")
+    console.print(f"wrote {serving.write('load', setup, results)}")
     return 0
 
 

@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,32 +176,60 @@ def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[d
     return [one.result(options.requests) for one in measured]
 
 
-def main() -> int:
+def server_parser(description: str | None, concurrency: int, requests: int) -> Any:
+    """The options of a benchmark that serves with and without pruning, with these defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
-    parser.add_argument("--k", type=int, default=64, help="tokens an image (default: 64 of 576)")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight (8)")
-    parser.add_argument("--requests", type=int, default=24, help="requests a round (24)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each server (5)")
-    parser.add_argument("--output-tokens", type=int, default=16, help="tokens an answer (16)")
-    parser.add_argument("--no-file", action="store_true", help="print, but write no file")
-    parser.add_argument(
-        "server_options", nargs="*", help="after --: options of both servers, such as -tp 2"
+    add = parser.add_argument
+    add("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
+    add("--k", type=int, default=64, help="tokens per image (64)")
+    add(
+        "--concurrency",
+        type=int,
+        default=concurrency,
+        help=f"requests in flight ({concurrency})",
     )
-    options = parser.parse_args()
+    add("--requests", type=int, default=requests, help=f"requests per run ({requests})")
+    add("--output-tokens", type=int, default=16, help="tokens per answer (16)")
+    add("--no-file", action="store_true", help="print, but write no file")
+    add("server_options", nargs="*", help="after --: options of both servers, such as -tp 2")
+    return parser
+
+
+@contextlib.contextmanager
+def served(options: argparse.Namespace, longest: int) -> Iterator[tuple[Path, str]]:
+    """A folder for logs and the model's description, with the random LLaVA as the default model.
+
+    Args:
+        longest: prompt of that LLaVA, in tokens.
+    """
     if not torch.cuda.is_available():
         import engine_shims
 
         engine_shims.install()
-    console = Console(stderr=True)
     description = options.model or "random LLaVA, 576 visual tokens"
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             options.model = str(random_llava(Path(folder)))
-            options.server_options += ["--dtype", "float32", "--max-model-len", "1024"]
-        results = measure(options, Path(folder), console)
+            options.server_options += ["--dtype", "float32", "--max-model-len", str(longest)]
+        yield Path(folder), description
+
+
+def write(name: str, setup: dict[str, Any], results: list[dict[str, Any]], **more: Any) -> Path:
+    """The results file, with the versions of the engine."""
+    versions = provenance.describe()["versions"] | engine_versions()
+    data = {"versions": versions, "setup": setup, "results": results, **more}
+    return provenance.write(name, data)
+
+
+def main() -> int:
+    parser = server_parser(__doc__, concurrency=8, requests=24)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each server (5)")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    with served(options, longest=1024) as (folder, description):
+        results = measure(options, folder, console)
     stock, pruned = results
     speedup = pruned["requests_per_second"] / stock["requests_per_second"]
     earlier = stock["first_token_seconds"]["median"] / pruned["first_token_seconds"]["median"]
@@ -213,21 +242,15 @@ def main() -> int:
     console.print(f"{speedup:.2f} x the requests, first token {earlier:.2f} x earlier")
     if options.no_file:
         return 0
-    described = provenance.describe()
-    data = {
-        "versions": described["versions"] | engine_versions(),
-        "setup": {
-            "model": description,
-            "concurrency": options.concurrency,
-            "requests": options.requests,
-            "rounds": options.rounds,
-            "output_tokens": options.output_tokens,
-        },
-        "results": results,
-        "speedup": round(speedup, 3),
-        "first_token_earlier": round(earlier, 3),
+    setup = {
+        "model": description,
+        "concurrency": options.concurrency,
+        "requests": options.requests,
+        "rounds": options.rounds,
+        "output_tokens": options.output_tokens,
     }
-    console.print(f"wrote {provenance.write('serving', data)}")
+    rounded = {"speedup": round(speedup, 3), "first_token_earlier": round(earlier, 3)}
+    console.print(f"wrote {write('serving', setup, results, **rounded)}")
     return 0
 
 
