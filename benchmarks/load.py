@@ -108,6 +108,8 @@ def main() -> int:
     parser = serving.server_parser(__doc__, concurrency=64, requests=500)
     parser.add_argument("--max-k", type=int, default=128, help="the cap of a request's k (128)")
     options = parser.parse_args()
+    if options.max_k < options.k:
+        parser.error(f"argument --max-k: must be at least --k ({options.k}), got {options.max_k}")
     console = Console(stderr=True)
     pruning = {"k": options.k, "max_k": options.max_k}
     results: list[dict[str, Any]] = []
