@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "vispruner/cpu.h"
+#include "vispruner/method.h"
 #if defined(VP_WITH_CUDA)
 #include "vispruner/cuda.h"
 
@@ -157,24 +158,33 @@ void check_attention(const Tensor& attn, int64_t batch_dims) {
   if (batch_dims) check_tokens(tokens_of(attn));
 }
 
-void check_selection(const Tensor& feats, const Tensor& attn, double important_ratio,
-                     int64_t step) {
+void check_one_device(const Tensor& feats, const Tensor& attn) {
   STD_TORCH_CHECK(Place(feats) == Place(attn), "feats and cls_attn must be on one device");
+}
+
+Selection check_vispruner(double important_ratio, int64_t step) {
   STD_TORCH_CHECK(important_ratio >= 0.0 && important_ratio <= 1.0,
                   "important_ratio must be in [0, 1], got ", important_ratio);
   STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
+  return vispruner_selection(important_ratio, step);
+}
+
+Selection check_method(const std::string& method, double parameter) {
+  Selection selection{};
+  const std::string wrong = parse_selection(method, parameter, &selection);
+  STD_TORCH_CHECK(wrong.empty(), "vispruner: ", wrong);
+  return selection;
 }
 
 void check_k(int64_t k) { STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k); }
 
-void check_prune(const Tensor& feats, const Tensor& attn, int64_t k, double important_ratio,
-                 int64_t step) {
+void check_prune(const Tensor& feats, const Tensor& attn, int64_t k) {
   check_feats(feats, 3);
   check_attention(attn, 1);
   STD_TORCH_CHECK(attn.size(0) == feats.size(0) && tokens_of(attn) == feats.size(1),
                   "cls_attn must match feats in images and tokens");
   check_k(k);
-  check_selection(feats, attn, important_ratio, step);
+  check_one_device(feats, attn);
 }
 
 // One image of a ragged batch: rows [first_token, ...) of the input, [first_kept, ...) of the
@@ -186,12 +196,11 @@ struct PackedImage {
 
 std::vector<PackedImage> check_packed(const Tensor& feats, const Tensor& attn,
                                       const std::vector<int64_t>& bounds,
-                                      const std::vector<int64_t>& ks, double important_ratio,
-                                      int64_t step) {
+                                      const std::vector<int64_t>& ks, const Selection& selection) {
   check_feats(feats, 2);
   check_attention(attn, 0);
   STD_TORCH_CHECK(tokens_of(attn) == feats.size(0), "cls_attn must match feats in tokens");
-  check_selection(feats, attn, important_ratio, step);
+  check_one_device(feats, attn);
   STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == feats.size(0) &&
                       ks.size() + 1 == bounds.size(),
                   "cu_seqlens must begin with 0, end with the rows of feats and have one entry "
@@ -204,7 +213,7 @@ std::vector<PackedImage> check_packed(const Tensor& feats, const Tensor& attn,
     STD_TORCH_CHECK(tokens >= 0, "cu_seqlens must not decrease");
     check_tokens(tokens);
     check_k(ks[i]);
-    images.push_back({bounds[i], kept, image_shape(tokens, ks[i], important_ratio)});
+    images.push_back({bounds[i], kept, image_shape(tokens, ks[i], selection)});
     kept += images.back().shape.kept();
   }
   return images;
@@ -213,9 +222,6 @@ std::vector<PackedImage> check_packed(const Tensor& feats, const Tensor& attn,
 int64_t kept_rows(const std::vector<PackedImage>& images) {
   return images.empty() ? 0 : images.back().first_kept + images.back().shape.kept();
 }
-
-// Larger than any image: rounds are bounded by the tokens anyway.
-int clamp_to_tokens(int64_t x) { return static_cast<int>(std::min<int64_t>(x, kMaxTokens)); }
 
 // ---- attention scores -------------------------------------------------------------------------
 void check_heads(const Tensor& q, const Tensor& k) {
@@ -350,20 +356,20 @@ void for_each_image(int64_t images, int largest_residual, int64_t channels, cons
 // `image_at(i)` describes image i; feats and attention give layout and dtype.
 template <typename ImageAt>
 void prune_images_cpu(const FeatureView& feats, const AttentionView& attention, int64_t images,
-                      int64_t step, const ImageAt& image_at) {
+                      const Selection& selection, const ImageAt& image_at) {
   int largest = 0;
   for (int64_t i = 0; i < images; ++i) largest = std::max(largest, image_at(i).shape.residual());
   const auto bytes = [&](int threads) {
     int64_t most = 0;
     for (int64_t i = 0; i < images; ++i) {
-      most = std::max(most, cpu::prune_workspace_bytes(image_at(i).shape, feats.channels, threads));
+      most = std::max(
+          most, cpu::prune_workspace_bytes(image_at(i).shape, feats.channels, selection, threads));
     }
     return most;
   };
   for_each_image(images, largest, feats.channels, bytes,
                  [&](int64_t i, const cpu::Threads& threads, void* workspace) {
-                   cpu::prune_image(feats, attention, image_at(i), clamp_to_tokens(step), threads,
-                                    workspace);
+                   cpu::prune_image(feats, attention, image_at(i), selection, threads, workspace);
                  });
 }
 
@@ -397,9 +403,9 @@ struct OnCpu {
   }
 
   static void prune_batch(const Tensor&, const FeatureView& feats, const AttentionView& attention,
-                          int64_t images, const ImageShape& shape, int64_t step, int64_t* indices,
-                          void* kept_feats) {
-    prune_images_cpu(feats, attention, images, step, [&](int64_t i) {
+                          int64_t images, const ImageShape& shape, const Selection& selection,
+                          int64_t* indices, void* kept_feats) {
+    prune_images_cpu(feats, attention, images, selection, [&](int64_t i) {
       const int64_t row = i * shape.kept();
       cpu::PruneImage image{};
       image.feats = at_element(feats.data, feats.dtype, i * feats.image_stride);
@@ -416,21 +422,22 @@ struct OnCpu {
   }
 
   static void prune_packed(const Tensor&, const FeatureView& feats, const AttentionView& attention,
-                           const std::vector<PackedImage>& packed, int64_t step, int64_t* indices,
-                           void* kept_feats) {
-    prune_images_cpu(feats, attention, static_cast<int64_t>(packed.size()), step, [&](int64_t i) {
-      const PackedImage& p = packed[static_cast<size_t>(i)];
-      cpu::PruneImage image{};
-      image.feats = at_element(feats.data, feats.dtype, p.first_token * feats.token_stride);
-      image.attention =
-          at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
-      image.shape = p.shape;
-      image.index_base = p.first_token;
-      image.indices = indices + p.first_kept;
-      image.kept_feats = static_cast<char*>(kept_feats) +
-                         p.first_kept * feats.channels * element_bytes(feats.dtype);
-      return image;
-    });
+                           const std::vector<PackedImage>& packed, const Selection& selection,
+                           int64_t* indices, void* kept_feats) {
+    prune_images_cpu(
+        feats, attention, static_cast<int64_t>(packed.size()), selection, [&](int64_t i) {
+          const PackedImage& p = packed[static_cast<size_t>(i)];
+          cpu::PruneImage image{};
+          image.feats = at_element(feats.data, feats.dtype, p.first_token * feats.token_stride);
+          image.attention =
+              at_element(attention.data, attention.dtype, p.first_token * attention.token_stride);
+          image.shape = p.shape;
+          image.index_base = p.first_token;
+          image.indices = indices + p.first_kept;
+          image.kept_feats = static_cast<char*>(kept_feats) +
+                             p.first_kept * feats.channels * element_bytes(feats.dtype);
+          return image;
+        });
   }
 
   static void cls_attention(const Tensor&, const ClsAttentionArgs& args, float* out) {
@@ -501,19 +508,19 @@ struct OnCuda {
 
   static void prune_batch(const Tensor& like, const FeatureView& feats,
                           const AttentionView& attention, int64_t images, const ImageShape& shape,
-                          int64_t step, int64_t* indices, void* kept_feats) {
-    prune(like, {feats, attention, images, shape, nullptr, clamp_to_tokens(step), indices,
-                 kept_feats, kWorkspaceLimit});
+                          const Selection& selection, int64_t* indices, void* kept_feats) {
+    prune(like, {feats, attention, images, shape, nullptr, selection, indices, kept_feats,
+                 kWorkspaceLimit});
   }
 
   static void prune_packed(const Tensor& like, const FeatureView& feats,
                            const AttentionView& attention, const std::vector<PackedImage>& packed,
-                           int64_t step, int64_t* indices, void* kept_feats) {
+                           const Selection& selection, int64_t* indices, void* kept_feats) {
     std::vector<cuda::RaggedImage> images;
     images.reserve(packed.size());
     for (const PackedImage& p : packed) images.push_back({p.first_token, p.first_kept, p.shape});
     prune(like, {feats, attention, static_cast<int64_t>(images.size()), ImageShape{}, images.data(),
-                 clamp_to_tokens(step), indices, kept_feats, kWorkspaceLimit});
+                 selection, indices, kept_feats, kWorkspaceLimit});
   }
 
   static void cls_attention(const Tensor& like, const ClsAttentionArgs& args, float* out) {
@@ -570,51 +577,79 @@ Tensor dedup(const Tensor& feats_, int64_t k, int64_t step) {
   Backend::check_plans();
   check_feats(feats_, 3);
   check_k(k);
-  STD_TORCH_CHECK(step >= 1, "step must be at least 1, got ", step);
+  const Selection selection = check_vispruner(0.0, step);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0);
-  const ImageShape shape = image_shape(feats.size(1), k, 0.0);
+  const ImageShape shape = image_shape(feats.size(1), k, selection);
   Tensor indices = empty(feats, {images, shape.kept()}, aoti_torch_dtype_int64());
   if (indices.numel() > 0) {
-    Backend::prune_batch(feats, feature_view(feats), AttentionView{}, images, shape, step,
+    Backend::prune_batch(feats, feature_view(feats), AttentionView{}, images, shape, selection,
                          indices.mutable_data_ptr<int64_t>(), nullptr);
   }
   return indices;
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> prune(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
-                                 double important_ratio, int64_t step) {
+std::tuple<Tensor, Tensor> prune_images(const Tensor& feats_, const Tensor& cls_attn, int64_t k,
+                                        const Selection& selection) {
   Backend::check_plans();
-  check_prune(feats_, cls_attn, k, important_ratio, step);
+  check_prune(feats_, cls_attn, k);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t images = feats.size(0);
-  const ImageShape shape = image_shape(feats.size(1), k, important_ratio);
+  const ImageShape shape = image_shape(feats.size(1), k, selection);
   Tensor indices = empty(feats, {images, shape.kept()}, aoti_torch_dtype_int64());
   Tensor kept = empty(feats, {images, shape.kept(), feats.size(2)}, dtype_number(feats));
   if (indices.numel() > 0) {
     Backend::prune_batch(feats, feature_view(feats), attention_view(cls_attn, false), images, shape,
-                         step, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
+                         selection, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
   }
   return {kept, indices};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> prune_varlen(const Tensor& feats_, const Tensor& cls_attn,
+std::tuple<Tensor, Tensor> prune(const Tensor& feats, const Tensor& cls_attn, int64_t k,
+                                 double important_ratio, int64_t step) {
+  return prune_images<Backend>(feats, cls_attn, k, check_vispruner(important_ratio, step));
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> prune_by(const Tensor& feats, const Tensor& cls_attn, int64_t k,
+                                    const std::string& method, double parameter) {
+  return prune_images<Backend>(feats, cls_attn, k, check_method(method, parameter));
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> prune_packed(const Tensor& feats_, const Tensor& cls_attn,
                                         const std::vector<int64_t>& cu_seqlens,
-                                        const std::vector<int64_t>& k, double important_ratio,
-                                        int64_t step) {
+                                        const std::vector<int64_t>& k, const Selection& selection) {
   Backend::check_plans();
-  const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, important_ratio, step);
+  const auto packed = check_packed(feats_, cls_attn, cu_seqlens, k, selection);
   const Tensor feats = with_contiguous_channels(feats_);
   const int64_t rows = kept_rows(packed);
   Tensor indices = empty(feats, {rows}, aoti_torch_dtype_int64());
   Tensor kept = empty(feats, {rows, feats.size(1)}, dtype_number(feats));
   if (rows > 0) {
-    Backend::prune_packed(feats, feature_view(feats), attention_view(cls_attn, true), packed, step,
-                          indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
+    Backend::prune_packed(feats, feature_view(feats), attention_view(cls_attn, true), packed,
+                          selection, indices.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr());
   }
   return {kept, indices};
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> prune_varlen(const Tensor& feats, const Tensor& cls_attn,
+                                        const std::vector<int64_t>& cu_seqlens,
+                                        const std::vector<int64_t>& k, double important_ratio,
+                                        int64_t step) {
+  return prune_packed<Backend>(feats, cls_attn, cu_seqlens, k,
+                               check_vispruner(important_ratio, step));
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> prune_varlen_by(const Tensor& feats, const Tensor& cls_attn,
+                                           const std::vector<int64_t>& cu_seqlens,
+                                           const std::vector<int64_t>& k, const std::string& method,
+                                           double parameter) {
+  return prune_packed<Backend>(feats, cls_attn, cu_seqlens, k, check_method(method, parameter));
 }
 
 template <typename Backend>
@@ -645,7 +680,9 @@ void register_on(Library& m) {
   m.impl("pairwise_cosine", TORCH_BOX(&pairwise_cosine<Backend>));
   m.impl("dedup", TORCH_BOX(&dedup<Backend>));
   m.impl("prune", TORCH_BOX(&prune<Backend>));
+  m.impl("prune_by", TORCH_BOX(&prune_by<Backend>));
   m.impl("prune_varlen", TORCH_BOX(&prune_varlen<Backend>));
+  m.impl("prune_varlen_by", TORCH_BOX(&prune_varlen_by<Backend>));
   m.impl("cls_attention", TORCH_BOX(&cls_attention<Backend>));
   m.impl("received_attention", TORCH_BOX(&received_attention<Backend>));
 }
@@ -714,9 +751,16 @@ STABLE_TORCH_LIBRARY(vispruner, m) {
   m.def(
       "prune(Tensor feats, Tensor cls_attn, int k, float important_ratio, int step) -> "
       "(Tensor feats, Tensor indices)");
+  // With another method than VisPruner, and its parameter, or 0 where it has none.
+  m.def(
+      "prune_by(Tensor feats, Tensor cls_attn, int k, str method, float parameter) -> "
+      "(Tensor feats, Tensor indices)");
   m.def(
       "prune_varlen(Tensor feats, Tensor cls_attn, int[] cu_seqlens, int[] k, "
       "float important_ratio, int step) -> (Tensor feats, Tensor indices)");
+  m.def(
+      "prune_varlen_by(Tensor feats, Tensor cls_attn, int[] cu_seqlens, int[] k, str method, "
+      "float parameter) -> (Tensor feats, Tensor indices)");
   m.def("cls_attention(Tensor q_cls, Tensor k, float scale) -> Tensor");
   m.def(
       "received_attention(Tensor q, Tensor k, float scale, int[] cu_seqlens, Tensor? lse) -> "

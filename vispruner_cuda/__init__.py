@@ -7,7 +7,7 @@
 says what this installation can do.
 """
 
-from . import _library, plans, reference
+from . import _library, methods, plans, reference
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 from ._version import __version__
 
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "cls_attention",
     "dedup",
+    "methods",
     "pairwise_cosine",
     "plans",
     "prune",

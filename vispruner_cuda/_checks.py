@@ -29,7 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 or torch.float32"
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
@@ -37,28 +37,32 @@ def _describe(value: object) -> str:
 
 def _tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {_describe(value)}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {value.dtype}")
 
 
-def _integer(name: str, value: object, minimum: int) -> None:
+def integer(name: str, value: object, minimum: int, maximum: float | None = None) -> None:
     # The usual type first: abstract base classes are slow.
     integral = type(value) is int or isinstance(value, (numbers.Integral, torch.SymInt))
     if not integral or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {_describe(value)}")
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < minimum:  # type: ignore[operator]
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
 
 
-def _ratio(name: str, value: object) -> None:
+def number(name: str, value: object, low: float, high: float, step: float | None = None) -> None:
     real = type(value) is float or isinstance(value, (numbers.Real, torch.SymFloat))
     if not real or isinstance(value, bool):
-        raise TypeError(f"{name} must be a float, got {_describe(value)}")
-    if not 0 <= value <= 1:  # type: ignore[operator]  # false for NaN, too
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+        raise TypeError(f"{name} must be a float, got {describe(value)}")
+    if not low <= value <= high:  # type: ignore[operator]  # false for NaN as well
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    if step is not None and value % step != 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a multiple of {step}, got {value}")
 
 
 def _tokens(name: str, n: int) -> None:
@@ -69,7 +73,7 @@ def _tokens(name: str, n: int) -> None:
 def _feats(feats: object) -> None:
     _tensor("feats", feats)
     if feats.dim() != 3:  # type: ignore[attr-defined]
-        raise ValueError(f"feats must have shape (B, N, C), got {_describe(feats)}")
+        raise ValueError(f"feats must have shape (B, N, C), got {describe(feats)}")
     _batched_feats(feats)  # type: ignore[arg-type]
 
 
@@ -80,7 +84,7 @@ def _batched_feats(feats: Tensor) -> None:
 
 def _channels(feats: Tensor) -> None:
     if feats.shape[-1] < 1:
-        raise ValueError(f"feats must have at least one channel, got {_describe(feats)}")
+        raise ValueError(f"feats must have at least one channel, got {describe(feats)}")
     if feats.shape[-1] > MAX_CHANNELS:
         raise ValueError(
             f"feats has {feats.shape[-1]} channels, at most {MAX_CHANNELS} are supported"
@@ -90,9 +94,9 @@ def _channels(feats: Tensor) -> None:
 def _cls_attn(cls_attn: object) -> None:
     _tensor("cls_attn", cls_attn)
     if cls_attn.dim() not in (2, 3):  # type: ignore[attr-defined]
-        raise ValueError(f"cls_attn must have shape (B, N) or (B, H, N), got {_describe(cls_attn)}")
+        raise ValueError(f"cls_attn must have shape (B, N) or (B, H, N), got {describe(cls_attn)}")
     if cls_attn.dim() == 3 and cls_attn.shape[1] < 1:  # type: ignore[attr-defined]
-        raise ValueError(f"cls_attn must have at least one head, got {_describe(cls_attn)}")
+        raise ValueError(f"cls_attn must have at least one head, got {describe(cls_attn)}")
     _tokens("cls_attn", cls_attn.shape[-1])  # type: ignore[attr-defined]
 
 
@@ -106,7 +110,7 @@ def _same_device(feats: Tensor, cls_attn: Tensor) -> None:
 
 def topk(cls_attn: object, k: object) -> None:
     _cls_attn(cls_attn)
-    _integer("k", k, 1)
+    integer("k", k, 1)
 
 
 def pairwise_cosine(feats: object) -> None:
@@ -115,13 +119,11 @@ def pairwise_cosine(feats: object) -> None:
 
 def dedup(feats: object, k: object, step: object) -> None:
     _feats(feats)
-    _integer("k", k, 1)
-    _integer("step", step, 1)
+    integer("k", k, 1)
+    integer("step", step, 1)
 
 
-def prune(
-    feats: Tensor, cls_attn: Tensor, k: object, important_ratio: object, step: object
-) -> None:
+def prune(feats: Tensor, cls_attn: Tensor, k: object) -> None:
     _feats(feats)
     _cls_attn(cls_attn)
     expected = (feats.shape[0], feats.shape[1])
@@ -129,12 +131,10 @@ def prune(
         raise ValueError(
             f"cls_attn must have shape ({expected[0]}, {expected[1]}) or "
             f"({expected[0]}, H, {expected[1]}) to match feats of shape {tuple(feats.shape)}, "
-            f"got {_describe(cls_attn)}"
+            f"got {describe(cls_attn)}"
         )
     _same_device(feats, cls_attn)
-    _integer("k", k, 1)
-    _ratio("important_ratio", important_ratio)
-    _integer("step", step, 1)
+    integer("k", k, 1)
 
 
 def _host_ints(name: str, value: object) -> list[int]:
@@ -143,7 +143,7 @@ def _host_ints(name: str, value: object) -> list[int]:
         if value.dim() != 1 or value.is_floating_point() or value.is_complex():
             raise TypeError(
                 f"{name} must be a sequence of ints or a 1-D integer tensor on the CPU, "
-                f"got {_describe(value)} of dtype {value.dtype}"
+                f"got {describe(value)} of dtype {value.dtype}"
             )
         if value.device.type != "cpu":
             raise ValueError(
@@ -152,10 +152,10 @@ def _host_ints(name: str, value: object) -> list[int]:
             )
         return value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise TypeError(f"{name} must be a sequence of ints, got {_describe(value)}")
+        raise TypeError(f"{name} must be a sequence of ints, got {describe(value)}")
     for item in value:
         if not isinstance(item, (numbers.Integral, torch.SymInt)) or isinstance(item, bool):
-            raise TypeError(f"{name} must hold ints, got {_describe(item)}")
+            raise TypeError(f"{name} must hold ints, got {describe(item)}")
     return list(value)
 
 
@@ -179,22 +179,20 @@ def prune_varlen(
     cls_attn: Tensor,
     cu_seqlens: object,
     k: object,
-    important_ratio: object,
-    step: object,
 ) -> tuple[list[int], list[int]]:
     """Checks, and returns (bounds of the images, k of each image)."""
     _tensor("feats", feats)
     if feats.dim() != 2:
-        raise ValueError(f"feats must have shape (T, C), got {_describe(feats)}")
+        raise ValueError(f"feats must have shape (T, C), got {describe(feats)}")
     _channels(feats)
     _tensor("cls_attn", cls_attn)
     if cls_attn.dim() not in (1, 2) or cls_attn.shape[-1] != feats.shape[0]:
         raise ValueError(
             f"cls_attn must have shape ({feats.shape[0]},) or (H, {feats.shape[0]}) to match "
-            f"feats of shape {tuple(feats.shape)}, got {_describe(cls_attn)}"
+            f"feats of shape {tuple(feats.shape)}, got {describe(cls_attn)}"
         )
     if cls_attn.dim() == 2 and cls_attn.shape[0] < 1:
-        raise ValueError(f"cls_attn must have at least one head, got {_describe(cls_attn)}")
+        raise ValueError(f"cls_attn must have at least one head, got {describe(cls_attn)}")
     _same_device(feats, cls_attn)
 
     bounds = _bounds(cu_seqlens, "feats", feats.shape[0])
@@ -205,18 +203,16 @@ def prune_varlen(
         if len(ks) != images:
             raise ValueError(f"k must be one int or one per image ({images}), got {len(ks)} values")
         for value in ks:
-            _integer("k", value, 1)
+            integer("k", value, 1)
     else:
-        _integer("k", k, 1)
+        integer("k", k, 1)
         ks = [k] * images  # type: ignore[list-item]
-    _ratio("important_ratio", important_ratio)
-    _integer("step", step, 1)
     return bounds, ks
 
 
 def _scale(scale: object) -> None:
     if not isinstance(scale, (numbers.Real, torch.SymFloat)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a float, got {_describe(scale)}")
+        raise TypeError(f"scale must be a float, got {describe(scale)}")
     if isinstance(scale, float) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
@@ -233,13 +229,13 @@ def _same_kind(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
 def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> None:
     _tensor("q_cls", q_cls)
     if q_cls.dim() != 3 or 0 in q_cls.shape[1:]:
-        raise ValueError(f"q_cls must have shape (B, H, D), got {_describe(q_cls)}")
+        raise ValueError(f"q_cls must have shape (B, H, D), got {describe(q_cls)}")
     _tensor("k", k)
     expected = (q_cls.shape[0], q_cls.shape[1], q_cls.shape[2])
     if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected or k.shape[2] < 1:
         raise ValueError(
             f"k must have shape ({expected[0]}, {expected[1]}, 1 + N, {expected[2]}) to match "
-            f"q_cls of shape {tuple(q_cls.shape)}, got {_describe(k)}"
+            f"q_cls of shape {tuple(q_cls.shape)}, got {describe(k)}"
         )
     _tokens("k", k.shape[2] - 1)
     _same_kind("k", k, "q_cls", q_cls)
@@ -252,23 +248,23 @@ def received_attention(
     """Checks, and returns the bounds of the images."""
     _tensor("q", q)
     if q.dim() != 3 or 0 in q.shape[1:]:
-        raise ValueError(f"q must have shape (T, H, D), got {_describe(q)}")
+        raise ValueError(f"q must have shape (T, H, D), got {describe(q)}")
     if q.shape[2] > MAX_HEAD_DIM:
-        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels a head, got {_describe(q)}")
+        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels a head, got {describe(q)}")
     _tensor("k", k)
     if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {_describe(k)}")
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {describe(k)}")
     _same_kind("k", k, "q", q)
     _scale(scale)
     bounds = [0, q.shape[0]] if cu_seqlens is None else _bounds(cu_seqlens, "q", q.shape[0])
     if lse is not None:
         if not isinstance(lse, Tensor):
-            raise TypeError(f"lse must be a torch.Tensor or None, got {_describe(lse)}")
+            raise TypeError(f"lse must be a torch.Tensor or None, got {describe(lse)}")
         if lse.dtype != torch.float32:
             raise TypeError(f"lse must have dtype torch.float32, got {lse.dtype}")
         if tuple(lse.shape) != (q.shape[1], q.shape[0]):
             raise ValueError(
-                f"lse must have shape (H, T) = ({q.shape[1]}, {q.shape[0]}), got {_describe(lse)}"
+                f"lse must have shape (H, T) = ({q.shape[1]}, {q.shape[0]}), got {describe(lse)}"
             )
         if lse.device != q.device:
             raise ValueError(f"lse must be on the device of q, {q.device}, got {lse.device}")

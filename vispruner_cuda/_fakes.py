@@ -38,6 +38,13 @@ def _prune(
     )
 
 
+@torch.library.register_fake("vispruner::prune_by")
+def _prune_by(
+    feats: Tensor, cls_attn: Tensor, k: int, method: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    return _prune(feats, cls_attn, k, 0.5, 1)
+
+
 @torch.library.register_fake("vispruner::prune_varlen")
 def _prune_varlen(
     feats: Tensor,
@@ -50,6 +57,18 @@ def _prune_varlen(
     lengths = zip(cu_seqlens[:-1], cu_seqlens[1:], k, strict=True)
     kept = sum(min(k_image, end - start) for start, end, k_image in lengths)
     return feats.new_empty((kept, feats.shape[1])), feats.new_empty((kept,), dtype=torch.int64)
+
+
+@torch.library.register_fake("vispruner::prune_varlen_by")
+def _prune_varlen_by(
+    feats: Tensor,
+    cls_attn: Tensor,
+    cu_seqlens: list[int],
+    k: list[int],
+    method: str,
+    parameter: float,
+) -> tuple[Tensor, Tensor]:
+    return _prune_varlen(feats, cls_attn, cu_seqlens, k, 0.5, 1)
 
 
 @torch.library.register_fake("vispruner::cls_attention")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _checks
+from . import _checks, methods
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 from .reference import gather_tokens
 
@@ -19,6 +19,8 @@ _pairwise_cosine = torch.ops.vispruner.pairwise_cosine.default
 _dedup = torch.ops.vispruner.dedup.default
 _prune = torch.ops.vispruner.prune.default
 _prune_varlen = torch.ops.vispruner.prune_varlen.default
+_prune_by = torch.ops.vispruner.prune_by.default
+_prune_varlen_by = torch.ops.vispruner.prune_varlen_by.default
 _cls_attention = torch.ops.vispruner.cls_attention.default
 _received_attention = torch.ops.vispruner.received_attention.default
 
@@ -131,19 +133,36 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
     return _call(_dedup, _checks.dedup, (feats,), (k, step), (int, int))
 
 
+def _check_vispruner(
+    feats: Tensor, cls_attn: Tensor, k: object, important_ratio: object, step: object
+) -> None:
+    methods.IMPORTANT_RATIO.check(important_ratio)
+    methods.STEP.check(step)
+    _checks.prune(feats, cls_attn, k)
+
+
+def _parameter(values: Mapping[str, float]) -> float:
+    """The one parameter of a method as the operators take it; 0 of methods that have none."""
+    return float(next(iter(values.values()), 0.0))
+
+
 def prune(
     feats: Tensor,
     cls_attn: Tensor,
     k: int,
     *,
-    important_ratio: float = 0.5,
-    step: int = 8,
+    method: str = methods.DEFAULT,
+    important_ratio: float | None = None,
+    step: int | None = None,
+    seed: int | None = None,
+    scope_alpha: float | None = None,
+    mmr_lambda: float | None = None,
 ) -> PruneResult:
     """Keeps the k visual tokens that matter, from visual cues alone.
 
-    `int(k * important_ratio)` tokens are kept for their [CLS] attention; the others are
-    deduplicated by cosine similarity until k are kept in all. The same tokens come out on every
-    device, in every batch and under every compiler (docs/numerics.md).
+    With the default method, VisPruner, `int(k * important_ratio)` tokens are kept for their [CLS]
+    attention; the others are deduplicated by cosine similarity until k are kept in all. The same
+    tokens come out on every device, in every batch and under every compiler (docs/numerics.md).
 
     Args:
         feats: (B, N, C) patch features of the encoder layer, float16, bfloat16 or float32; N <=
@@ -151,8 +170,15 @@ def prune(
         cls_attn: (B, N) scores or (B, H, N) [CLS] attention of each head, on the same device; the
             dtype may differ from that of feats.
         k: visual tokens to keep of each image, at least 1; all N if k >= N.
-        important_ratio: share of k kept by score, in [0, 1].
-        step: tokens the dedup loop drops a round, at least 1.
+        method: "vispruner", "topk", "random", "maxmin", "scope" or "mmr" (`methods.METHODS` and
+            docs/choosing-k.md say what each does). A parameter below belongs to one method; None
+            is its default.
+        important_ratio: of vispruner: share of k kept by score, in [0, 1]; default 0.5.
+        step: of vispruner: tokens the dedup loop drops per round, at least 1; default 8.
+        seed: of random: an int in [0, 2**32); default 0. The same image loses the same tokens
+            under the same seed, wherever it is in a batch.
+        scope_alpha: of scope: exponent of the importance, a multiple of 0.25 in [0, 4]; default 1.
+        mmr_lambda: of mmr: weight of the redundancy, in [0, 100]; default 1.
 
     Returns:
         PruneResult: `feats` (B, min(k, N), C) in the dtype of the input and `indices`
@@ -161,17 +187,32 @@ def prune(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, value or device.
+        ValueError: an argument has the wrong shape, value or device, or belongs to another method.
 
-    Source: VisPruner (arXiv 2412.01818), section 3; docs/numerics.md.
+    Source: VisPruner (arXiv 2412.01818), section 3; for the other methods `methods.METHODS`;
+    docs/numerics.md.
     """
-    kept, indices = _call(
-        _prune,
-        _checks.prune,
-        (feats, cls_attn),
-        (k, important_ratio, step),
-        (int, float, int),
-    )
+    if method == methods.DEFAULT and seed is scope_alpha is mmr_lambda is None:
+        ratio = methods.IMPORTANT_RATIO.default if important_ratio is None else important_ratio
+        rounds = methods.STEP.default if step is None else step
+        kept, indices = _call(
+            _prune, _check_vispruner, (feats, cls_attn), (k, ratio, rounds), (int, float, int)
+        )
+    else:
+        values = methods.resolve(
+            method,
+            {
+                "important_ratio": important_ratio,
+                "step": step,
+                "seed": seed,
+                "scope_alpha": scope_alpha,
+                "mmr_lambda": mmr_lambda,
+            },
+        )
+        _checks.prune(feats, cls_attn, k)
+        kept, indices = _prune_by(
+            _detached(feats), _detached(cls_attn), int(k), method, _parameter(values)
+        )
     if feats.requires_grad and torch.is_grad_enabled():
         kept = gather_tokens(feats, indices)
     return PruneResult(kept, indices)
@@ -183,8 +224,12 @@ def prune_varlen(
     cu_seqlens: Sequence[int] | Tensor,
     k: int | Sequence[int] | Tensor,
     *,
-    important_ratio: float = 0.5,
-    step: int = 8,
+    method: str = methods.DEFAULT,
+    important_ratio: float | None = None,
+    step: int | None = None,
+    seed: int | None = None,
+    scope_alpha: float | None = None,
+    mmr_lambda: float | None = None,
 ) -> PruneVarlenResult:
     """`prune` for images of different size, packed one after the other.
 
@@ -194,8 +239,7 @@ def prune_varlen(
         cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1]; ints, or an integer tensor
             on the CPU (a tensor on the GPU would make the host wait: keep the lengths there).
         k: tokens to keep, one int for all images or one for each, on the host, at least 1.
-        important_ratio: share of k kept by attention, as in `prune`.
-        step: tokens dropped per round, as in `prune`.
+        method: of all images, with its parameters, as in `prune`.
 
     Returns:
         PruneVarlenResult: `feats` (T', C), `indices` (T',) int64 rows of the packed input, and the
@@ -204,10 +248,23 @@ def prune_varlen(
     Raises:
         TypeError, ValueError: as for `prune`.
     """
-    bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
-    kept, indices = _prune_varlen(
-        _detached(feats), _detached(cls_attn), bounds, ks, float(important_ratio), int(step)
+    values = methods.resolve(
+        method,
+        {
+            "important_ratio": important_ratio,
+            "step": step,
+            "seed": seed,
+            "scope_alpha": scope_alpha,
+            "mmr_lambda": mmr_lambda,
+        },
     )
+    bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k)
+    packed = (_detached(feats), _detached(cls_attn), bounds, ks)
+    if method == methods.DEFAULT:
+        ratio, rounds = float(values["important_ratio"]), int(values["step"])
+        kept, indices = _prune_varlen(*packed, ratio, rounds)
+    else:
+        kept, indices = _prune_varlen_by(*packed, method, _parameter(values))
     if feats.requires_grad and torch.is_grad_enabled():
         kept = feats[indices]
     kept_bounds = [0]

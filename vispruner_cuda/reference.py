@@ -7,18 +7,19 @@ here is meant to be read. The functions take the same arguments as their namesak
 `vispruner_cuda` and run on any device that has float64.
 
 Source: VisPruner, arXiv 2412.01818 (ICCV 2025), section 3; rules for odd list lengths and
-very small k are this project's own, because the authors' code is undefined there.
+very small k are this project's own, because the authors' code is undefined there. Sources of the
+other methods are in `vispruner_cuda.methods`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, methods
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 
 _QMAX = 2047.0  # 12-bit symmetric quantization: integers in [-2047, 2047]
@@ -99,20 +100,156 @@ def _dedup_list(s: Tensor, inv: Tensor, residual: Tensor, k: int, step: int) -> 
     return residual
 
 
-def _select(feats: Tensor, scores: Tensor, k: int, important_ratio: float, step: int) -> Tensor:
-    """Kept token indices of one image, ascending: feats (N, C), scores (N,) -> (min(k, N),)."""
-    n = len(scores)
-    if k >= n:
-        return torch.arange(n, device=scores.device)
+# ------------------------------------------------------------------------------- the methods
+# Each takes one image, feats (N, C) and scores (N,) float32, and k < N; it returns the (k,) indices
+# of the retained tokens in any order.
+def _ranking(keys: Tensor) -> Tensor:
+    """Highest key first, equal ones by index."""
+    return torch.sort(keys, descending=True, stable=True).indices
+
+
+def _vispruner(
+    feats: Tensor, scores: Tensor, k: int, important_ratio: float, step: float
+) -> Tensor:
     k_important = int(k * important_ratio)
-    ranking = torch.sort(scores, descending=True, stable=True).indices
+    ranking = _ranking(scores)
     important, residual = ranking[:k_important], ranking[k_important:]
     if k == k_important:
-        return important.sort().values
+        return important
     s, inv = _similarities(feats[residual])
     rows = torch.arange(len(residual), device=scores.device)
-    diverse = residual[_dedup_list(s, inv, rows, k - k_important, step)]
-    return torch.cat([important, diverse]).sort().values
+    diverse = residual[_dedup_list(s, inv, rows, k - k_important, int(step))]
+    return torch.cat([important, diverse])
+
+
+def _topk(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    return _ranking(scores)[:k]
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer on int64 that hold 32 bits."""
+    low = 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & low
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & low
+    return x ^ (x >> 16)
+
+
+def _random(feats: Tensor, scores: Tensor, k: int, seed: float) -> Tensor:
+    low = 0xFFFFFFFF
+    bits = scores.view(torch.int32).long() & low
+    keys = torch.where(bits > 0x7FFFFFFF, bits ^ low, bits | 0x80000000)  # in the order of scores
+    tokens = torch.arange(len(scores), device=scores.device)
+    mixed = _mix((int(seed) + tokens * 0x9E3779B9) & low)
+    return _ranking(_mix(mixed ^ keys))[:k]
+
+
+def _first_highest(values: Tensor, taken: Tensor) -> Tensor:
+    """The index of the highest value that is not taken, the lowest of equal ones."""
+    left = torch.where(taken, float("-inf"), values)
+    return ((left == left.max()) & ~taken).nonzero()[0, 0]
+
+
+def _maxmin(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Farthest-point selection on the distance 1 - cosine, which is not formed: the smallest
+    cosine is the largest distance."""
+    s, inv = _similarities(feats)
+    cosines = s * inv.unsqueeze(1)
+    taken = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
+    picks: list[Tensor] = []
+    # The first pick is the token whose nearest other token is farthest.
+    itself = torch.eye(len(feats), dtype=torch.bool, device=feats.device)
+    nearest = cosines.masked_fill(itself, float("-inf")).amax(dim=1)
+    for _ in range(k):
+        pick = _first_highest(-nearest, taken)
+        nearest = torch.maximum(nearest, cosines[pick]) if picks else cosines[pick]
+        taken[pick] = True
+        picks.append(pick)
+    return torch.stack(picks)
+
+
+def _importance(scores: Tensor) -> Tensor:
+    """Scores as shares of the highest one, in [0, 1]; those below 0 count as 0."""
+    positive = scores.clamp(0.0, torch.finfo(torch.float32).max)
+    highest = positive.max()
+    return torch.where(highest > 0, positive / highest, 0.0)
+
+
+def _power(x: Tensor, alpha: float) -> Tensor:
+    """x ** alpha for multiples of 1/4, by multiplications and square roots in a fixed order."""
+    quarters = int(4 * alpha)
+    result = torch.ones_like(x)
+    for _ in range(quarters // 4):
+        result = result * x
+    root = x.sqrt()
+    if quarters & 2:
+        result = result * root
+    if quarters & 1:
+        result = result * root.sqrt()
+    return result
+
+
+def _coverage(feats: Tensor) -> Tensor:
+    """(N, C) -> (N, N) int64, symmetric: cosines with 16 binary digits, 0 where negative."""
+    g = gram(quantize(feats))
+    inv = inverse_norms(g)
+    # The inverse norm of the later token of a pair is multiplied first.
+    cosines = (g.float() * inv.unsqueeze(0) * inv.unsqueeze(1)).triu()
+    cosines = cosines + cosines.triu(1).T
+    return torch.round(cosines.clamp_min(0.0) * 65536.0).long()
+
+
+def _scope(feats: Tensor, scores: Tensor, k: int, scope_alpha: float) -> Tensor:
+    """Greedy maximum of the coverage gain times the importance."""
+    covers = _coverage(feats)
+    weights = _power(_importance(scores), scope_alpha)
+    taken = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
+    covered = torch.zeros(len(feats), dtype=torch.int64, device=feats.device)
+    picks = []
+    for _ in range(k):
+        gains = (covers - covered).clamp_min(0).sum(dim=1)
+        pick = _first_highest(gains.float() * weights, taken)
+        covered = torch.maximum(covered, covers[pick])
+        taken[pick] = True
+        picks.append(pick)
+    return torch.stack(picks)
+
+
+def _mmr(feats: Tensor, scores: Tensor, k: int, mmr_lambda: float) -> Tensor:
+    """Greedy maximum of importance - lambda * the largest cosine to a retained token."""
+    s, inv = _similarities(feats)
+    cosines = s * inv.unsqueeze(1)
+    importance = _importance(scores)
+    weight = torch.tensor(mmr_lambda, dtype=torch.float32, device=feats.device)
+    taken = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
+    picks: list[Tensor] = []
+    values = importance  # as long as nothing is retained
+    largest = torch.full_like(importance, float("-inf"))
+    for _ in range(k):
+        pick = _first_highest(values, taken)
+        largest = torch.maximum(largest, cosines[pick])
+        values = importance - weight * largest
+        taken[pick] = True
+        picks.append(pick)
+    return torch.stack(picks)
+
+
+_METHODS: dict[str, Callable[..., Tensor]] = {
+    "vispruner": _vispruner,
+    "topk": _topk,
+    "random": _random,
+    "maxmin": _maxmin,
+    "scope": _scope,
+    "mmr": _mmr,
+}
+
+
+def _select(
+    feats: Tensor, scores: Tensor, k: int, method: str, values: Mapping[str, float]
+) -> Tensor:
+    """Retained token indices of one image, ascending: feats (N, C), scores (N,) -> (min(k, N),)."""
+    if k >= len(scores):
+        return torch.arange(len(scores), device=scores.device)
+    return _METHODS[method](feats, scores, k, **values).sort().values
 
 
 def gather_tokens(feats: Tensor, indices: Tensor) -> Tensor:
@@ -153,16 +290,17 @@ def prune(
     cls_attn: Tensor,
     k: int,
     *,
-    important_ratio: float = 0.5,
-    step: int = 8,
+    method: str = methods.DEFAULT,
+    **parameters: float | None,
 ) -> PruneResult:
     """See :func:`vispruner_cuda.prune`."""
-    _checks.prune(feats, cls_attn, k, important_ratio, step)
+    values = methods.resolve(method, parameters)
+    _checks.prune(feats, cls_attn, k)
     scores = ranking_scores(cls_attn)
     batch, n = scores.shape
     indices = torch.empty((batch, min(k, n)), dtype=torch.int64, device=feats.device)
     for image in range(batch):
-        indices[image] = _select(feats[image], scores[image], k, important_ratio, step)
+        indices[image] = _select(feats[image], scores[image], k, method, values)
     return PruneResult(gather_tokens(feats, indices), indices)
 
 
@@ -172,16 +310,17 @@ def prune_varlen(
     cu_seqlens: Sequence[int] | Tensor,
     k: int | Sequence[int],
     *,
-    important_ratio: float = 0.5,
-    step: int = 8,
+    method: str = methods.DEFAULT,
+    **parameters: float | None,
 ) -> PruneVarlenResult:
     """See :func:`vispruner_cuda.prune_varlen`."""
-    bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
+    values = methods.resolve(method, parameters)
+    bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k)
     attn = cls_attn.unsqueeze(0)
     kept, kept_bounds = [], [0]
     for start, end, k_image in zip(bounds[:-1], bounds[1:], ks, strict=True):
         scores = ranking_scores(attn[..., start:end])[0]
-        local = _select(feats[start:end], scores, k_image, important_ratio, step)
+        local = _select(feats[start:end], scores, k_image, method, values)
         kept.append(local + start)
         kept_bounds.append(kept_bounds[-1] + len(local))
     indices = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int64, device=feats.device)

@@ -384,6 +384,90 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
   return count;
 }
 
+// ---- cosines ------------------------------------------------------------------------------------
+Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+float nearest(const float* gram, const float* inv, int n, int self) {
+  // Rounding is monotone and inv[self] is not negative: the largest comes first.
+  constexpr float kNone = -__builtin_inff();
+  Floats most = all(kNone);
+  float best = kNone;
+  const auto look = [&](int begin, int end) {
+    int j = begin;
+    for (; j + kLanes <= end; j += kLanes) most = larger(load(gram + j) * load(inv + j), most);
+    for (; j < end; ++j) {
+      const float s = similarity(gram[j], inv[j]);
+      best = s > best ? s : best;
+    }
+  };
+  look(0, self);
+  look(self + 1, n);
+  for (int l = 0; l < kLanes; ++l) best = most[l] > best ? most[l] : best;
+  return best * inv[self];
+}
+
+void raise(const float* gram, const float* inv, int n, int self, float* most) {
+  for (int j = 0; j < n; j += kLanes) {
+    store(most + j, larger(load(gram + j) * load(inv + j) * inv[self], load(most + j)));
+  }
+}
+
+// ---- coverage -----------------------------------------------------------------------------------
+using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+Words load_words(const uint32_t* from) {
+  Words x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+Words coverage_of(Floats cosine) {
+  const Floats positive = cosine > 0.0f ? cosine : Floats{};
+  return reinterpret_cast<Words>(positive * kCoverageUnit + 8388608.0f) - 0x4b000000u;
+}
+
+uint32_t cover(float* gram, const float* inv, int n, int self) {
+  Words sums = {};
+  int j = 0;
+  const auto whole = [&](int end, auto cosine) {
+    for (; j + kLanes <= end; j += kLanes) {
+      const Words covers = coverage_of(cosine(load(gram + j), load(inv + j)));
+      std::memcpy(gram + j, &covers, sizeof covers);
+      sums += covers;
+    }
+  };
+  whole(self, [&](Floats g, Floats inv_j) { return g * inv[self] * inv_j; });
+  uint32_t sum = 0;
+  for (const int end = n < j + kLanes ? n : j + kLanes; j < end; ++j) {  // `self` is among these
+    const float cosine = j < self ? similarity(gram[j], inv[self]) * inv[j]
+                                  : similarity(gram[j], inv[j]) * inv[self];
+    const uint32_t covers = coverage(cosine);
+    std::memcpy(gram + j, &covers, sizeof covers);
+    sum += covers;
+  }
+  whole(n, [&](Floats g, Floats inv_j) { return g * inv_j * inv[self]; });
+  for (; j < n; ++j) {
+    const uint32_t covers = coverage(similarity(gram[j], inv[j]) * inv[self]);
+    std::memcpy(gram + j, &covers, sizeof covers);
+    sum += covers;
+  }
+  for (int l = 0; l < kLanes; ++l) sum += sums[l];
+  return sum;
+}
+
+void lower_gains(const uint32_t* row, uint32_t before, uint32_t after, int n, uint32_t* gains) {
+  for (int j = 0; j < n; j += kLanes) {
+    // Below 2^31, so that signed comparisons, of which there are instructions, do as well.
+    const auto covers = reinterpret_cast<Ints>(load_words(row + j));
+    const Ints low = Ints{} + static_cast<int32_t>(before);
+    const Ints high = Ints{} + static_cast<int32_t>(after);
+    Ints part = covers < high ? covers : high;
+    part = (part > low ? part : low) - low;
+    const Words left = load_words(gains + j) - reinterpret_cast<Words>(part);
+    std::memcpy(gains + j, &left, sizeof left);
+  }
+}
+
 // ---- attention ----------------------------------------------------------------------------------
 void exact_logits(const float* q, const float* keys, int tokens, int dim, double scale,
                   double* out) {
@@ -566,6 +650,10 @@ const IsaKernels kKernels = {
     quantize_token,
     gram_tile,
     neighbours,
+    nearest,
+    raise,
+    cover,
+    lower_gains,
     load_row,
     exact_logits,
     add_weights<Float32Word>,

@@ -50,6 +50,18 @@ struct IsaKernels {
   int (*neighbours)(const float* gram, const float* inv, int n, int self, uint16_t* ids,
                     float* redundancy, int32_t* scratch);
 
+  // The cosines of token `self` to the `n` tokens of its row of the Gram matrix, which is padded to
+  // whole tiles: the largest to another one, and most[j] = max(most[j], cosine).
+  float (*nearest)(const float* gram, const float* inv, int n, int self);
+  void (*raise)(const float* gram, const float* inv, int n, int self, float* most);
+
+  // In place of row `self` of the Gram matrix, padded to whole tiles: how much it covers each token
+  // (numerics.h, of the pair's cosine with the later token's inverse norm first). Returns the sum.
+  uint32_t (*cover)(float* gram, const float* inv, int n, int self);
+
+  // gains[j] -= what row[j] has between `before` and `after`.
+  void (*lower_gains)(const uint32_t* row, uint32_t before, uint32_t after, int n, uint32_t* gains);
+
   // Upcasts `count` elements.
   void (*load)(const void* from, DType dtype, int64_t count, float* to);
 

@@ -1,4 +1,4 @@
-// Exact integer Gram matrix on int8 tensor cores, and from it similarities or cosines.
+// Exact integer Gram matrix on int8 tensor cores, and from it similarities, cosines or coverage.
 //
 // q + 2080 = 64 high + low, both digits unsigned bytes. Three int8 products, of the high digits, of
 // the low digits and of their sums, give the exact 12-bit inner product (numerics.h: gram); 32-bit
@@ -26,6 +26,11 @@ constexpr int kStep = 64;   // channels a stage
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kChunks = kStep / kChunk;
 static_assert(kChannelAlign % kStep == 0, "digit rows are whole steps");
+
+// What the kernel writes: Matrix, as types, so that kernels have names.
+struct Similarities {};
+struct Cosines {};
+struct Coverages {};
 
 // What a block is made of: warps of 16 kRowTiles x 32 outputs.
 template <int kRows_, int kColumns_, int kRowTiles_, int kStages_, int kBlocks_>
@@ -148,10 +153,12 @@ __device__ __forceinline__ void tile_of(int t, int* row0, int* column0) {
   *column0 = column * S::kColumns;
 }
 
-template <bool kCosine, typename S>
+template <typename Output, typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     gram_kernel(Batch batch, int64_t channels, float* cosines, unsigned char* workspace) {
   begin_dependent(batch.more);
+  constexpr bool kCosine = std::is_same_v<Output, Cosines>;
+  constexpr bool kCoverage = std::is_same_v<Output, Coverages>;
   VP_SHARED_MEMORY(shared);
   const Image image = batch[blockIdx.y];
   const int rows = image.shape.residual();
@@ -252,20 +259,34 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   __syncthreads();
 
   float* matrix = kCosine ? cosines + int64_t{blockIdx.y} * rows * rows
-                          : reinterpret_cast<float*>(own + at.gram);
+                          : reinterpret_cast<float*>(own + at.matrix);
   const int64_t ld = kCosine ? rows : at.ld;
+  // What stands for the inner product of token i and a token j that is not before it, at (i, j) or,
+  // with `mirrored`, at (j, i).
+  const auto value = [&](float g, float inv_i, float inv_j, bool mirrored) {
+    if constexpr (kCoverage) {
+      return bits_float(coverage(similarity(g, inv_j) * inv_i));
+    } else {
+      const float s = similarity(g, mirrored ? inv_i : inv_j);
+      return kCosine ? s * (mirrored ? inv_j : inv_i) : s;
+    }
+  };
   // A thread stays in its column of the matrix. Below the tile on the diagonal, the mirrored half
-  // of another block writes.
+  // of another block writes. Methods read whole vectors of coverage: zeros follow the last column.
   const int own_column = threadIdx.x % S::kColumns, j = column0 + own_column;
-  if (j < rows) {
+  if (j < (kCoverage ? ld : rows)) {
     constexpr int kApart = S::kThreads / S::kColumns;
-    const float inv_j = own_inv[S::kRows + own_column];
+    const float inv_j = j < rows ? own_inv[S::kRows + own_column] : 0.0f;
     const int begin = threadIdx.x / S::kColumns;
     const int end = min(min(rows, column0 + S::kColumns) - row0, S::kRows);
     float* to = matrix + (row0 + begin) * ld + j;
     for (int r = begin; r < end; r += kApart, to += kApart * ld) {
-      const float s = similarity(out[r * S::kOutStride + own_column], inv_j);
-      *to = kCosine ? s * own_inv[r] : s;
+      const float g = out[r * S::kOutStride + own_column];
+      if (kCoverage && row0 + r > j) {  // below the diagonal
+        *to = value(g, inv_j, own_inv[r], true);
+      } else {
+        *to = value(g, own_inv[r], inv_j, false);
+      }
     }
   }
   const int own_row = threadIdx.x % S::kRows, i = row0 + own_row;
@@ -275,36 +296,39 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     const int begin = threadIdx.x / S::kRows, end = min(rows - column0, S::kColumns);
     float* to = matrix + (column0 + begin) * ld + i;
     for (int c = begin; c < end; c += kApart, to += kApart * ld) {
-      const float s = similarity(out[own_row * S::kOutStride + c], inv_i);
-      *to = kCosine ? s * own_inv[S::kRows + c] : s;
+      *to = value(out[own_row * S::kOutStride + c], inv_i, own_inv[S::kRows + c], true);
     }
   }
 }
 
 }  // namespace
 
-int gram(const Batch& batch, const WaveSize& size, int64_t channels, float* out, void* workspace,
-         Stream stream) {
-  const auto run = [&](auto cosine, auto shape) {
+int gram(const Batch& batch, const WaveSize& size, int64_t channels, Matrix matrix, float* out,
+         void* workspace, Stream stream) {
+  const auto run = [&](auto of, auto shape) {
     using S = decltype(shape);
     int blocks = 0;
     for (int column = 0; column * S::kColumns < size.residual; ++column) {
       blocks += blocks_of_column<S>(column);
     }
-    return launch_dependent<gram_kernel<cosine(), S>>(dim3(blocks, size.images), S::kThreads,
-                                                      S::kSharedBytes, stream, batch, channels, out,
-                                                      static_cast<unsigned char*>(workspace));
+    return launch_dependent<gram_kernel<decltype(of), S>>(
+        dim3(blocks, size.images), S::kThreads, S::kSharedBytes, stream, batch, channels, out,
+        static_cast<unsigned char*>(workspace));
   };
   const int64_t tiles = (size.residual + 63) / 64;
   const plan::Gram plan = plan::choose(plan::current().gram, tiles * (tiles + 1) / 2 * size.images);
-  const auto shaped = [&](auto cosine) {
+  const auto shaped = [&](auto of) {
     switch (plan) {
-      case plan::Gram::kTiles32: return run(cosine, Tiles32{});
-      case plan::Gram::kTiles128: return run(cosine, Tiles128{});
-      default: return run(cosine, Tiles64{});
+      case plan::Gram::kTiles32: return run(of, Tiles32{});
+      case plan::Gram::kTiles128: return run(of, Tiles128{});
+      default: return run(of, Tiles64{});
     }
   };
-  return out ? shaped(std::true_type{}) : shaped(std::false_type{});
+  switch (matrix) {
+    case Matrix::kCosine: return shaped(Cosines{});
+    case Matrix::kCoverage: return shaped(Coverages{});
+    default: return shaped(Similarities{});
+  }
 }
 
 }  // namespace vispruner::cuda

@@ -1,7 +1,9 @@
-// The pipeline: waves of images that fit the workspace, five launches a wave.
+// The pipeline: waves of images that fit the workspace; ranking, Gram matrix, the method and
+// gather.
 #include <vector>
 
 #include "batch.cuh"
+#include "methods/methods.cuh"
 #include "vispruner/cuda.h"
 #include "vispruner/plan.h"
 
@@ -11,7 +13,9 @@ namespace {
 constexpr int kMostImages = 32768;  // grid.y
 
 int64_t image_bytes(const PruneArgs& args, const ImageShape& shape) {
-  return workspace_layout(shape.tokens, shape.residual(), args.feats.channels).bytes;
+  const int residual = shape.residual();
+  return workspace_layout(shape.tokens, residual, args.feats.channels).method +
+         (residual > 0 ? stages_of(args.selection.method).bytes(residual) : 0);
 }
 
 int64_t table_bytes(const PruneArgs& args) {
@@ -58,19 +62,24 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
              Stream stream) {
   const int64_t channels = args.feats.channels;
   if (size.kept == 0) return 0;
+  const MethodStages& method = stages_of(args.selection.method);
   Batch followed = batch;  // by another kernel of this call
   followed.more = plan::overlaps(plan::current().launch);
-  if (const int e = rank_and_quantize(followed, size, args.feats, args.attention, RankOutput{},
-                                      workspace, stream)) {
+  const Ranking ranking{method.order, args.selection.seed, method.scores};
+  const bool ranked = method.order != Order::kIndex || method.scores;
+  if (const int e =
+          rank_and_quantize(followed, size, args.feats, ranked ? args.attention : AttentionView{},
+                            ranking, RankOutput{}, workspace, stream)) {
     return e;
   }
   if (size.residual > 0) {
-    if (const int e = gram(followed, size, channels, nullptr, workspace, stream)) return e;
-    if (const int e = neighbours(followed, size, channels, workspace, stream)) return e;
+    if (const int e = gram(followed, size, channels, method.matrix, nullptr, workspace, stream)) {
+      return e;
+    }
   }
   const Batch& selected = args.kept_feats ? followed : batch;
-  if (const int e =
-          dedup_and_select(selected, size, channels, args.step, args.indices, workspace, stream)) {
+  if (const int e = method.select(selected, size, channels, args.selection, args.indices, workspace,
+                                  stream)) {
     return e;
   }
   if (!args.kept_feats) return 0;
@@ -136,7 +145,7 @@ int prune(const PruneArgs& args, void* workspace, Stream stream) {
 
 namespace {
 int64_t cosine_image_bytes(const FeatureView& feats, int tokens) {
-  return workspace_layout(tokens, tokens, feats.channels, false).bytes;
+  return workspace_layout(tokens, tokens, feats.channels, false).method;
 }
 
 int64_t cosine_wave(const FeatureView& feats, int64_t images, int tokens, int64_t limit) {
@@ -165,12 +174,15 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
     const WaveSize size{now, tokens, tokens, 0};
     Batch followed = batch;
     followed.more = plan::overlaps(plan::current().launch);
-    if (const int e = rank_and_quantize(followed, size, feats, AttentionView{}, RankOutput{},
-                                        workspace, stream)) {
+    if (const int e = rank_and_quantize(followed, size, feats, AttentionView{}, Ranking{},
+                                        RankOutput{}, workspace, stream)) {
       return e;
     }
     float* wave_out = out + begin * tokens * tokens;
-    if (const int e = gram(batch, size, feats.channels, wave_out, workspace, stream)) return e;
+    if (const int e =
+            gram(batch, size, feats.channels, Matrix::kCosine, wave_out, workspace, stream)) {
+      return e;
+    }
   }
   return 0;
 }

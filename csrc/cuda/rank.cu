@@ -35,8 +35,8 @@ struct alignas(kVectorBytes) Keys {
 
 // The keys of `count` tokens from `base` on: the heads' scores are added in their order.
 template <int kHeadsAtOnce, typename T>
-__device__ __forceinline__ void load_keys_of(const AttentionView& view, int64_t first, int base,
-                                             int count, uint32_t* tile) {
+__device__ __forceinline__ void load_keys_of(const AttentionView& view, const Ranking& ranking,
+                                             int64_t first, int base, int count, uint32_t* tile) {
   constexpr int kEach = kTile / kThreads;
   const T* scores[kEach];
   float sums[kEach] = {};  // -0 and +0 are equal
@@ -72,20 +72,23 @@ __device__ __forceinline__ void load_keys_of(const AttentionView& view, int64_t 
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int at = threadIdx.x + i * kThreads;
-    if (at < count) tile[at] = ordered_key(ranking_score(sums[i]));
+    if (at >= count) continue;
+    const uint32_t key = ordered_key(ranking_score(sums[i]));
+    tile[at] = ranking.order == Order::kRandom ? random_key(ranking.seed, base + at, key) : key;
   }
   // Whole vectors are read; 0 is below every key.
   if (threadIdx.x < -count % 4u) tile[count + threadIdx.x] = 0;
 }
 
 template <int kHeadsAtOnce>
-__device__ __forceinline__ void load_keys(const AttentionView& view, int64_t first, int base,
-                                          int count, uint32_t* tile) {
+__device__ __forceinline__ void load_keys(const AttentionView& view, const Ranking& ranking,
+                                          int64_t first, int base, int count, uint32_t* tile) {
   switch (view.dtype) {
-    case DType::kFloat16: return load_keys_of<kHeadsAtOnce, Half>(view, first, base, count, tile);
+    case DType::kFloat16:
+      return load_keys_of<kHeadsAtOnce, Half>(view, ranking, first, base, count, tile);
     case DType::kBFloat16:
-      return load_keys_of<kHeadsAtOnce, BFloat16>(view, first, base, count, tile);
-    default: return load_keys_of<kHeadsAtOnce, float>(view, first, base, count, tile);
+      return load_keys_of<kHeadsAtOnce, BFloat16>(view, ranking, first, base, count, tile);
+    default: return load_keys_of<kHeadsAtOnce, float>(view, ranking, first, base, count, tile);
   }
 }
 
@@ -242,8 +245,8 @@ __device__ __forceinline__ void quantize_token(const Row<T>& row, RowPart<T>& pa
 // kTokens: of a block.
 template <typename T, int kTokens>
 __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 : 3)
-    rank_kernel(Batch batch, FeatureView feats, AttentionView attention, RankOutput topk,
-                unsigned char* workspace) {
+    rank_kernel(Batch batch, FeatureView feats, AttentionView attention, Ranking ranking,
+                RankOutput topk, unsigned char* workspace) {
   begin_dependent(batch.more);
   constexpr int kLanes = kThreads / kTokens;  // per token
   alignas(kVectorBytes) __shared__ uint32_t tile[kTile];
@@ -274,19 +277,22 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
   uint32_t key = 0;
   if (attention.data) {
     rank = 0;
-    // Its own tile is the first that a block looks at.
-    const int tiles = (tokens + kTile - 1) / kTile, own_tile = first / kTile;
+    // Its own tile is the first that a block looks at, and the only one if the order is given.
+    const bool given = ranking.order == Order::kIndex;
+    const int tiles = given ? 1 : (tokens + kTile - 1) / kTile, own_tile = first / kTile;
     for (int t = 0; t < tiles; ++t) {
-      const int base = (own_tile + t < tiles ? own_tile + t : own_tile + t - tiles) * kTile;
+      const int base =
+          (given || own_tile + t < tiles ? own_tile + t : own_tile + t - tiles) * kTile;
       const int count = min(kTile, tokens - base);
       if (t > 0) __syncthreads();  // the tile before this one has been read
-      load_keys<kTokens == 8 ? 4 : 2>(attention, image.first_attention, base, count, tile);
+      load_keys<kTokens == 8 ? 4 : 2>(attention, ranking, image.first_attention, base, count, tile);
       __syncthreads();
       if (token >= tokens) continue;
       const auto* vectors = reinterpret_cast<const Keys*>(tile);
       // Beaten by a higher key, or by an equal one of a lower token.
       if (t == 0) {
         key = tile[token - base];
+        if (given) break;
         const Keys own = vectors[(token - base) / 4];
 #pragma unroll
         for (int e = 0; e < 3; ++e) rank += lane == 0 && e < token % 4 && own.of[e] == key;
@@ -298,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
         for (int e = 0; e < 4; ++e) rank += keys.of[e] >= least;
       }
     }
-    rank = sum_of_lanes<kLanes>(rank);
+    rank = given ? token : sum_of_lanes<kLanes>(rank);
   }
   if (lane == 0) {
     ranks[slot] = rank;
@@ -320,6 +326,9 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
   __syncthreads();
   const WorkspaceLayout at = workspace_layout(tokens, residual, feats.channels);
   unsigned char* own = workspace + image.workspace;
+  if (ranking.scores && lane == 0 && token < tokens && rank >= image.shape.important) {
+    reinterpret_cast<uint32_t*>(own + at.scores)[rank - image.shape.important] = key;
+  }
   for (int row = first_row; row < min(first + kTokens, tokens); row += kThreads / kWarp) {
     const int position = ranks[row - first] - image.shape.important;
     if (position < 0) continue;
@@ -333,13 +342,13 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
 }  // namespace
 
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
-                      const AttentionView& attention, const RankOutput& topk, void* workspace,
-                      Stream stream) {
+                      const AttentionView& attention, const Ranking& ranking,
+                      const RankOutput& topk, void* workspace, Stream stream) {
   const auto blocks = [&](int tokens) { return (size.tokens + tokens - 1) / tokens; };
   const auto run = [&](auto element, auto tokens) {
     return launch_dependent<rank_kernel<decltype(element), tokens()>>(
-        dim3(blocks(tokens()), size.images), kThreads, 0, stream, batch, feats, attention, topk,
-        static_cast<unsigned char*>(workspace));
+        dim3(blocks(tokens()), size.images), kThreads, 0, stream, batch, feats, attention, ranking,
+        topk, static_cast<unsigned char*>(workspace));
   };
   const auto sized = [&](auto element) {
     const plan::Rank plan = plan::choose(plan::current().rank, int64_t{blocks(32)} * size.images);
@@ -367,7 +376,7 @@ int topk(const AttentionView& attention, int64_t images, int tokens, int k, int6
     batch.first.first_attention = done * attention.image_stride;
     batch.first.first_kept = done * kept;
     const int error = rank_and_quantize(batch, {now, tokens, 0, kept}, FeatureView{}, attention,
-                                        {indices, scores, kept}, nullptr, stream);
+                                        Ranking{}, {indices, scores, kept}, nullptr, stream);
     if (error) return error;
   }
   return 0;

@@ -9,8 +9,13 @@ from mutations.mutation import RESULTS, Mutation
 
 RANK = "cuda/rank.cu"
 GRAM = "cuda/gram.cu"
-NEIGHBOURS = "cuda/neighbours.cu"
-DEDUP = "cuda/dedup.cu"
+NEIGHBOURS = "cuda/methods/neighbours.cu"
+DEDUP = "cuda/methods/vispruner.cu"
+SELECT = "cuda/methods/select.cuh"
+GREEDY = "cuda/methods/greedy.cuh"
+MAXMIN = "cuda/methods/maxmin.cu"
+MMR = "cuda/methods/mmr.cu"
+SCOPE = "cuda/methods/scope.cu"
 GATHER = "cuda/gather.cu"
 CLS = "cuda/cls_attention.cu"
 RECEIVED = "cuda/received_attention.cu"
@@ -110,8 +115,8 @@ BARRIERS = [
         "racecheck",
     ),
     Mutation(
-        "dedup: sums of warps are read before all are there",
-        DEDUP,
+        "selection: sums of warps are read before all are there",
+        SELECT,
         "warp_sums[warp] = before + own; __syncthreads();",
         "warp_sums[warp] = before + own;",
         "racecheck",
@@ -513,4 +518,155 @@ DECISIONS = [
     ),
 ]
 
-FAULTS = [*BARRIERS, *COPIES, *MEMORY, *LAUNCHES, *DECISIONS]
+METHODS = [
+    Mutation(
+        "random: tokens are counted from the tile on",
+        RANK,
+        "random_key(ranking.seed, base + at, key)",
+        "random_key(ranking.seed, at, key)",
+        RESULTS,
+    ),
+    Mutation(
+        "random: the seed is not mixed in",
+        NUMERICS,
+        "mix_bits(seed + 0x9e3779b9u * token)",
+        "mix_bits(0x9e3779b9u * token)",
+        RESULTS,
+    ),
+    Mutation(
+        "importance: scores below 0 count",
+        NUMERICS,
+        "return score > 0.0f ?",
+        "return score != 0.0f ?",
+        RESULTS,
+    ),
+    Mutation(
+        "greedy: candidates are read before all are there",
+        GREEDY,
+        "slots[threadIdx.x / kWarp] = of_warp; __syncthreads();",
+        "slots[threadIdx.x / kWarp] = of_warp;",
+        "racecheck",
+    ),
+    Mutation(
+        "greedy: candidates of two picks in one array",
+        GREEDY,
+        "best_of_block(best, slots[pick & 1])",
+        "best_of_block(best, slots[1])",
+        "racecheck",
+    ),
+    Mutation(
+        "greedy: marks are set before all are cleared",
+        GREEDY,
+        "marks.clear(image.shape.tokens); __syncthreads();",
+        "marks.clear(image.shape.tokens);",
+        "racecheck",
+    ),
+    Mutation(
+        "greedy: ties between warps go to the higher token",
+        GREEDY,
+        "return {key, __reduce_min_sync(kAllLanes, token)};",
+        "return {key, __reduce_max_sync(kAllLanes, token == kMaxTokens ? 0 : token)};",
+        RESULTS,
+    ),
+    Mutation(
+        "greedy: ties of a thread go to the higher token",
+        GREEDY,
+        "if (other_key > key)",
+        "if (other_key >= key)",
+        RESULTS,
+    ),
+    Mutation(
+        "greedy: a token is picked again",
+        GREEDY,
+        "if (token == best.token) rule.take(v);",
+        "",
+        RESULTS,
+    ),
+    Mutation("maxmin: a token is near to itself", MAXMIN, "if (j != row)", "if (j != -1)", RESULTS),
+    Mutation(
+        "maxmin: what chose the first pick counts for the others",
+        MAXMIN,
+        "nearest[v] = first ? key : max(nearest[v], key);",
+        "nearest[v] = max(nearest[v], key);",
+        RESULTS,
+    ),
+    Mutation(
+        "mmr: cosines below 0 do not count",
+        MMR,
+        "first ? cosine : fmaxf(nearest[v], cosine)",
+        "fmaxf(nearest[v], cosine)",
+        RESULTS,
+    ),
+    Mutation(
+        "coverage: is not symmetric",
+        GRAM,
+        "*to = value(g, inv_j, own_inv[r], true);",
+        "*to = value(g, own_inv[r], inv_j, true);",
+        RESULTS,
+    ),
+    Mutation(
+        "coverage: is cut off, not rounded",
+        NUMERICS,
+        "float_bits(scaled + 8388608.0f)",
+        "float_bits(floorf(scaled) + 8388608.0f)",
+        RESULTS,
+    ),
+    Mutation(
+        "coverage: rows do not end with zeros",
+        GRAM,
+        "if (j < (kCoverage ? ld : rows))",
+        "if (j < rows)",
+        "initcheck",
+    ),
+    Mutation(
+        "scope: the list is read before it is complete",
+        SCOPE,
+        "__syncthreads(); const Listed now",
+        "const Listed now",
+        "racecheck",
+    ),
+    Mutation(
+        "scope: the list is cleared while it is read",
+        SCOPE,
+        "__syncthreads(); for (int c = threadIdx.x; c < now.count",
+        "for (int c = threadIdx.x; c < now.count",
+        "racecheck",
+    ),
+    Mutation(
+        "scope: the next list is made while this one is cleared",
+        SCOPE,
+        "if (kVectors > 1) __syncthreads();",
+        "",
+        "racecheck",
+    ),
+    Mutation(
+        "scope: changes of a longer list stay",
+        SCOPE,
+        "for (int c = threadIdx.x; c < now.count; c += threads) changes[c] = Change{};",
+        "",
+        RESULTS,
+    ),
+    Mutation(
+        "scope: a count stays for the list after the next one",
+        SCOPE,
+        "listed[(turn + 1) & 1] = {0, 0};",
+        "listed[(turn + 1) & 1].count = 0;",
+        RESULTS,
+    ),
+    Mutation(
+        "scope: what was covered is forgotten",
+        SCOPE,
+        "image.covered[token] = after;",
+        "",
+        RESULTS,
+    ),
+    Mutation(
+        "scope: gains are not those after the first pick",
+        SCOPE,
+        "gain += max(covers[u], covered[u]) - covered[u];",
+        "gain += covers[u];",
+        RESULTS,
+    ),
+]
+
+FAULTS = [*BARRIERS, *COPIES, *MEMORY, *LAUNCHES, *DECISIONS, *METHODS]

@@ -10,7 +10,7 @@ from support.compiled_kernels import Kernels
 from support.problems import FEATURE_KINDS, Problem
 
 import vispruner_cuda
-from vispruner_cuda import reference
+from vispruner_cuda import methods, reference
 
 
 def images(count: int, tokens: int = 90, channels: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,18 +24,22 @@ def images(count: int, tokens: int = 90, channels: int = 20) -> tuple[torch.Tens
     return torch.cat([f for f, _ in parts]), torch.cat([a for _, a in parts])
 
 
-def test_alone_in_a_batch_and_packed_are_the_same(implementations: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_alone_in_a_batch_and_packed_are_the_same(
+    method: str, implementations: dict[str, Any]
+) -> None:
     feats, attn = images(12)
-    for name, implementation in implementations.items():
-        batch = implementation.prune(feats, attn, 12)
+    for name, implementation in {"reference": reference, **implementations}.items():
+        batch = implementation.prune(feats, attn, 12, method=method)
         packed = implementation.prune_varlen(
             feats.flatten(0, 1),
             attn.transpose(0, 1).flatten(1),
             list(range(0, 12 * 90 + 1, 90)),
             12,
+            method=method,
         )
         for i in range(12):
-            alone = implementation.prune(feats[i : i + 1], attn[i : i + 1], 12)
+            alone = implementation.prune(feats[i : i + 1], attn[i : i + 1], 12, method=method)
             assert torch.equal(alone.indices[0], batch.indices[i]), name
             rows = slice(packed.cu_seqlens[i], packed.cu_seqlens[i + 1])
             assert torch.equal(packed.indices[rows] - 90 * i, batch.indices[i]), name
@@ -74,6 +78,14 @@ def test_more_ragged_images_than_a_launch_parameter_holds(implementations: dict[
         assert torch.equal(got.indices, expected.indices), name
 
 
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_waves_of_methods(method: str, compiled: Kernels) -> None:
+    compiled.workspace_limit = 100_000
+    feats, attn = images(7)
+    expected = reference.prune(feats, attn, 12, method=method)
+    assert torch.equal(compiled.prune(feats, attn, 12, method=method).indices, expected.indices)
+
+
 @pytest.mark.parametrize("workspace_limit", [1, 100_000, 300_000])
 def test_waves(workspace_limit: int, compiled: Kernels) -> None:
     """A workspace too small for the batch only makes more launches."""
@@ -103,6 +115,9 @@ def test_stages_compose_to_prune() -> None:
 def test_empty(shape: tuple[int, int, int], implementations: dict[str, Any]) -> None:
     feats, attn = torch.randn(shape), torch.rand(shape[:2])
     for implementation in (reference, *implementations.values()):
+        for method in methods.METHODS:
+            kept = implementation.prune(feats, attn, 3, method=method)
+            assert kept.indices.shape == (shape[0], min(3, shape[1]))
         kept = implementation.prune(feats, attn, 3)
         rows = min(3, shape[1])
         assert kept.feats.shape == (shape[0], rows, 4)

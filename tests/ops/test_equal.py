@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backends import bitwise_equal
 from support.compiled_kernels import A100, ADA, BLACKWELL, H100, Device, Kernels
-from support.problems import Problem, crowded, problems, widest
+from support.problems import PARAMETERS, Problem, crowded, problems, problems_of, widest
 
 from vispruner_cuda import reference
 
@@ -65,6 +65,29 @@ def packings(draw: st.DrawFn, tokens: int, k: int) -> tuple[list[int], int | lis
 def test_prune_varlen(
     problem: Problem, data: st.DataObject, installed: dict[str, Any], count_equal: Counter[str]
 ) -> None:
+    feats, attn = (t[0] for t in problem.tensors())
+    packing = data.draw(packings(problem.tokens, problem.k))
+    compare(installed, count_equal, "prune_varlen", feats, attn, *packing, **problem.keywords())
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+@settings(max_examples=share(0.1))
+@given(data=st.data())
+def test_methods(
+    method: str, data: st.DataObject, installed: dict[str, Any], count_equal: Counter[str]
+) -> None:
+    problem = data.draw(problems_of(method))
+    feats, attn = problem.tensors()
+    compare(installed, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+@settings(max_examples=share(0.04))
+@given(data=st.data())
+def test_methods_varlen(
+    method: str, data: st.DataObject, installed: dict[str, Any], count_equal: Counter[str]
+) -> None:
+    problem = data.draw(problems_of(method))
     feats, attn = (t[0] for t in problem.tensors())
     packing = data.draw(packings(problem.tokens, problem.k))
     compare(installed, count_equal, "prune_varlen", feats, attn, *packing, **problem.keywords())
@@ -143,6 +166,25 @@ def test_prune_compiled(
     compare(kernels, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
 
 
+@pytest.mark.parametrize("method", PARAMETERS)
+@settings(max_examples=share(0.01))
+@given(data=st.data(), run=runs())
+def test_methods_compiled(
+    method: str,
+    data: st.DataObject,
+    run: Run,
+    compiled_session: Kernels,
+    count_equal: Counter[str],
+) -> None:
+    problem = data.draw(problems_of(method))
+    feats, attn = problem.tensors()
+    kernels = {"compiled kernels": run.set_up(compiled_session)}
+    compare(kernels, count_equal, "prune", feats, attn, problem.k, **problem.keywords())
+    packing = data.draw(packings(problem.tokens, problem.k))
+    flat, flat_attn = feats[0], attn[0]
+    compare(kernels, count_equal, "prune_varlen", flat, flat_attn, *packing, **problem.keywords())
+
+
 @settings(max_examples=share(0.02))
 @given(problem=problems(), data=st.data(), run=runs())
 def test_prune_varlen_compiled(
@@ -186,6 +228,19 @@ LARGE = [
 ]
 
 
+# Those at which the greedy kernels have more tokens per thread: 1024, 2048 and 4096.
+LARGE += [
+    Problem(1, tokens, 12, None, k, features=features, attention="ties", method=method)
+    for tokens, k, features in (
+        (576, 64, "clustered"),
+        (1025, 20, "smooth"),
+        (2049, 12, "duplicates"),
+        (4100, 5, "few_values"),
+    )
+    for method in PARAMETERS
+]
+
+
 @pytest.mark.parametrize("problem", LARGE, ids=str)
 def test_large(problem: Problem, implementations: dict[str, Any]) -> None:
     feats, attn = problem.tensors()
@@ -224,6 +279,20 @@ def test_every_way_of_the_loop(
             with implementation.plans.use(dedup=dedup, sort=sort):
                 got = implementation.prune(feats, attn, problem.k, **problem.keywords())
             assert_equal(expected, got, name)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_every_order_of_threads_of_methods(
+    method: str, lockstep: bool, seed: int, compiled: Kernels
+) -> None:
+    compiled.options = {"seed": seed, "lockstep": lockstep, "quantum": 40}
+    problem = Problem(2, 150, 16, 2, 33, features="clustered", method=method)
+    feats, attn = problem.tensors()
+    expected = reference.prune(feats, attn, problem.k, **problem.keywords())
+    got = compiled.prune(feats, attn, problem.k, **problem.keywords())
+    assert_equal(expected, got, method)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

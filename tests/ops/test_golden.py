@@ -1,4 +1,4 @@
-"""Both golden files, on every implementation."""
+"""All golden files, on every implementation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from support import problems
 
 from vispruner_cuda import reference
 
-CASES = [*problems.golden_cases("upstream_exact"), *problems.golden_cases("v1")]
+FILES = ("upstream_exact", "v1", "methods")
+CASES = [case for file in FILES for case in problems.golden_cases(file)]
 
 
 def test_all_cases_are_there() -> None:
-    assert len(CASES) == 48 + 53
+    assert len(CASES) == 48 + 53 + 60
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -23,13 +24,7 @@ def test_golden(
     case: problems.GoldenCase, implementations: dict[str, Any], count_equal: Counter[str]
 ) -> None:
     for name, implementation in {"reference": reference, **implementations}.items():
-        kept = implementation.prune(
-            case.feats,
-            case.cls_attn,
-            case.k,
-            important_ratio=case.important_ratio,
-            step=case.step,
-        )
+        kept = implementation.prune(case.feats, case.cls_attn, case.k, **case.keywords)
         assert torch.equal(kept.indices[0], case.indices), name
         assert torch.equal(kept.feats[0].nan_to_num(), case.feats[0][case.indices].nan_to_num()), (
             name

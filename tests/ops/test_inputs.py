@@ -57,16 +57,16 @@ for value, error in [*WRONG_INTS, (0, ValueError), (-5, ValueError)]:
     bad("dedup", "k", error, F, value)
     bad("prune_varlen", "k", error, PF, PA, [0, 10], value)
     bad("prune_varlen", "k", error, PF, PA, [0, 5, 10], [3, value])
-    bad("prune", "step", error, F, A, 3, step=value)
     bad("dedup", "step", error, F, 3, step=value)
-    bad("prune_varlen", "step", error, PF, PA, [0, 10], 3, step=value)
+    if value is not None:  # the default
+        bad("prune", "step", error, F, A, 3, step=value)
+        bad("prune_varlen", "step", error, PF, PA, [0, 10], 3, step=value)
 for ratio, error in [
     (-0.1, ValueError),
     (1.1, ValueError),
     (float("nan"), ValueError),
     (float("inf"), ValueError),
     ("0.5", TypeError),
-    (None, TypeError),
     (True, TypeError),
 ]:
     bad("prune", "important_ratio", error, F, A, 3, important_ratio=ratio)
@@ -79,6 +79,39 @@ bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, "0", 3)
 bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, 10, 3)
 bad("prune_varlen", "cu_seqlens", TypeError, PF, PA, [0, 10.0], 3)
 bad("prune_varlen", "k", ValueError, PF, PA, [0, 5, 10], [3])
+for method, error in [
+    ("divprune", ValueError),
+    ("", ValueError),
+    (None, TypeError),
+    (3, TypeError),
+]:
+    bad("prune", "method", error, F, A, 3, method=method)
+    bad("prune_varlen", "method", error, PF, PA, [0, 10], 3, method=method)
+for method, name, value, error in [
+    ("maxmin", "important_ratio", 0.5, ValueError),  # of another method
+    ("mmr", "step", 8, ValueError),
+    ("vispruner", "seed", 0, ValueError),
+    ("topk", "mmr_lambda", 1.0, ValueError),
+    ("random", "scope_alpha", 1.0, ValueError),
+    ("random", "seed", -1, ValueError),
+    ("random", "seed", 2**32, ValueError),
+    ("random", "seed", 1.5, TypeError),
+    ("random", "seed", True, TypeError),
+    ("scope", "scope_alpha", -0.25, ValueError),
+    ("scope", "scope_alpha", 4.25, ValueError),
+    ("scope", "scope_alpha", 0.3, ValueError),
+    ("scope", "scope_alpha", float("nan"), ValueError),
+    ("scope", "scope_alpha", "1", TypeError),
+    ("mmr", "mmr_lambda", -0.1, ValueError),
+    ("mmr", "mmr_lambda", 100.5, ValueError),
+    ("mmr", "mmr_lambda", float("inf"), ValueError),
+    ("mmr", "mmr_lambda", "1", TypeError),
+]:
+    options = {"method": method, name: value}
+    bad("prune", name, error, F, A, 3, **options)
+    bad("prune_varlen", name, error, PF, PA, [0, 10], 3, **options)
+bad("prune", "cls_attn", ValueError, F, A[:1], 3, method="maxmin")
+bad("prune", "k", ValueError, F, A, 0, method="mmr")
 Q, K = torch.randn(2, 3, 4), torch.randn(2, 3, 7, 4)
 for wrong in ([[1.0]], None, Q.double(), Q.int()):
     bad("cls_attention", "q_cls", TypeError, wrong, K, 0.5)
@@ -163,6 +196,17 @@ DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("prune", (F, A, 3, 2.0, 8)),
     ("prune", (F, A, 3, 0.5, 0)),
     ("prune", (F[..., :0], A, 3, 0.5, 8)),
+    ("prune_by", (F, A, 3, "vispruner", 0.0)),
+    ("prune_by", (F, A, 3, "none", 0.0)),
+    ("prune_by", (F, A, 3, "maxmin", 1.0)),
+    ("prune_by", (F, A, 3, "mmr", -1.0)),
+    ("prune_by", (F, A, 3, "mmr", float("nan"))),
+    ("prune_by", (F, A, 3, "scope", 0.1)),
+    ("prune_by", (F, A, 3, "random", 0.5)),
+    ("prune_by", (F, A, 3, "random", 2.0**32)),
+    ("prune_by", (F, A[:1], 3, "mmr", 1.0)),
+    ("prune_varlen_by", (PF, PA, [0, 11], [3], "topk", 0.0)),
+    ("prune_varlen_by", (PF, PA, [0, 10], [3], "mmr", -1.0)),
     ("dedup", (WIDE, 1, 8)),
     ("prune_varlen", (PF, PA, [0, 11], [3], 0.5, 8)),
     ("prune_varlen", (PF, PA, [0, 20, 10], [3, 3], 0.5, 8)),

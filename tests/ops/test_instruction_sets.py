@@ -28,9 +28,9 @@ from vispruner_cuda import reference
 wanted = sys.argv[1]
 assert json.loads(torch.ops.vispruner.build_info())["cpu_isa"] == wanted
 count = 0
-for case in golden_cases("upstream_exact") + golden_cases("v1"):
+for case in golden_cases("upstream_exact") + golden_cases("v1") + golden_cases("methods"):
     kept = vispruner_cuda.prune(
-        case.feats, case.cls_attn, case.k, important_ratio=case.important_ratio, step=case.step
+        case.feats, case.cls_attn, case.k, **case.keywords
     )
     assert torch.equal(kept.indices[0], case.indices), case.name
     count += 1

@@ -23,9 +23,9 @@ PROBLEM = Problem(2, 300, 40, 2, 33, features="clustered", dtype=torch.float16)
 LAUNCHED = {
     ("rank", "tokens_8"): "rank_kernel<Half, 8>",
     ("rank", "tokens_32"): "rank_kernel<Half, 32>",
-    ("gram", "tiles_32"): "gram_kernel<false, Shape<32, 64, 1, 6, 1>>",
-    ("gram", "tiles_64"): "gram_kernel<false, Shape<64, 64, 2, 3, 3>>",
-    ("gram", "tiles_128"): "gram_kernel<false, Shape<128, 128, 4, 3, 1>>",
+    ("gram", "tiles_32"): "gram_kernel<Similarities, Shape<32, 64, 1, 6, 1>>",
+    ("gram", "tiles_64"): "gram_kernel<Similarities, Shape<64, 64, 2, 3, 3>>",
+    ("gram", "tiles_128"): "gram_kernel<Similarities, Shape<128, 128, 4, 3, 1>>",
     ("neighbours", "warp_576"): "neighbours_kernel<32, 18>",
     ("neighbours", "warp_1024"): "neighbours_kernel<32, 32>",
     ("neighbours", "block_4096"): "neighbours_kernel<256, 16>",

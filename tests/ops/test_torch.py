@@ -37,6 +37,12 @@ def calls(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "dedup": (ops.dedup.default, (feats, 9, 8)),
         "prune": (ops.prune.default, (feats, attn, 10, 0.5, 8)),
         "prune all": (ops.prune.default, (feats, attn, 1000, 0.5, 8)),
+        "prune_by": (ops.prune_by.default, (feats, attn, 10, "mmr", 0.5)),
+        "prune_by all": (ops.prune_by.default, (feats, attn, 1000, "random", 3.0)),
+        "prune_varlen_by": (
+            ops.prune_varlen_by.default,
+            (feats.flatten(0, 1), attn[0].repeat(1, 2), [0, 30, 30, 80], [5, 4, 60], "scope", 1.0),
+        ),
         "prune_varlen": (
             ops.prune_varlen.default,
             (feats.flatten(0, 1), attn[0].repeat(1, 2), [0, 30, 30, 80], [5, 4, 60], 0.5, 8),

@@ -253,7 +253,7 @@ def objects(
     """The objects of a csrc: kernels with their host code, and the binding of the operators."""
     directory = out / "objects"
     directory.mkdir(parents=True, exist_ok=True)
-    sources = sorted((csrc / "cuda").glob("*.cu"))
+    sources = sorted((csrc / "cuda").rglob("*.cu"))
     if not sources:
         raise BuildError(f"no kernels in {csrc}/cuda")
     includes = [csrc / "include", *_python_includes()]

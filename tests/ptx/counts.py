@@ -21,6 +21,8 @@ from support.compiled_kernels import A100, ADA, H100, Kernels
 from support.problems import FEATURE_KINDS, features
 from torch import Tensor
 
+from vispruner_cuda import methods
+
 DEVICES = {"sm_80": A100, "sm_89": ADA, "sm_90": H100}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OPERATORS = ("prune", "topk", "pairwise_cosine", "cls_attention", "received_attention")
@@ -57,7 +59,7 @@ def call(kernels: Kernels, o: argparse.Namespace) -> Callable[[], Any]:
         return lambda: kernels.topk(attn, o.k)
     if o.operator == "pairwise_cosine":
         return lambda: kernels.pairwise_cosine(feats)
-    return lambda: kernels.prune(feats, attn, o.k)
+    return lambda: kernels.prune(feats, attn, o.k, method=o.method)
 
 
 def count(kernels: Kernels, o: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -120,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=1024, help="of a token, or of a head")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--method", default=methods.DEFAULT, choices=methods.METHODS)
     parser.add_argument("--features", default="normal", choices=FEATURE_KINDS)
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--device", default="sm_90", choices=DEVICES)

@@ -8,7 +8,7 @@ import torch
 
 from support.compiled_kernels import A100, H100, Device, FindingsError, Kernels
 from support.problems import Problem, crowded, widest
-from vispruner_cuda import reference
+from vispruner_cuda import methods, reference
 
 #: The results differ from those of the reference, or an operator raises.
 RESULTS = "results"
@@ -23,6 +23,31 @@ PROBLEMS = [
     Problem(1, 1200, 3, None, 40, 0.0, 300, features="few_values", attention="ties"),
     Problem(1, 400, 16, None, 150, step=64, features="smooth", dtype=torch.float16),
 ]
+OF_METHODS = (
+    [
+        Problem(2, 130, 33, 5, 20, features="clustered", method=method, attention="sorted")
+        for method in methods.METHODS
+        if method != methods.DEFAULT
+    ]
+    + [
+        Problem(1, 1100, 6, None, 25, features="few_values", attention="ties", method=method)
+        for method in ("random", "maxmin", "scope", "mmr")
+    ]
+    + [
+        Problem(1, 70, 9, None, 30, features="signed", method="mmr"),
+        Problem(1, 600, 3, None, 90, features="few_values", attention="constant", method="scope"),
+        Problem(1, 2060, 4, None, 6, features="smooth", method="scope"),  # lists in two parts
+        Problem(1, 90, 20, None, 11, method="random", parameter=3),
+        Problem(1, 70, 5, None, 80, method="maxmin"),  # all tokens stay
+        # Gains so close that the last digit of one coverage decides.
+        Problem(
+            1, 60, 8, None, 40, features="duplicates", attention="constant", seed=62, method="scope"
+        ),
+        Problem(
+            1, 60, 8, None, 40, features="clustered", attention="constant", seed=1, method="scope"
+        ),
+    ]
+)
 
 
 def _prune(kernels: Kernels, problem: Problem) -> bool:
@@ -86,6 +111,8 @@ def _probes(kernels: Kernels) -> Iterator[Callable[[], bool]]:
         kernels.device = device
         kernels.options = {"seed": seed}
         for problem in PROBLEMS:
+            yield lambda problem=problem: _prune(kernels, problem)
+        for problem in OF_METHODS:
             yield lambda problem=problem: _prune(kernels, problem)
         yield lambda: _dedup(kernels)
         yield lambda: _widest(kernels)

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispruner_cuda import _checks
+from vispruner_cuda import _checks, methods
 from vispruner_cuda._results import PruneResult, PruneVarlenResult, TopkResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,11 +99,20 @@ def _with_heads(cls_attn: Tensor, dim: int) -> Tensor:
     return cls_attn if cls_attn.dim() == dim else cls_attn.unsqueeze(dim - 2)
 
 
+def _method(method: str, parameters: Mapping[str, float | None]) -> tuple[str | float, float]:
+    """As `selection_of` of src/operators.cpp takes it."""
+    values = methods.resolve(method, parameters)
+    if method == methods.DEFAULT:
+        return values["important_ratio"], values["step"]
+    return method, next(iter(values.values()), 0.0)
+
+
 @functools.cache
 def _function_at(file: str, line: int) -> str:
     """The device function of csrc/cuda that a line is in, or the last one before it."""
     name = ""
-    lines = (ROOT / "csrc" / "cuda" / file).read_text().splitlines()
+    (path,) = (ROOT / "csrc" / "cuda").rglob(file)
+    lines = path.read_text().splitlines()
     for text in lines[:line]:
         if match := re.match(r"__device__ __forceinline__ [\w:<>*& ]+?\b(\w+)\(", text):
             name = match[1]
@@ -262,7 +271,7 @@ class Kernels:
         return out
 
     def _prune(
-        self, feats: Tensor, cls_attn: Tensor | None, k: int, ratio: float, step: int
+        self, feats: Tensor, cls_attn: Tensor | None, k: int, method: tuple[str | float, float]
     ) -> PruneResult:
         feats = feats if feats.stride(2) == 1 else feats.contiguous()
         batch, n, channels = feats.shape
@@ -278,8 +287,7 @@ class Kernels:
             n,
             channels,
             k,
-            ratio,
-            min(step, n),
+            method,
             indices.data_ptr(),
             0 if attn is None else kept.data_ptr(),
             self.workspace_limit,
@@ -288,7 +296,7 @@ class Kernels:
 
     def dedup(self, feats: Tensor, k: int, *, step: int = 8) -> Tensor:
         _checks.dedup(feats, k, step)
-        return self._prune(feats, None, k, 0.0, step).indices
+        return self._prune(feats, None, k, (0.0, step)).indices
 
     def prune(
         self,
@@ -296,11 +304,11 @@ class Kernels:
         cls_attn: Tensor,
         k: int,
         *,
-        important_ratio: float = 0.5,
-        step: int = 8,
+        method: str = methods.DEFAULT,
+        **parameters: float | None,
     ) -> PruneResult:
-        _checks.prune(feats, cls_attn, k, important_ratio, step)
-        return self._prune(feats, cls_attn, k, important_ratio, step)
+        _checks.prune(feats, cls_attn, k)
+        return self._prune(feats, cls_attn, k, _method(method, parameters))
 
     def prune_varlen(
         self,
@@ -309,10 +317,10 @@ class Kernels:
         cu_seqlens: Sequence[int] | Tensor,
         k: int | Sequence[int],
         *,
-        important_ratio: float = 0.5,
-        step: int = 8,
+        method: str = methods.DEFAULT,
+        **parameters: float | None,
     ) -> PruneVarlenResult:
-        bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k, important_ratio, step)
+        bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k)
         feats = feats if feats.stride(1) == 1 else feats.contiguous()
         attn = _with_heads(cls_attn, 2).unsqueeze(0)
         counts = [min(k_, e - s) for s, e, k_ in zip(bounds[:-1], bounds[1:], ks, strict=True)]
@@ -326,8 +334,7 @@ class Kernels:
             feats.shape[1],
             bounds,
             ks,
-            important_ratio,
-            step,
+            _method(method, parameters),
             indices.data_ptr(),
             kept.data_ptr(),
             self.workspace_limit,

@@ -6,14 +6,16 @@ reproduced from its printed form.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vispruner_cuda import methods
 from vispruner_cuda._checks import MAX_CHANNELS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -153,6 +155,8 @@ class Problem:
     attention_dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     seed: int = 0
+    method: str = "vispruner"
+    parameter: float | None = None  # of another method; None: its default, or it has none
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """(feats, cls_attn)"""
@@ -163,8 +167,11 @@ class Problem:
         attn = attention(self.attention, (self.batch, *heads, self.tokens), g)
         return laid_out(feats, self.layout), attn.to(self.attention_dtype)
 
-    def keywords(self) -> dict[str, float | int]:
-        return {"important_ratio": self.important_ratio, "step": self.step}
+    def keywords(self) -> dict[str, Any]:
+        if self.method == methods.DEFAULT:
+            return {"important_ratio": self.important_ratio, "step": self.step}
+        names = (p.name for p in methods.METHODS[self.method].parameters)
+        return {"method": self.method, **dict.fromkeys(names, self.parameter)}
 
 
 # Sizes about the tiles, warps and vectors of the kernels, beside any small number.
@@ -196,6 +203,23 @@ def problems(draw: st.DrawFn, most_tokens: int = 80) -> Problem:
     )
 
 
+#: Values of each method's parameter, its bounds included.
+PARAMETERS: dict[str, tuple[float | None, ...]] = {
+    "topk": (None,),
+    "random": (None, 0, 1, 2**31, 2**32 - 1),
+    "maxmin": (None,),
+    "scope": (None, 0.0, 0.25, 0.5, 1.0, 1.75, 4.0),
+    "mmr": (None, 0.0, 0.3, 1.0, 100.0),
+}
+
+
+@st.composite
+def problems_of(draw: st.DrawFn, method: str, most_tokens: int = 80) -> Problem:
+    """Random problems of another method than VisPruner."""
+    parameter = draw(st.sampled_from(PARAMETERS[method]))
+    return replace(draw(problems(most_tokens)), method=method, parameter=parameter)
+
+
 @dataclass(frozen=True)
 class GoldenCase:
     """A problem with its expected result, from tests/data."""
@@ -204,16 +228,26 @@ class GoldenCase:
     feats: Tensor  # (1, N, C)
     cls_attn: Tensor  # (1, N) or (1, H, N)
     k: int
-    important_ratio: float
-    step: int
+    keywords: dict[str, Any]  # the method and its parameters
     indices: Tensor  # (k,)
+
+
+def _golden_keywords(data: Any, case: int) -> dict[str, Any]:
+    if f"{case}_method" not in data.files:
+        step = int(data[f"{case}_step"]) if f"{case}_step" in data.files else 8
+        return {"important_ratio": float(data[f"{case}_ratio"]), "step": step}
+    method = methods.METHODS[str(data[f"{case}_method"])]
+    value = float(data[f"{case}_parameter"])
+    values = {p.name: int(value) if p.step == 1 else value for p in method.parameters}
+    return {"method": method.name, **values}
 
 
 def golden_cases(file: str) -> list[GoldenCase]:
     """The cases of tests/data/<file>.npz.
 
     `upstream_exact` holds int16 features, which quantize without loss, and the indices that the
-    authors' code returns for them in float64; `v1` holds cases of canonical numerics v1 itself.
+    authors' code returns for them in float64; `v1` holds cases of canonical numerics v1 itself, and
+    `methods` such cases of the other methods.
     """
     data = np.load(DATA / f"{file}.npz")
     cases = []
@@ -226,8 +260,7 @@ def golden_cases(file: str) -> list[GoldenCase]:
                 feats=feats.unsqueeze(0),
                 cls_attn=torch.from_numpy(a).unsqueeze(0),
                 k=int(data[f"{i}_k"]),
-                important_ratio=float(data[f"{i}_ratio"]),
-                step=int(data[f"{i}_step"]) if f"{i}_step" in data.files else 8,
+                keywords=_golden_keywords(data, i),
                 indices=torch.from_numpy(data[f"{i}_want"]).sort().values,
             )
         )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import methods
 from .._results import PruneResult, PruneVarlenResult, TopkResult
 from . import inputs
 
@@ -46,8 +47,8 @@ class Operators(Protocol):
         cls_attn: Tensor,
         k: int,
         *,
-        important_ratio: float = 0.5,
-        step: int = 8,
+        method: str = methods.DEFAULT,
+        **parameters: Any,
     ) -> PruneResult: ...
     def prune_varlen(
         self,
@@ -56,8 +57,8 @@ class Operators(Protocol):
         cu_seqlens: Sequence[int] | Tensor,
         k: int | Sequence[int],
         *,
-        important_ratio: float = 0.5,
-        step: int = 8,
+        method: str = methods.DEFAULT,
+        **parameters: Any,
     ) -> PruneVarlenResult: ...
     def cls_attention(self, q_cls: Tensor, k: Tensor, scale: float) -> Tensor: ...
     def received_attention(
@@ -86,6 +87,8 @@ class Case:
         scores_layout: the same for the attention.
         sharp: factor of queries and keys; a larger one makes a sharper softmax.
         lse: whether `received_attention` gets the log-sum-exp.
+        method: of `prune` and `prune_varlen`.
+        parameter: of another method than the default; None: its default, or it has none.
     """
 
     operator: str
@@ -104,6 +107,8 @@ class Case:
     sharp: int = 1
     lse: bool = False
     seed: int = 0
+    method: str = methods.DEFAULT
+    parameter: float | None = None
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Case:
@@ -161,6 +166,12 @@ class Case:
         values = inputs.normal(shape, self.seed + seed, self.sharp)
         return inputs.laid_out(values.to(getattr(torch, self.dtype)), self.layout, tokens)
 
+    def _options(self) -> dict[str, Any]:
+        if self.method == methods.DEFAULT:
+            return {"important_ratio": self.important_ratio, "step": self.step}
+        names = (p.name for p in methods.METHODS[self.method].parameters)
+        return {"method": self.method, **dict.fromkeys(names, self.parameter)}
+
     @property
     def bounds(self) -> list[int]:
         """cu_seqlens of the images."""
@@ -173,7 +184,7 @@ class Case:
 
     def arguments(self) -> Arguments:
         """Positional and keyword arguments of the call; tensors are on the CPU."""
-        options = {"important_ratio": self.important_ratio, "step": self.step}
+        options = self._options()
         heads = self.heads or 1
         if self.operator == "topk":
             return (self._attention(), self.k), {}
@@ -211,6 +222,10 @@ class Case:
         return max((self._residual(n, k) for n, k in zip(self.tokens, ks, strict=True)), default=0)
 
     def _residual(self, tokens: int, k: int) -> int:
+        if k >= tokens or self.method in ("topk", "random"):
+            return 0
+        if self.method != methods.DEFAULT:
+            return tokens
         important = 0 if self.operator == "dedup" else int(k * self.important_ratio)
         return 0 if k >= tokens or k == important else tokens - important
 
@@ -233,6 +248,8 @@ class Case:
                 total += n * n + heads * n
                 r = self._residual(n, k) if self.operator != "topk" else 0
                 rounds = -(-max(0, r - k) // min(self.step, max(1, r)))
+                if self.method != methods.DEFAULT:
+                    rounds = k if r else 0
                 total += r * r * (40 + self.channels / 16) + rounds * (2e5 + 20 * r)
         return total / 1e6
 
@@ -381,6 +398,17 @@ def _dedup() -> Iterator[Case]:
         yield case(shape[1], shape[0], 4, 3)
 
 
+_NAMES = tuple(name for name in methods.METHODS if name != methods.DEFAULT)
+#: Other methods, with values of their parameters.
+_OTHERS = (
+    ("topk", None),
+    *(("random", seed) for seed in (0, 7, 2**32 - 1)),
+    ("maxmin", None),
+    *(("scope", alpha) for alpha in (None, 0.0, 0.75, 4.0)),
+    *(("mmr", weight) for weight in (None, 0.0, 0.3, 100.0)),
+)
+
+
 def _prune() -> Iterator[Case]:
     turns = _Turns()
 
@@ -419,6 +447,20 @@ def _prune() -> Iterator[Case]:
     yield case(300, 1, 8192, None, 30, dtype="float16", features="clustered")
     for shape in ((0, 5), (2, 0)):
         yield case(shape[1], shape[0], 4, None, 3)
+    for method, parameter in _OTHERS:
+        for i, n in enumerate(_FEW[2:]):
+            options = {"method": method, "parameter": parameter}
+            yield case(n, 1 + i % 2, 1 + 7 * i, (None, 3)[i % 2], 1 + n // 3, **options)
+        for kind in inputs.FEATURES:
+            yield case(90, 1, 21, 2, 33, features=kind, method=method, parameter=parameter)
+        for kind in inputs.ATTENTION:
+            yield case(70, 2, 9, 3, 30, attention=kind, method=method, parameter=parameter)
+    for method in _NAMES:
+        for n, k in ((120, 119), (120, 121), (576, 64)):
+            yield case(n, 2, 32, 2, k, method=method)
+        # Tokens at which the kernels have more of them per thread.
+        for n, k in ((1024, 40), (1025, 40), (2048, 30), (2049, 30), (4096, 20), (4097, 20)):
+            yield case(n, 1, 12, None, k, method=method)
     for i in range(150):  # everything mixed
         n, images, c, heads, k, *_ = draw = _draws(i)
         used = _mixed(draw[5:])
@@ -458,6 +500,9 @@ def _prune_varlen() -> Iterator[Case]:
         yield case((90, 31, 120), 20, 2, (9, 40, 60), important_ratio=ratio, step=step)
     for kind in inputs.FEATURES:
         yield case((77, 0, 50, 1), 19, 2, (8, 1, 49, 1), features=kind)
+    for method, parameter in _OTHERS:
+        yield case(ragged, 20, 2, 17, method=method, parameter=parameter)
+        yield case((77, 0, 50, 1), 19, None, (8, 1, 49, 1), method=method, parameter=parameter)
     for i in range(50):
         n, images, c, heads, k, *_ = draw = _draws(1000 + i)
         packed = [(n >> j) % 100 if n >> j & 3 else 0 for j in range(1 + images % 6)]

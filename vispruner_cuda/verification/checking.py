@@ -14,6 +14,7 @@ from typing import Protocol, TypedDict
 
 import torch
 
+from .. import methods
 from .cases import COMBINED, EXACT, OPERATORS, Arguments, Case, Operators, cases
 from .comparison import Difference, compare
 from .expected import Expectations, Expected
@@ -82,12 +83,18 @@ _WIDE_HEAD_DIM = {"float32": 180, "float16": 230, "bfloat16": 230}
 _SHARED_TOKENS = 11000
 
 
-def _stages(backend: Backend, operator: str) -> dict[str, tuple[str, ...]]:
-    """Stages to vary for an operator, and their plans."""
+# Those of them that methods other than the default have.
+_OF_OTHER_METHODS = ("rank", "gram", "launch", "cpu")
+
+
+def _stages(backend: Backend, case: Case) -> dict[str, tuple[str, ...]]:
+    """Stages to vary for a case, and their plans."""
     return {
         stage: names
         for stage, names in backend.plans.choices().items()
-        if stage not in backend.fixed and operator in _THROUGH.get(stage, OPERATORS)
+        if stage not in backend.fixed
+        and case.operator in _THROUGH.get(stage, OPERATORS)
+        and (case.method == methods.DEFAULT or stage in _OF_OTHER_METHODS)
     }
 
 
@@ -99,7 +106,7 @@ def settings(backend: Backend, case: Case, combinations: bool = True) -> Iterato
     yield {}
     stages = {
         stage: [name for name in names if name != "auto" and _can_fit(case, stage, name)]
-        for stage, names in _stages(backend, case.operator).items()
+        for stage, names in _stages(backend, case).items()
     }
     for stage, names in stages.items():
         for name in names:
@@ -257,12 +264,15 @@ class _Verification:
             f"no right result with {stage}={name}"
             for stage, names in result["plans"].items()
             for name, right in names.items()
-            if not right
+            if not right and not self._never_works(stage, name)
         ]
         counted = [*result["operators"].values(), result["known_answers"]]
         result["equal"] = not result["problems"] and not any(c["wrong_cases"] for c in counted)
         result["seconds"] = time.perf_counter() - began
         return result
+
+    def _never_works(self, stage: str, name: str) -> bool:
+        return (stage, name) == ("launch", "dependent") and not self.backend.dependent_launches
 
     def _settings(self, case: Case) -> list[dict[str, str]]:
         default, *forced = settings(self.backend, case, self.plans == "combined")
@@ -273,7 +283,7 @@ class _Verification:
 
     def _run_case(self, case: Case, arguments: Arguments, want: Expected, counts: Counts) -> None:
         backend, right_before = self.backend, counts["runs"]
-        stages = _stages(backend, case.operator)
+        stages = _stages(backend, case)
         for stage, names in stages.items():
             self.result["plans"].setdefault(stage, dict.fromkeys(names, 0))
         wrong = errors = 0

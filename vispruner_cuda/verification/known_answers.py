@@ -41,6 +41,13 @@ CASES = (
     Case("received_attention", (70,), 40, 2, dtype="float32"),
     Case("prune", (600,), 48, 4, 40, features="normal", dtype="float16"),
     Case("prune", (1100,), 16, None, 40, 0.5, 64, features="clustered"),
+    Case("prune", (150,), 20, 2, 15, method="topk", attention="ties"),
+    Case("prune", (150, 150), 4, 2, 15, method="random", parameter=5),
+    Case("prune", (150,), 20, None, 30, method="maxmin", features="duplicates"),
+    Case("prune", (150,), 20, 2, 30, method="scope", features="smooth"),
+    Case("prune", (90,), 33, 2, 30, method="scope", parameter=1.75, dtype="bfloat16"),
+    Case("prune", (150,), 20, 2, 30, method="mmr", features="clustered", dtype="float16"),
+    Case("prune_varlen", (50, 0, 1, 70), 24, 2, (9, 3, 1, 11), method="mmr", parameter=0.3),
     # Several waves of images: their workspaces exceed 512 MiB.
     Case("dedup", (4200,) * 9, 8, None, 8, step=1000, features="clustered", dtype="float16"),
     # Shared memory of the loop near the most that a block may have, on compute capability 9.0.

@@ -4,6 +4,7 @@
 #include <functional>
 #include <string>
 
+#include "vispruner/method.h"
 #include "vispruner/plan.h"
 #include "vispruner/shape.h"
 
@@ -38,12 +39,13 @@ struct PruneImage {
 
 // Bytes of scratch memory that `prune_image` needs: mostly the Gram matrix (4 R^2) and the
 // quantized residual tokens (2 R C).
-int64_t prune_workspace_bytes(const ImageShape& shape, int64_t channels, int threads);
+int64_t prune_workspace_bytes(const ImageShape& shape, int64_t channels, const Selection& selection,
+                              int threads);
 
 // Prunes one image. `feats` and `attention` give layout and dtype; their data pointers are not
 // used, those of `image` are.
 void prune_image(const FeatureView& feats, const AttentionView& attention, const PruneImage& image,
-                 int step, const Threads& threads, void* workspace);
+                 const Selection& selection, const Threads& threads, void* workspace);
 
 // (N, N) float32 cosines of one image, row stride N.
 int64_t cosine_workspace_bytes(int tokens, int64_t channels, int threads);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "vispruner/method.h"
 #include "vispruner/shape.h"
 
 namespace vispruner::cuda {
@@ -36,14 +37,14 @@ struct PruneArgs {
   int64_t images;
   ImageShape shape;           // of every image, unless ragged
   const RaggedImage* ragged;  // (images) on the host, or null
-  int step;
+  Selection selection;
   int64_t* indices;         // (rows), ascending within an image
   void* kept_feats;         // (rows, C) contiguous, or null
   int64_t workspace_limit;  // bytes; images run in waves that fit, at least one at a time
 };
 
 // Bytes of device workspace for `prune`: an image of N tokens with R residual ones takes about
-// 4 R^2 (Gram) + 2 R C (digits) + 192 R (neighbour lists) + 2 N.
+// 4 R^2 (Gram) + 2 R C (digits) + 2 N, and VisPruner 192 R more (neighbour lists).
 int64_t prune_workspace_bytes(const PruneArgs& args);
 int prune(const PruneArgs& args, void* workspace, Stream stream);
 

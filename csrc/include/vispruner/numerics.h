@@ -138,4 +138,50 @@ VP_HD float inverse_norm(int64_t squared_norm) {
 // The j side of the cosine; multiplying by inv_i completes it. The order matters for the bits.
 VP_HD float similarity(float gram, float inv_j) { return gram * inv_j; }
 
+// ---- importance -------------------------------------------------------------------------------
+constexpr float kLargestFloat = 3.402823466e38f;
+
+// A score that counts as 0 where it is negative or NaN, and as the largest float where it is +Inf.
+VP_HD float positive_score(float score) {
+  return score > 0.0f ? (score < kLargestFloat ? score : kLargestFloat) : 0.0f;
+}
+
+// In [0, 1], of positive scores: 1 for the highest of the image.
+VP_HD float importance(float score, float highest) {
+  return highest > 0.0f ? score / highest : 0.0f;
+}
+
+// x^(quarters / 4) for x in [0, 1], by square roots and multiplications alone, in this order.
+VP_HD float power_of_quarters(float x, int quarters) {
+  float result = 1.0f;
+  for (int whole = quarters / 4; whole > 0; --whole) result = result * x;
+  if (quarters % 4 == 0) return result;
+  const float root = sqrtf(x);
+  if (quarters & 2) result = result * root;
+  if (quarters & 1) result = result * sqrtf(root);
+  return result;
+}
+
+// ---- coverage ---------------------------------------------------------------------------------
+constexpr float kCoverageUnit = 65536.0f;  // of cosine 1
+
+// How much one token covers another: their cosine in fixed point, 0 where it is negative. Sums over
+// an image are below 2^32, whatever their order.
+VP_HD uint32_t coverage(float cosine) {
+  const float scaled = (cosine > 0.0f ? cosine : 0.0f) * kCoverageUnit;  // exact
+  return float_bits(scaled + 8388608.0f) - 0x4b000000u;                  // half to even
+}
+
+// ---- random order -----------------------------------------------------------------------------
+VP_HD uint32_t mix_bits(uint32_t x) {  // MurmurHash3's finalizer
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// What a token is ranked by instead of its score, whose key makes it differ between images.
+VP_HD uint32_t random_key(uint32_t seed, uint32_t token, uint32_t score_key) {
+  return mix_bits(mix_bits(seed + 0x9e3779b9u * token) ^ score_key);
+}
+
 }  // namespace vispruner

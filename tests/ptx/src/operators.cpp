@@ -144,16 +144,29 @@ void run_prune(CallMemory& memory, cuda::PruneArgs& args, int64_t kept) {
   memory.finish(cuda::prune(args, workspace, stream()));
 }
 
+// (important_ratio, step) of VisPruner, or (name, parameter) of another method.
+Selection selection_of(const py::tuple& method) {
+  if (!py::isinstance<py::str>(method[0])) {
+    return vispruner_selection(method[0].cast<double>(), method[1].cast<int64_t>());
+  }
+  Selection selection{};
+  const std::string wrong =
+      parse_selection(method[0].cast<std::string>(), method[1].cast<double>(), &selection);
+  if (!wrong.empty()) throw std::invalid_argument(wrong);
+  return selection;
+}
+
 void prune(const py::tuple& feats, const py::object& attention, int64_t images, int64_t heads,
-           int tokens, int64_t channels, int64_t k, double important_ratio, int step,
-           uintptr_t indices, uintptr_t kept_feats, int64_t workspace_limit) {
+           int tokens, int64_t channels, int64_t k, const py::tuple& method, uintptr_t indices,
+           uintptr_t kept_feats, int64_t workspace_limit) {
   CallMemory memory;
+  const Selection selection = selection_of(method);
   cuda::PruneArgs args{feature_view(memory, feats, images, tokens, channels),
                        attention_view(memory, attention, images, heads, tokens),
                        images,
-                       image_shape(tokens, k, important_ratio),
+                       image_shape(tokens, k, selection),
                        nullptr,
-                       step,
+                       selection,
                        reinterpret_cast<int64_t*>(indices),
                        reinterpret_cast<void*>(kept_feats),
                        workspace_limit};
@@ -162,14 +175,14 @@ void prune(const py::tuple& feats, const py::object& attention, int64_t images, 
 
 void prune_varlen(const py::tuple& feats, const py::object& attention, int64_t heads,
                   int64_t channels, const std::vector<int64_t>& bounds,
-                  const std::vector<int64_t>& ks, double important_ratio, int step,
-                  uintptr_t indices, uintptr_t kept_feats, int64_t workspace_limit) {
+                  const std::vector<int64_t>& ks, const py::tuple& method, uintptr_t indices,
+                  uintptr_t kept_feats, int64_t workspace_limit) {
   CallMemory memory;
+  const Selection selection = selection_of(method);
   std::vector<cuda::RaggedImage> images;
   int64_t kept = 0;
   for (size_t i = 0; i < ks.size(); ++i) {
-    images.push_back(
-        {bounds[i], kept, image_shape(bounds[i + 1] - bounds[i], ks[i], important_ratio)});
+    images.push_back({bounds[i], kept, image_shape(bounds[i + 1] - bounds[i], ks[i], selection)});
     kept += images.back().shape.kept();
   }
   cuda::PruneArgs args{feature_view(memory, feats, 1, bounds.back(), channels),
@@ -177,7 +190,7 @@ void prune_varlen(const py::tuple& feats, const py::object& attention, int64_t h
                        static_cast<int64_t>(images.size()),
                        {},
                        images.data(),
-                       step,
+                       selection,
                        reinterpret_cast<int64_t*>(indices),
                        reinterpret_cast<void*>(kept_feats),
                        workspace_limit};

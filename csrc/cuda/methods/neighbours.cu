@@ -14,6 +14,7 @@
 #include "batch.cuh"
 #include "device.cuh"
 #include "launch.cuh"
+#include "methods/lists.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   if (self >= rows) return;
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, rows, channels);
   unsigned char* own = workspace + image.workspace;
-  const float* similarities = reinterpret_cast<const float*>(own + at.gram) + self * at.ld;
+  const float* similarities = reinterpret_cast<const float*>(own + at.matrix) + self * at.ld;
 
   // 0 is below every key: not a token, or the token itself.
   uint32_t keys[kValues];
@@ -165,8 +166,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const float inv = reinterpret_cast<const float*>(own + at.inv)[self];
-  auto* ids = reinterpret_cast<uint16_t*>(own + at.ids);
-  auto* redundancies = reinterpret_cast<uint32_t*>(own + at.keys);
+  const ListsLayout lists_at = lists_layout(rows);
+  auto* ids = reinterpret_cast<uint16_t*>(own + at.method + lists_at.ids);
+  auto* redundancies = reinterpret_cast<uint32_t*>(own + at.method + lists_at.keys);
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int entry = threadIdx.x + e * kThreads;

@@ -22,12 +22,14 @@
 #include "batch.cuh"
 #include "device.cuh"
 #include "launch.cuh"
+#include "methods/lists.cuh"
+#include "methods/methods.cuh"
+#include "methods/select.cuh"
 #include "vispruner/cuda.h"
 
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kMostThreads = 1024;    // per block
 constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: addresses of 64 bits
 constexpr int kGroup = 16;            // buckets whose counts each token of one of them adds up
 
@@ -60,8 +62,6 @@ struct Shared {
   uint32_t* keep;      // (N / 32) which tokens are selected
 };
 constexpr int kFlags = 8;  // words: extremes, missing, crowded and two more
-
-VP_HD int words(int bits) { return (bits + 31) / 32; }
 
 template <typename B>
 VP_HD int64_t keep_at(int residual) {
@@ -257,18 +257,6 @@ __device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
   return (uint64_t{~key} << 32) | static_cast<uint32_t>(p);
 }
 
-// The sum over the lanes below.
-__device__ __forceinline__ uint32_t sum_before(uint32_t value) {
-  const int lane = threadIdx.x % kWarp;
-  uint32_t sum = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t left = __shfl_up_sync(kAllLanes, sum, offset);
-    if (lane >= offset) sum += left;
-  }
-  return sum - value;
-}
-
 // Scatter: the words of A come into the order of their buckets, in any order within each.
 template <typename B>
 __device__ __forceinline__ void scatter(const Shared& shared, const DedupState& state,
@@ -420,26 +408,6 @@ __device__ __forceinline__ void sort_by_merging(const Shared& shared, const Dedu
   }
 }
 
-// Writes the set bits of `keep` as ascending token numbers; a thread has some words in a row.
-__device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, int64_t base,
-                                              int64_t* out, uint32_t* warp_sums) {
-  const int each = (words(tokens) + blockDim.x - 1) / blockDim.x;
-  const int first = min(static_cast<int>(threadIdx.x) * each, words(tokens));
-  const int end = min(first + each, words(tokens));
-  uint32_t own = 0;
-  for (int w = first; w < end; ++w) own += __popc(keep[w]);
-  uint32_t before = sum_before(own);
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == kWarp - 1) warp_sums[warp] = before + own;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) before += warp_sums[w];
-  for (int w = first; w < end; ++w) {
-    for (uint32_t word = keep[w]; word; word &= word - 1) {
-      out[before++] = base + w * 32 + __ffs(static_cast<int>(word)) - 1;
-    }
-  }
-}
-
 // All rounds; returns the list that is left.
 template <typename B>
 __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, const DedupState& state,
@@ -515,7 +483,8 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
   const int residual = image.shape.residual();
   const WorkspaceLayout at = workspace_layout(image.shape.tokens, residual, channels);
   unsigned char* own = workspace + image.workspace;
-  const auto* order = reinterpret_cast<const uint16_t*>(own + at.order);
+  unsigned char* lists = own + at.method;
+  const ListsLayout lists_at = lists_layout(residual);
   using B = std::conditional_t<kListsShared, FewBuckets, ManyBuckets>;
   auto* shared_words = reinterpret_cast<uint32_t*>(memory);
   uint32_t* flags = shared_words + B::kWords;
@@ -528,26 +497,23 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
                       shared_words + keep_at<B>(residual)};
   int64_t used = fixed_bytes<B>(image.shape.tokens, residual);
 
-  for (int w = threadIdx.x; w < words(image.shape.tokens); w += blockDim.x) shared.keep[w] = 0;
+  const Marks marks{shared.keep, reinterpret_cast<const uint16_t*>(own + at.order)};
+  marks.clear(image.shape.tokens);
   __syncthreads();
-  const auto mark = [&](int rank) {
-    const int token = order[rank];
-    atomicOr(&shared.keep[token / 32], 1u << (token % 32));
-  };
-  for (int r = threadIdx.x; r < image.shape.important; r += blockDim.x) mark(r);
+  for (int r = threadIdx.x; r < image.shape.important; r += blockDim.x) marks.set(r);
 
   if (residual > 0) {
     const DedupLayout state_at = dedup_layout(residual);
-    unsigned char* base = kStateShared ? memory + used : own + at.state;
+    unsigned char* base = kStateShared ? memory + used : lists + lists_at.state;
     const DedupState state{{reinterpret_cast<uint64_t*>(base + state_at.sorted[0]),
                             reinterpret_cast<uint64_t*>(base + state_at.sorted[1])},
                            reinterpret_cast<uint32_t*>(base + state_at.keys),
                            reinterpret_cast<uint16_t*>(base + state_at.places),
                            reinterpret_cast<uint32_t*>(base + state_at.lists)};
     if (kStateShared) used += state_at.bytes;
-    Similarity similarity{reinterpret_cast<const uint16_t*>(own + at.ids),
-                          reinterpret_cast<const uint32_t*>(own + at.keys),
-                          reinterpret_cast<const float*>(own + at.gram), static_cast<int>(at.ld),
+    Similarity similarity{reinterpret_cast<const uint16_t*>(lists + lists_at.ids),
+                          reinterpret_cast<const uint32_t*>(lists + lists_at.keys),
+                          reinterpret_cast<const float*>(own + at.matrix), static_cast<int>(at.ld),
                           reinterpret_cast<const float*>(own + at.inv)};
     if constexpr (kListsShared) {
       const auto bring = [&](const void* from, int64_t bytes) {
@@ -567,7 +533,7 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
     const uint32_t* survivors =
         run_rounds<B>(shared, state, similarity, residual, image.shape.diverse, step, buckets);
     for (int i = threadIdx.x; i < image.shape.diverse; i += blockDim.x) {
-      mark(image.shape.important + token_of(survivors[i]));
+      marks.set(image.shape.important + token_of(survivors[i]));
     }
   }
   __syncthreads();
@@ -590,8 +556,6 @@ int threads_for(int residual, int most) {
   const auto threads = static_cast<int>(round_up(half_up(residual), kWarp));
   return threads < 128 ? 128 : threads < most ? threads : most;
 }
-
-}  // namespace
 
 int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels, int step,
                      int64_t* indices, void* workspace, Stream stream) {
@@ -622,5 +586,21 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
     default: return run(std::false_type{}, std::false_type{});
   }
 }
+
+int64_t bytes(int residual) { return lists_layout(residual).bytes; }
+
+int select(const Batch& batch, const WaveSize& size, int64_t channels, const Selection& selection,
+           int64_t* indices, void* workspace, Stream stream) {
+  if (size.residual > 0) {
+    Batch followed = batch;
+    followed.more = plan::overlaps(plan::current().launch);
+    if (const int e = neighbours(followed, size, channels, workspace, stream)) return e;
+  }
+  return dedup_and_select(batch, size, channels, selection.step, indices, workspace, stream);
+}
+
+}  // namespace
+
+const MethodStages kVispruner{Order::kScore, false, Matrix::kSimilarity, bytes, select};
 
 }  // namespace vispruner::cuda

@@ -1,0 +1,62 @@
+// The arrays that the two kernels of VisPruner's loop share.
+#pragma once
+#include "batch.cuh"
+
+namespace vispruner::cuda {
+
+constexpr int kNeighbours = 32;  // entries of a neighbour list
+
+// Where entry `entry` of a token's neighbour list lies. Rows are permuted by groups of eight
+// entries, each row in its own way, because the lanes of a warp read entries of different tokens
+// and should meet different banks.
+constexpr int kProbes = 8;  // entries that are looked at together: 16 bytes of ids
+VP_HD int list_slot(int token, int entry) {
+  return token * kNeighbours + (entry ^ (token / 2 * kProbes % kNeighbours));
+}
+
+// Arrays of the dedup loop. They live in shared memory, or else in the workspace.
+constexpr int kMostCounting = 512;  // tokens of A that are never ranked by merging
+constexpr int kSentinels = 4;       // words after the last one that are greater than any
+VP_HD int half_up(int n) { return (n + 1) / 2; }
+
+struct DedupLayout {  // byte offsets
+  int64_t sorted[2];  // uint64 (A + kSentinels) words by bucket; uint64 (A) for merging
+  int64_t keys;       // uint32 (A) ordered keys of the redundancies
+  int64_t places;     // uint16 (A) bucket and place in it
+  int64_t lists;      // uint32 (2, R) the list of this round and of the next
+  int64_t bytes;
+};
+
+VP_HD DedupLayout dedup_layout(int residual) {
+  const int64_t a = half_up(residual);
+  DedupLayout at{};
+  at.sorted[0] = 0;
+  at.sorted[1] = at.sorted[0] + round_up((a + kSentinels) * 8, 16);
+  at.keys = at.sorted[1] + round_up((a > kMostCounting ? a : 0) * 8, 16);
+  at.places = at.keys + round_up(a * 4, 16);
+  at.lists = at.places + round_up(a * 2, 16);
+  at.bytes = at.lists + round_up(int64_t{residual} * 8, 16);
+  return at;
+}
+
+// The method's own arrays in the workspace.
+struct ListsLayout {  // byte offsets from WorkspaceLayout::method
+  int64_t ids;        // uint16 (R, 32): neighbour lists
+  int64_t keys;       // uint32 (R, 32): ordered keys of their redundancies
+  int64_t state;      // DedupLayout, where it does not fit into shared memory
+  int64_t bytes;
+};
+
+VP_HD ListsLayout lists_layout(int residual) {
+  constexpr int64_t kAlign = 256;
+  ListsLayout at{};
+  at.keys = round_up(int64_t{residual} * kNeighbours * 2, kAlign);
+  at.state = at.keys + round_up(int64_t{residual} * kNeighbours * 4, kAlign);
+  at.bytes = at.state + round_up(dedup_layout(residual).bytes, kAlign);
+  return at;
+}
+
+int neighbours(const Batch& batch, const WaveSize& size, int64_t channels, void* workspace,
+               Stream stream);
+
+}  // namespace vispruner::cuda

@@ -1,0 +1,59 @@
+// Methods of selection: their names, their parameters and which stages they need.
+//
+// Ranking, quantization and the Gram matrix are stages that methods share. What a method does with
+// them is one file per backend, csrc/cpu/methods and csrc/cuda/methods.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "vispruner/shape.h"
+
+namespace vispruner {
+
+enum class Method { kVispruner, kTopk, kRandom, kMaxmin, kScope, kMmr };
+
+// What the positions are that the stages after the ranking work on.
+enum class Order { kScore, kRandom, kIndex };
+
+// What the Gram stage makes of the inner products.
+enum class Matrix {
+  kSimilarity,  // float: similarity(G_ij, inv_j)
+  kCosine,      // float: similarity(G_ij, inv_j) * inv_i
+  kCoverage,    // uint32: coverage of the cosine, symmetric
+};
+
+// A method and its parameters.
+struct Selection {
+  Method method;
+  double important_ratio;  // of vispruner: share of k kept by score
+  int step;                // of vispruner: tokens dropped per round
+  float mmr_lambda;
+  int scope_quarters;  // 4 alpha
+  uint32_t seed;       // of random
+};
+
+inline Selection vispruner_selection(double important_ratio, int64_t step) {
+  Selection selection{};
+  selection.method = Method::kVispruner;
+  selection.important_ratio = important_ratio;
+  // Larger than any image: rounds are bounded by the tokens anyway.
+  selection.step = static_cast<int>(step < kMaxTokens ? step : kMaxTokens);
+  return selection;
+}
+
+// The other methods, which have one parameter or none (0 then). Returns what is wrong in one line,
+// or an empty string.
+std::string parse_selection(const std::string& method, double parameter, Selection* selection);
+
+// How an image is divided: `important` tokens are kept by their rank, `diverse` ones by the
+// method's loop.
+inline ImageShape image_shape(int64_t tokens, int64_t k, const Selection& selection) {
+  switch (selection.method) {
+    case Method::kVispruner: return image_shape(tokens, k, selection.important_ratio);
+    case Method::kTopk:
+    case Method::kRandom: return image_shape(tokens, k, 1.0);
+    default: return image_shape(tokens, k, 0.0);
+  }
+}
+
+}  // namespace vispruner
