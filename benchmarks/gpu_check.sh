@@ -31,7 +31,7 @@ work=$(mktemp -d)
 logs=$work/gpu_check_logs
 mkdir "$logs"
 rm -f "$out/vispruner_verify.json"  # that of an earlier run would be read as this one's
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 # On a busy machine, threads would wait for each other much longer than they work.
 [ -z "$dry" ] || export OMP_NUM_THREADS=1
 export PATH=$PATH:/usr/local/cuda/bin  # compute-sanitizer may be there alone
@@ -42,7 +42,7 @@ declare -A pids=()
 
 report() {  # the report and the logs, as they are now
   local status
-  "$python" -S benchmarks/write_report.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
+  "$python" -S benchmarks/verify/write_report.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
   status=$?
   tar -C "$work" -czf "$out/gpu_check_logs.tar.gz.new" gpu_check_logs &&
     mv "$out/gpu_check_logs.tar.gz.new" "$out/gpu_check_logs.tar.gz"
@@ -107,12 +107,12 @@ build() {
     cmake --build build/gpu_check --parallel &&
     rm -f vispruner_cuda/libvispruner.so &&
     cp build/gpu_check/libvispruner.so vispruner_cuda/ &&
-    nvcc -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/sanitizer_probe.cu &&
+    nvcc -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/verify/sanitizer_probe.cu &&
     "$python" -m vispruner_cuda
 }
 
 describe() {
-  "$python" -c 'import json, sys; sys.path.insert(0, "benchmarks"); import provenance
+  "$python" -c 'import json, sys, provenance
 json.dump(provenance.describe(), open(sys.argv[1], "w"))' "$logs/provenance.json"
 }
 
@@ -133,19 +133,19 @@ sanitizer_works() {
     return 1
   fi
   sanitizer memcheck build/gpu_check/sanitizer_probe
-  [ $? = 9 ] || { echo 'compute-sanitizer does not find the fault of benchmarks/sanitizer_probe.cu'; return 1; }
+  [ $? = 9 ] || { echo 'compute-sanitizer does not find the fault of benchmarks/verify/sanitizer_probe.cu'; return 1; }
 }
 
 sanitize() {
   # Memory from the caching allocator hides overruns between tensors.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer "$1" "$python" benchmarks/sanitize.py
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer "$1" "$python" benchmarks/verify/sanitize.py
 }
 
 export python dry logs
 export -f build describe sanitizer sanitizer_works sanitize
 
 step build 200 build || { cat "$logs/build.log"; exit 1; }
-step environment 30 describe
+step provenance 30 describe
 
 step verify 70 "$python" -m vispruner_cuda --verify -o "$out/vispruner_verify.json" \
   --device $([ -n "$dry" ] && echo cpu --quick || echo cuda)
@@ -167,8 +167,8 @@ step tests 170 "$python" -m pytest tests/ops -q -p no:cacheprovider \
   --ignore tests/ops/test_instruction_sets.py ${dry:+-m 'not slow'}
 for tool in "${tools[@]}"; do finish "$tool"; done
 
-step stress 80 "$python" benchmarks/stress.py ${dry:+--help}
+step stress 80 "$python" benchmarks/verify/stress.py ${dry:+--help}
 
-step benchmarks 300 "$python" benchmarks/operators_gpu.py --rows --quick --compile-limit 25 \
+step benchmarks 300 "$python" -m operators.gpu --goals --quick --compile-limit 25 \
   ${dry:+--device cpu} -o "$out"
 exit 0

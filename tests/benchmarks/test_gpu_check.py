@@ -43,7 +43,7 @@ case "$*" in
     pretend verify ;;
   "-m pytest "*) echo '... [ 50%]'; pretend tests ;;
   *stress.py*) echo '{{"repeats": {{}}, "differed": []}}'; pretend stress ;;
-  *operators_gpu.py*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
+  *operators.gpu*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
   *sanitize.py*) pretend sanitize ;;
 esac
 """
@@ -65,10 +65,10 @@ echo "========= ERROR SUMMARY: 0 errors"
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A tree with the scripts, and the fake programs in bin/."""
-    for name in ("benchmarks", "vispruner_cuda", "bin"):
-        (tmp_path / name).mkdir()
-    for script in ("gpu_check.sh", "write_report.py"):
-        shutil.copy(BENCHMARKS / script, tmp_path / "benchmarks")
+    for name in ("benchmarks/verify", "vispruner_cuda", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for script in ("gpu_check.sh", "verify/write_report.py"):
+        shutil.copy(BENCHMARKS / script, tmp_path / "benchmarks" / script)
     programs = {
         "python": PYTHON,
         "cmake": CMAKE,
@@ -142,7 +142,7 @@ def test_clean_run(tree: Path) -> None:
 
 def test_the_report_is_there_before_the_benchmarks(tree: Path) -> None:
     calls = run(tree) and (tree / "calls").read_text().splitlines()
-    benchmarks = next(i for i, call in enumerate(calls) if "operators_gpu.py" in call)
+    benchmarks = next(i for i, call in enumerate(calls) if "operators.gpu" in call)
     assert sum("write_report.py" in call for call in calls[:benchmarks]) >= 10
     assert any("write_report.py" in call for call in calls[benchmarks:])
 

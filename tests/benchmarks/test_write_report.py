@@ -1,4 +1,4 @@
-"""What benchmarks/write_report.py makes of the logs of a run."""
+"""What benchmarks/verify/write_report.py makes of the logs of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "write_report.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "verify" / "write_report.py"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 

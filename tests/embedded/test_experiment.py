@@ -164,10 +164,3 @@ def test_training_scenes_are_not_tested() -> None:
     seen = [picture.permute(1, 2, 0).numpy().tobytes() for stage in stages for picture in stage]
     assert len(set(seen)) == len(seen)
     assert not tested & set(seen)
-
-
-def test_the_documents_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from accuracy.report import report
-
-    assert report(RECIPE, "cpu", check=True) == 0, capsys.readouterr().out

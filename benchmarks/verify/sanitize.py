@@ -1,6 +1,6 @@
 """A small but complete set of calls for compute-sanitizer: every kernel, plan, dtype and odd size.
 
-compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool memcheck python benchmarks/verify/sanitize.py
 """
 
 from __future__ import annotations
