@@ -116,7 +116,7 @@ def test_positions_of_a_step_that_fit_neither_prompt_nor_cache() -> None:
             step = {"input_ids": token, "position_ids": torch.tensor([[start]])}
             close(model(**step, past_key_values=copy.deepcopy(cache)).logits, want)
         step["position_ids"] = torch.tensor([[17]])
-        with pytest.raises(ValueError, match=r"position_ids go on at \[17\]"):
+        with pytest.raises(ValueError, match=r"position_ids continue at \[17\]"):
             model(**step, past_key_values=cache)
 
 
@@ -254,7 +254,7 @@ def test_a_budget() -> None:
         with vispruner.apply(model, budget) as pruner:
             assert pruner.budget is budget
             assert torch.equal(model(**inputs).logits, want)
-    with pytest.raises(ValueError, match="give a Budget alone"):
+    with pytest.raises(ValueError, match="pass only the Budget"):
         vispruner.apply(model, budget, step=4)
 
 
@@ -290,6 +290,6 @@ def test_a_layer_whose_attention_changed_is_found(tiny: Tiny) -> None:
             module.forward = forward
             changed += 1
     assert changed
-    with pytest.raises(vispruner.UnsupportedModelError, match="are not those of its attention"):
+    with pytest.raises(vispruner.UnsupportedModelError, match="do not match its attention"):
         vispruner.apply(model, k=K, check=True, **tiny.options)
     assert "generate" not in vars(model)

@@ -227,7 +227,7 @@ def test_encoder_outputs_of_the_callers_own() -> None:
         call["mm_encoder_outputs"] = {"image": encoded}
         want = model(**call).logits
         with vispruner.apply(model, k=K):
-            with pytest.warns(UserWarning, match="mm_encoder_outputs are used as they are"):
+            with pytest.warns(UserWarning, match="mm_encoder_outputs are used unpruned"):
                 assert torch.equal(model(**call).logits, want)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")

@@ -165,7 +165,7 @@ def machine(backend, monkeypatch, tmp_path):
         ("13.2", "12.8", "13.2"),  # nvcc of another major version does not fit
         ("13.4", None, "13.4"),
         ("13.0", "13.2", None),
-        ("12.8", None, None),  # the packages of CUDA 12 hold no nvcc
+        ("12.8", None, None),  # the packages of CUDA 12 contain no nvcc
         ("12.8", "12.4", None),
         (None, None, None),
         (None, "13.0", None),
@@ -214,7 +214,7 @@ def test_the_compiler_that_is_asked_for(backend, machine, monkeypatch, variables
             "VISPRUNER_NVCC=pip: must be one of auto, system, index",
         ),
         ("13.0", {"VISPRUNER_CUDA": "yes"}, "VISPRUNER_CUDA=yes: must be one of AUTO, ON, OFF"),
-        ("13.0", {"VISPRUNER_NVCC": "index", "VISPRUNER_CUDA": "OFF"}, "leave one of them out"),
+        ("13.0", {"VISPRUNER_NVCC": "index", "VISPRUNER_CUDA": "OFF"}, "unset one of them"),
         ("13.0", {"VISPRUNER_NVCC": "index", "CUDACXX": "/my/nvcc"}, "CUDACXX=/my/nvcc: leave one"),
     ],
 )

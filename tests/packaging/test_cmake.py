@@ -68,8 +68,8 @@ def test_spellings(architectures, asked):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("sm_80", "'sm_80' is no architecture"),
-        ("80 120", "this nvcc does not know '120'; it knows 50 52"),
+        ("sm_80", "'sm_80' is not an architecture"),
+        ("80 120", "this nvcc does not support '120'; it supports 50 52"),
     ],
 )
 def test_bad_architecture(architectures, asked, message):

@@ -74,7 +74,7 @@ def page(address: str, browser: Any) -> Iterator[Any]:
     page.elsewhere = []
     page.on("request", lambda r: r.url.startswith("http") and page.elsewhere.append(r.url))
     page.goto(address)
-    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are kept')")
+    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are retained')")
     yield page
     assert all(url.startswith(address) for url in page.elsewhere), "the page asks other hosts"
     page.close()
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_picture_is_refused(
     page.wait_for_selector("[data-testid=toast-body]")
     assert "Traceback" not in page.inner_text("body")
     page.reload()  # the server goes on
-    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are kept')")
+    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are retained')")
 
 
 def test_port_in_use(address: str) -> None:
