@@ -29,7 +29,7 @@ def _load(name: str) -> Any:
 
 
 def _where(data: Any) -> str:
-    """Where and when a result was measured: on the GPU if there was one."""
+    """Device, versions and date of a result, with the GPU if there is one."""
     device, versions = data["device"], data["versions"]
     if gpu := device.get("gpu"):
         return f"{gpu['name']}, driver {gpu['driver']}; torch {versions['torch']}; {data['date']}."
@@ -66,27 +66,29 @@ def _cpu_speed(data: Any, only: Sequence[str] = ()) -> str:
         if only and row["name"] not in only:
             continue
         median = dict(row["median_ms"])
-        own = median.pop("vispruner_cuda")
+        ours = median.pop("vispruner_cuda")
         baseline = min(median, key=lambda name: median[name])
         rows.append(
             [
                 f"`{row['name']}`",
                 f"{_milliseconds(median[baseline])} ({baseline})",
-                _milliseconds(own),
+                _milliseconds(ours),
                 f"{row['speedup']:.1f} x" if row["speedup"] < 10 else f"{row['speedup']:.0f} x",
             ]
         )
-    speeds = table(["work (images x tokens x channels)", "eager PyTorch", "here", "faster"], rows)
+    speeds = table(
+        ["work (images x tokens x channels)", "eager PyTorch", "vispruner_cuda", "speed-up"], rows
+    )
     return f"{speeds}\nMedians, interleaved in one process. {_where(data)}\n"
 
 
 def cpu_speed(results: Callable[[str], Any]) -> str:
-    """Operators against the fastest eager baseline."""
+    """Operators compared with the fastest eager baseline."""
     return _cpu_speed(results("cpu"))
 
 
 def cpu_speed_summary(results: Callable[[str], Any]) -> str:
-    """Some of its rows."""
+    """The rows for the README."""
     return _cpu_speed(results("cpu"), _SUMMARY)
 
 
@@ -112,7 +114,7 @@ def cpu_memory(results: Callable[[str], Any]) -> str:
 
 
 def rounding_sensitivity(results: Callable[[str], Any]) -> str:
-    """What survives a rounding error: agreement of the diverse half, and coverage."""
+    """Agreement of the diverse half under rounding errors, and coverage."""
     data = results("rounding_sensitivity")
     reordered = "canonical v1, channels reversed, in a batch"
     agreement, coverage = [], []
@@ -154,11 +156,11 @@ def rounding_sensitivity(results: Callable[[str], Any]) -> str:
 
 
 def gpu_status(results: Callable[[str], Any]) -> str:
-    """What has run on a GPU, from gpu_verified.json, which a run on a GPU writes."""
+    """GPU runs, from gpu_verified.json, which gpu_check.sh writes."""
     data = results("gpu_verified")
     head = ["GPU", "date", "torch, driver", "tests passed", "failed", "csrc tree"]
     if data is None:
-        return "GPU-tested: not yet. No kernel of this project has run on a GPU so far.\n"
+        return "GPU-tested: not yet. No kernel of this project has run on a GPU.\n"
     runs = data if isinstance(data, list) else [data]
     rows = [
         [
@@ -175,36 +177,35 @@ def gpu_status(results: Callable[[str], Any]) -> str:
 
 
 def compiled_kernels(results: Callable[[str], Any]) -> str:
-    """What the compiled kernels have run on the host, from a run of `make test`."""
+    """The compiled kernels' runs on the host, from a run of `make test`."""
     data = results("compiled_kernels")
     if data is None:
         return "Not recorded.\n"
     targets = " and ".join(f"sm_{target}" for target in data["targets"])
     return (
         f"{data['launches']:,} launches of {len(data['kernels'])} kernels (PTX for {targets}) in "
-        f"{data['calls']:,} calls: {data['failed']} with a finding of a checker. "
-        f"{data['faults']} seeded faults, {data['faults'] - data['tests_failed']} noticed. "
+        f"{data['calls']:,} calls: errors reported by a checker in {data['failed']}. "
+        f"{data['faults'] - data['tests_failed']} of {data['faults']} seeded faults detected. "
         f"{data['date']}.\n"
     )
 
 
 def gpu_goals(results: Callable[[str], Any]) -> str:
-    """Each speed goal: goal, measured, best baseline, floor."""
+    """Speed goals: goal, measured, best baseline, floor."""
     data = results("kernels")
     if data is None:
         return "Not measured yet: no GPU has run these kernels.\n"
     rows = []
     for row in data["rows"]:
-        own = row["us_per_image"] if row["per"] == "image" else row["us"]
+        ours = row["us_per_image"] if row["per"] == "image" else row["us"]
         floor = max(row["floor_us"].values()) / (row["images"] if row["per"] == "image" else 1)
         baselines = {name: time for name, time in row.get("baselines_us", {}).items() if time}
         if row["relative_to"] == "floor":
-            own, unit, base = own / floor, "x floor", floor
+            ours, unit = ours / floor, "x floor"
         elif row["relative_to"]:
-            base = baselines[row["relative_to"]]
-            own, unit = own / base, f"x {row['relative_to']}"
+            ours, unit = ours / baselines[row["relative_to"]], f"x {row['relative_to']}"
         else:
-            unit, base = "us an image" if row["per"] == "image" else "us", 0.0
+            unit = "us per image" if row["per"] == "image" else "us"
         best = min(
             (name for name in baselines if "copy" not in name),
             key=lambda n: baselines[n],
@@ -214,7 +215,7 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
             [
                 row["name"],
                 f"{row['goal']:g} ({row['aim']:g}) {unit}" if row["goal"] else "",
-                f"{own:.3g} {unit}",
+                f"{ours:.3g} {unit}",
                 f"{row['us']:.3g} us",
                 f"{baselines[best]:.3g} us ({best})" if best else "",
                 f"{max(row['floor_us'].values()):.3g} us "
@@ -229,7 +230,7 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
 
 
 def _end_to_end(data: Any) -> str:
-    """One row for each model, batch and way."""
+    """One row per model, batch and k."""
     pruning = ("score", "select", "rewrite")
     rows = []
     whole: dict[str, Any] = {}
@@ -268,7 +269,7 @@ def _end_to_end(data: Any) -> str:
         )
     head = [
         "model", "tokens", "vision", "pruning (of vision)", "prefill", "decode",
-        "to first token", "operations", "over k for free", "peak memory",
+        "to first token", "operations", "overhead", "peak memory",
     ]  # fmt: skip
     if all(not row[-1] for row in rows):  # not on the CPU
         head, rows = head[:-1], [row[:-1] for row in rows]
@@ -277,12 +278,12 @@ def _end_to_end(data: Any) -> str:
         f"{table(head, rows)}\nRandom weights"
         f"{' at a small size' if setup['small'] else ''}, {setup['dtype']}; "
         f"{setup['text_tokens']} other tokens in the prompt, {setup['new_tokens']} in the answer; "
-        f"medians of {setup['runs']} runs in turn. {_where(data)}\n"
+        f"medians of {setup['runs']} interleaved runs. {_where(data)}\n"
     )
 
 
 def end_to_end_cpu(results: Callable[[str], Any]) -> str:
-    """Whole models on the CPU, scaled down."""
+    """Shrunk models on the CPU."""
     data = results("end_to_end_cpu")
     return "Not measured yet.\n" if data is None else _end_to_end(data)
 
@@ -294,7 +295,7 @@ def end_to_end_gpu(results: Callable[[str], Any]) -> str:
 
 
 def capacity(results: Callable[[str], Any]) -> str:
-    """Users on a GPU for each number of retained tokens, as models/capacity.py computes it."""
+    """Users per GPU by number of retained tokens, from models/capacity.py."""
     data = results("capacity")
     setup = data["setup"]
     wanted = sorted(data["models"][0]["rows"][0]["gpus"], key=int)
@@ -328,7 +329,7 @@ def capacity(results: Callable[[str], Any]) -> str:
 
 
 def serving(results: Callable[[str], Any]) -> str:
-    """A server with and without pruning, as models/serving.py measures it."""
+    """A server with and without pruning, from models/serving.py."""
     data = results("serving")
     setup, versions = data["setup"], data["versions"]
     rows = [
@@ -352,7 +353,7 @@ def serving(results: Callable[[str], Any]) -> str:
 
 
 def load(results: Callable[[str], Any]) -> str:
-    """A server with and without pruning under mixed load, as models/load.py measures it."""
+    """A server with and without pruning under mixed load, from models/load.py."""
     data = results("load")
     if data is None:
         return "Not measured yet.\n"
@@ -381,7 +382,7 @@ def load(results: Callable[[str], Any]) -> str:
 
 
 def loop_counts(results: Callable[[str], Any]) -> str:
-    """What the dedup loop meets: scans and chains."""
+    """Scans and chains in the dedup loop."""
     data = results("loop_counts")
     head = ["features", "tokens", *data["results"][0]["counts"]]
     rows = [

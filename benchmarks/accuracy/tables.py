@@ -1,4 +1,4 @@
-"""The tables of the documentation, as Markdown, from the result files."""
+"""The accuracy tables of the documentation, as Markdown, from the results files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SHOWN = {
     "oracle": "objects first (oracle)",
 }
 SLICED = ("full", "vispruner", "important", "diverse", "random", "fastv/2", "oracle")
-SLICE_BUDGETS = (2, 3)  # places in the recipe's budgets
+SLICE_BUDGETS = (2, 3)  # indices into the recipe's budgets
 EMBEDDED = 0  # seed of the model in the package
 DECAYS = ("decay", "no decay")
-COMPARED = ("important", "diverse", "fastv/2")  # seed by seed
+COMPARED = ("important", "diverse", "fastv/2")  # by seed
 
 
 def everything(asked: Asked) -> bool:
-    """All questions but those about pictures on unseen backgrounds."""
+    """All questions except those about images with unseen backgrounds."""
     return asked.background != UNSEEN
 
 
@@ -123,8 +123,8 @@ class Tables:
         if rule == "full":
             return "full"
         if rule == "matched":
-            kept = self._recipe.matched_budget(k, 1)
-            return f"fastv/1@{kept}" if kept else None
+            matched = self._recipe.matched_budget(k, 1)
+            return f"fastv/1@{matched}" if matched else None
         return f"{rule}@{k}"
 
     def _summary(self) -> str:
@@ -135,9 +135,9 @@ class Tables:
         for rule in ("vispruner", "random", "oracle"):
             means = (self._results.mean("subset", f"{rule}@{k}", everything) for k in budgets)
             rows.append([SHOWN[rule], whole, *(mean.percent() for mean in means)])
-        head = ["visual tokens kept", f"{self._recipe.patches} (all)", *map(str, budgets)]
+        head = ["retained visual tokens", f"{self._recipe.patches} (all)", *map(str, budgets)]
         return (
-            f"{table(head, rows)}\nRight answers (%) ± standard error, "
+            f"{table(head, rows)}\nCorrect answers (%) ± standard error, "
             f"{_asked(self._results)} questions, {_seeds(self._results.seeds)}.\n"
         )
 
@@ -173,7 +173,7 @@ class Tables:
             rows.append([name, *cells])
         head = ["minus VisPruner, k =", *(str(k) for k in budgets)]
         return (
-            "Difference to VisPruner in points ± standard error, on the same questions:\n\n"
+            "Difference from VisPruner in points ± standard error, on the same questions:\n\n"
             f"{table(head, rows)}"
         )
 
@@ -205,7 +205,7 @@ class Tables:
             ]
             before = self._results.mean("language", f"vispruner@{k}", everything, minus="full")
             rows.append([f"{k} ({100 * k / self._recipe.patches:.0f} %)", *cells, _points(before)])
-        return table(["tokens kept", "all", *KINDS, "all, before the subset stage"], rows)
+        return table(["retained tokens", "all", *KINDS, "all, before the subset stage"], rows)
 
     def _by_seed(self) -> str:
         budgets = self._recipe.budgets[1:5]
@@ -225,14 +225,14 @@ class Tables:
                     )
                     for k in budgets
                 ]
-                rows.append([f"{SHOWN[rule]}, minus it, seed {seed}", "", *map(_points, gains)])
+                rows.append([f"{SHOWN[rule]}, difference, seed {seed}", "", *map(_points, gains)])
         head = ["tokens", f"{self._recipe.patches}", *(str(k) for k in budgets)]
         return f"Accuracy (%) and differences in points ± standard error:\n\n{table(head, rows)}"
 
     def _analysis(self, part: str, name: str) -> tuple[float, float]:
-        """Mean over seeds of an accuracy, and its standard error: of its scenes and of its seeds.
+        """Mean accuracy over seeds, and its standard error from scenes and seeds.
 
-        The files hold means alone, so the part of the scenes is that of a single seed, an upper
+        The files contain only means, so the error from scenes is that of a single seed, an upper
         bound.
         """
         values, errors = np.transpose([run[part]["accuracy"][name] for run in self._analyses])
@@ -262,7 +262,7 @@ class Tables:
         )
 
     def _shift(self) -> str:
-        """Share of the selected tokens that lie in the lowest two rows, seed by seed."""
+        """Share of the selected tokens in the lowest two rows, by seed."""
 
         def lowest(rows: Sequence[float]) -> str:
             return f"{100 * sum(rows[-2:]) / sum(rows):.0f} %"
@@ -284,7 +284,7 @@ class Tables:
         k = self._analyses[0]["attention"]["k"]
         return (
             f"Share of the {k} selected tokens in the lowest 2 of {self._recipe.grid} rows; in "
-            f"brackets with one position for all:\n\n{table(head, rows)}"
+            f"parentheses, with one position for all visual tokens:\n\n{table(head, rows)}"
         )
 
     def _dispersion(self) -> str:
@@ -311,12 +311,12 @@ class Tables:
         head = ["attention", "entropy", "on the top 10 %", "on objects", "AUROC of objects"]
         area = average("area of objects")
         return (
-            f"{table(head, rows)}\nObjects cover {100 * area:.0f} % of the patches; entropy 1 "
-            "is attention spread evenly.\n"
+            f"{table(head, rows)}\nObjects cover {100 * area:.0f} % of the patches; uniform "
+            "attention has entropy 1.\n"
         )
 
     def _settings(self) -> str:
-        """Where and how the numbers were made."""
+        """Machines, versions and dates of the numbers."""
         lines = []
         for run in self._results.runs:
             last = {line["stage"]: line["seconds"] for line in run["training"]}
@@ -330,6 +330,6 @@ class Tables:
             for run in self._results.runs
         )
         return (
-            f"{''.join(lines)}\n`generate()` under `vispruner.apply` gave the same verdict as the "
-            f"quick evaluation for {100 * agree:.1f} % of the questions tried.\n"
+            f"{''.join(lines)}\n`generate()` under `vispruner.apply` agreed with the fast "
+            f"evaluation on {100 * agree:.1f} % of the sampled questions.\n"
         )

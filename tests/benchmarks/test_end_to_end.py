@@ -1,4 +1,4 @@
-"""benchmarks/models/end_to_end.py from end to end, on models of a few thousand parameters."""
+"""benchmarks/models/end_to_end.py with models of a few thousand parameters."""
 
 from __future__ import annotations
 

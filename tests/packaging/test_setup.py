@@ -1,4 +1,4 @@
-"""How a build that cannot work ends: one line with the remedy, and no traceback."""
+"""Builds that cannot succeed end with a one-line solution and no traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ exec(compile(open({setup!r}).read(), {setup!r}, "exec"), namespace)
 
 @pytest.fixture
 def fails(sources, tmp_path):
-    """Calls a function of setup.py that must fail: the lines that it writes to stderr."""
+    """Calls a function of setup.py that must fail, and returns its lines on stderr."""
 
     def call(code: str, path: Path, **variables: str) -> list[str]:
         script = SCRIPT.format(tree=str(sources), setup=str(sources / "setup.py"), call=code)
@@ -51,7 +51,7 @@ def test_no_compiler(fails, tmp_path):
     assert line.startswith("vispruner: no C++ compiler: install one")
 
 
-def test_compiler_that_is_not_there(fails, tmp_path):
+def test_missing_compiler(fails, tmp_path):
     program(tmp_path, "g++")
     (line,) = fails("namespace['check_tools']()", tmp_path, CXX="g++-99 -O1")
     assert line == "vispruner: CXX=g++-99 -O1: program 'g++-99' not found"
