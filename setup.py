@@ -1,4 +1,4 @@
-"""Drives CMake (CMakeLists.txt is the build); all metadata is in pyproject.toml.
+"""Runs CMake (CMakeLists.txt is the build); all metadata but the description is in pyproject.toml.
 
 Environment variables for CMake: VISPRUNER_CUDA=AUTO|ON|OFF, VISPRUNER_CUDA_ARCHS,
 VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compilations.
@@ -7,6 +7,7 @@ VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compil
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,25 @@ OPTIONS = (
 )
 # The compilers that CMake looks for if CXX is not set.
 COMPILERS = ("c++", "g++", "clang++", "icpx", "CC")
+
+
+def readme() -> str:
+    """README.md for the package index.
+
+    Its links are relative. They become absolute if `[project.urls]` in pyproject.toml has a
+    `Repository`.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    repository = re.search(r'^Repository = "(.+?)/?"$', project, re.MULTILINE)
+    if repository is None:
+        return text
+
+    def absolute(link: re.Match[str]) -> str:
+        view = "raw" if link[1].endswith((".png", ".svg", ".webp")) else "blob"
+        return f"]({repository[1]}/{view}/HEAD/{link[1]})"
+
+    return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", absolute, text)
 
 
 def check_tools() -> None:
@@ -116,6 +136,8 @@ class PythonFreeWheel(bdist_wheel):
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("vispruner_cuda.libvispruner", sources=[])],
     cmdclass={"build_py": BuildPy, "build_ext": BuildLibrary, "bdist_wheel": PythonFreeWheel},
 )

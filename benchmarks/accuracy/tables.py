@@ -196,7 +196,7 @@ class Tables:
         return "\n".join(parts)
 
     def _by_kind(self) -> str:
-        """Points that VisPruner costs, by how much is kept and what is asked."""
+        """Change in accuracy with VisPruner, by retained tokens and kind of question."""
         rows = []
         for k in self._recipe.budgets:
             cells = [

@@ -45,7 +45,7 @@ def candidates(case: Case) -> dict[str, Callable[[], Any]]:
              "dedup": "eager loop"}  # fmt: skip
     found[names.get(case.op, "softmax of q k")] = case.call(x, baselines)
     if case.op == "received_attention":
-        # Does not compute the scores: what the tower's own attention costs.
+        # For comparison: the cost of the tower's attention, which gives no scores.
         q, k = (x[name].transpose(0, 1).unsqueeze(0) for name in ("q", "k"))
         found["one SDPA forward"] = lambda: F.scaled_dot_product_attention(q, k, k)
     return found

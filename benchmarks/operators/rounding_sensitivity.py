@@ -71,12 +71,12 @@ def _share(a: set[int], b: set[int]) -> float:
     return len(a & b) / max(1, len(a))
 
 
-def coverage(feats: Tensor, kept: Tensor) -> float:
+def coverage(feats: Tensor, retained: Tensor) -> float:
     """Mean over dropped tokens of the best cosine to a retained one."""
     unit = F.normalize(feats.double(), dim=-1)
     dropped = torch.ones(len(feats), dtype=torch.bool)
-    dropped[kept] = False
-    return float((unit[dropped] @ unit[kept].T).amax(dim=1).mean())
+    dropped[retained] = False
+    return float((unit[dropped] @ unit[retained].T).amax(dim=1).mean())
 
 
 def compare(feats: Tensor, scores: Tensor, k: int, seed: int) -> dict[str, dict[str, float]]:

@@ -82,7 +82,7 @@ def test_a_decoding_loop_with_the_newest_name(tiny: Tiny) -> None:
 
 
 def test_two_decoding_loops_in_turns(tiny: Tiny) -> None:
-    """Where a conversation goes on is a matter of its cache, not of the last call."""
+    """The position of a conversation depends on its cache, not on the last call."""
     model = tiny.build()
     asks = [tiny.inputs([[1, image(3), 10]]), tiny.inputs([TWO])]
     with vispruner.apply(model, k=K), torch.no_grad():
@@ -99,7 +99,7 @@ def test_two_decoding_loops_in_turns(tiny: Tiny) -> None:
 
 
 def test_rows_of_a_cache(tiny: Tiny) -> None:
-    """Its own operations are followed; what the cache does not know of is refused."""
+    """Operations of the cache also change the layout; other changes are refused."""
     model, inputs = tiny.build(), tiny.inputs(ROWS)
     token = torch.tensor([[30], [31]])
 

@@ -52,7 +52,7 @@ _WORDS_OF_QUESTIONS = (
 # fmt: on
 
 _GAP = 3  # pixels between the boxes of two objects
-_PLACEMENTS = 25  # attempts to place an object before it is left out
+_PLACEMENTS = 25  # attempts to place an object before it is omitted
 _SUPERSAMPLING = 4
 
 
