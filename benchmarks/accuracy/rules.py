@@ -93,13 +93,13 @@ def oracle(cues: Cues, k: int) -> Tensor:
     """Uses the ground truth: one patch of each object in turn, then background."""
     noise = torch.Generator().manual_seed(1000 * cues.seed)
     chance = torch.rand(cues.owner.shape, generator=noise)
-    turn = torch.full_like(chance, math.inf)
+    order = torch.full_like(chance, math.inf)
     for thing in range(1, int(cues.owner.max()) + 1):
         mine = (cues.owner == thing).cpu()
         place = chance.masked_fill(~mine, math.inf).argsort().argsort()
-        turn = torch.where(mine, place + chance, turn)
-    background = torch.where(turn.isinf(), cues.owner.shape[1] + chance, turn)
-    return highest(-background, k).to(cues.scores.device)
+        order = torch.where(mine, place + chance, order)
+    order = torch.where(order.isinf(), cues.owner.shape[1] + chance, order)
+    return highest(-order, k).to(cues.scores.device)
 
 
 RANDOM_DRAWS = 5

@@ -214,11 +214,11 @@ def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[
             ways[f"plain k={one}"] = plain
         times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         runs = bar.add_task(f"{name}, batch {batch}", total=(options.runs + 1) * len(ways))
-        for turn in range(options.runs + 1):
+        for repeat in range(options.runs + 1):
             for way, run in ways.items():
                 spent = run()
                 bar.advance(runs)
-                if turn:  # the first one warms up
+                if repeat:  # the first one warms up
                     times[way].append(spent)
         bar.remove_task(runs)
         for way, run in ways.items():

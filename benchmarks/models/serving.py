@@ -151,11 +151,11 @@ def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[d
             )
             servers.append((one, stack.enter_context(running)))
             progress.advance(task)
-        for turn in range(1 + options.rounds):  # the first one warms up
-            for one, server in servers if turn % 2 else reversed(servers):
-                progress.update(task, description=f"round {turn}: {one.name:<12}")
-                if turn:
-                    one.round(server, options, seed=turn)
+        for number in range(1 + options.rounds):  # the first one warms up
+            for one, server in servers if number % 2 else reversed(servers):
+                progress.update(task, description=f"round {number}: {one.name:<12}")
+                if number:
+                    one.round(server, options, seed=number)
                 else:
                     benchmark(server, options, options.concurrency, seed=0)
                 progress.advance(task)

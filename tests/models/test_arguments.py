@@ -73,7 +73,7 @@ def test_packed_prompts_equal_separate_prompts(tiny: Tiny) -> None:
             places = []
             for one, row in zip(alone, rows, strict=True):
                 count = torch.arange(one["input_ids"].shape[1])[None, None]
-                places.append(torch.cat([count, tiny.places(model, one["input_ids"], row)]))
+                places.append(torch.cat([count, tiny.positions(model, one["input_ids"], row)]))
             packed = torch.cat(places, 2)
         else:
             packed = torch.cat([torch.arange(one["input_ids"].shape[1]) for one in alone])[None]

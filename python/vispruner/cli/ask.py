@@ -104,14 +104,14 @@ def run(options: argparse.Namespace) -> int:
     report = None
     warmups = 0 if options.no_warmup else 1
     with Progress(console=console, transient=True) as bar:
-        for turn in bar.track(range(warmups + options.runs), description="answering"):
+        for number in bar.track(range(warmups + options.runs), description="answering"):
             for way, ask in ways.items():
                 try:
                     answers[way], spent, seen = ask()
                 except (ValueError, TypeError, RuntimeError) as error:
                     raise CommandError(one_line(error)) from error
                 report = seen or report
-                if turn >= warmups:
+                if number >= warmups:
                     times[way].append(spent)
     assert report is not None
 

@@ -165,7 +165,7 @@ class Tiny:
     def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
         return None
 
-    def places(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
+    def positions(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
         """(3, 1, L) positions of the unpruned prompt, None where positions are consecutive."""
         return None
 
@@ -179,7 +179,7 @@ class Tiny:
         items = [part for part in row if isinstance(part, Item)]
         embeds = model.get_input_embeddings()(ids).clone()
         keep = torch.ones(ids.shape[1], dtype=torch.bool)
-        places = self.places(model, ids, row)
+        places = self.positions(model, ids, row)
         deep: list[list[Tensor]] = []
         start = 0
         for part in row:
@@ -523,7 +523,7 @@ class Qwen(Tiny):
     def typed(self, ids: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
-    def places(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
+    def positions(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
         items = [part for part in row if isinstance(part, Item)]
         grids = {k: v for k, v in self.media(items).items() if k.endswith("grid_thw")}
         kinds = self.typed(ids)["mm_token_type_ids"]
