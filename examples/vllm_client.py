@@ -32,4 +32,4 @@ for k in (None, 32, 8):
         )
         text = said.choices[0].message.content
         prompt = said.usage.prompt_tokens
-        print(f"k={k or 'default'}: {question} {text} (expected {expected}; {prompt} tokens)")
+        print(f"k={k or 'of the server'}: {question} {text} (expected {expected}; {prompt} tokens)")
