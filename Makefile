@@ -2,9 +2,8 @@
 #
 #   make demo     or     make test
 #
-# Both use a virtual environment of their own in $(VENV), with the versions in constraints.txt.
-# To use the environment you are in instead, with its own torch, say VENV= (empty): then this
-# package is installed into it, and nothing else is.
+# Both use a virtual environment in $(VENV), with the versions in constraints.txt. With VENV= (empty)
+# they use the current environment and its torch, and install only this package into it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,11 +25,11 @@ CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 .PHONY: help venv install demo test lint format docs wheel bench clean
 .PHONY: lint-ruff lint-mypy lint-format lint-tidy lint-yaml
 
-help:  ## print this
+help:  ## print this help
 	@echo 'make TARGET [PYTHON=python3] [VENV=.venv, or empty: the current environment]'
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
 
-# torch comes first: the build uses the torch it finds and must not fetch another.
+# torch comes first: the build uses the installed torch and must not download another.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -c constraints.txt torch
@@ -38,11 +37,11 @@ $(VENV)/.torch: constraints.txt
 
 venv: $(if $(BIN),$(VENV)/.torch) ## make the virtual environment, with torch
 
-install: venv ## build and install the package, and say what was built
+install: venv ## build and install the package, and print what was built
 	$(INSTALL)
 	$(PY) -m vispruner_cuda
 
-demo: install ## ask the embedded model with and without pruning, and draw what it keeps
+demo: install ## ask the embedded model with and without pruning, and draw the retained tokens
 	$(PY) -m vispruner.cli ask --k 22 --compare --runs 3
 	$(PY) -m vispruner.cli show --k 22 -o vispruner.png
 
@@ -59,7 +58,7 @@ lint-ruff: install
 lint-mypy: install
 	$(BIN)mypy
 
-# Workflows, issue forms and CITATION.cff, with the schemas that come with the tool.
+# Workflows, issue forms and CITATION.cff, with the schemas of check-jsonschema.
 lint-yaml: install
 	$(BIN)yamllint --strict .github .pre-commit-config.yaml .yamllint.yml CITATION.cff mkdocs.yml
 	$(BIN)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -81,8 +80,8 @@ format: install ## format all sources in place
 docs: install ## build the documentation in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
-# auditwheel reads from the library which glibc it needs, and names the wheel by it.
-wheel: install ## build a wheel in dist/ for other machines with a glibc and torch that are as new
+# auditwheel names the wheel after the glibc that the library needs.
+wheel: install ## build a wheel in dist/ for other machines, whose glibc must be as new
 	rm -rf dist
 	$(PY) -m pip wheel --no-deps --wheel-dir dist/raw .
 	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/raw/*.whl
@@ -91,5 +90,5 @@ wheel: install ## build a wheel in dist/ for other machines with a glibc and tor
 bench: install ## run the benchmarks, JSON in .benchmarks/
 	cd benchmarks && $(PY) -m pytest --benchmark-only --benchmark-autosave $(PYTEST_ARGS)
 
-clean:  ## remove what was built (the virtual environment stays)
+clean:  ## remove build outputs, but not the virtual environment
 	rm -rf build dist python/*.egg-info *.egg-info vispruner_cuda/libvispruner.so

@@ -1,4 +1,4 @@
-"""Drives CMake (CMakeLists.txt is the build); all metadata is in pyproject.toml.
+"""Runs CMake (CMakeLists.txt is the build); all metadata but the description is in pyproject.toml.
 
 Environment variables for CMake: VISPRUNER_CUDA=AUTO|ON|OFF, VISPRUNER_CUDA_ARCHS,
 VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compilations.
@@ -7,6 +7,7 @@ VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compil
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,15 +27,34 @@ OPTIONS = (
     "VISPRUNER_TORCH_DIR",
     "VISPRUNER_PTXAS_REPORT",
 )
-# Those that CMake looks for where CXX names none.
+# The compilers that CMake looks for if CXX is not set.
 COMPILERS = ("c++", "g++", "clang++", "icpx", "CC")
 
 
+def readme() -> str:
+    """README.md for the package index.
+
+    Its links are relative. They become absolute if `[project.urls]` in pyproject.toml has a
+    `Repository`.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    repository = re.search(r'^Repository = "(.+?)/?"$', project, re.MULTILINE)
+    if repository is None:
+        return text
+
+    def absolute(link: re.Match[str]) -> str:
+        view = "raw" if link[1].endswith((".png", ".svg", ".webp")) else "blob"
+        return f"]({repository[1]}/{view}/HEAD/{link[1]})"
+
+    return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", absolute, text)
+
+
 def check_tools() -> None:
-    """Raises SystemExit, which is one line, where there is nothing to build with."""
+    """Raises SystemExit with a one-line message if a build tool is missing."""
     named = shlex.split(os.environ.get("CXX", ""))[:1]
     if named and not shutil.which(named[0]):
-        raise SystemExit(f"vispruner: CXX={os.environ['CXX']}: there is no program {named[0]!r}")
+        raise SystemExit(f"vispruner: CXX={os.environ['CXX']}: program {named[0]!r} not found")
     if not named and not any(map(shutil.which, COMPILERS)):
         raise SystemExit(
             "vispruner: no C++ compiler: install one (Debian and Ubuntu: apt install g++; "
@@ -42,25 +62,25 @@ def check_tools() -> None:
         )
     if not shutil.which("cmake"):
         raise SystemExit(
-            "vispruner: no cmake: pip install cmake ninja, or leave --no-build-isolation out"
+            "vispruner: no cmake: pip install cmake ninja, or omit --no-build-isolation"
         )
 
 
 def run(*command: str) -> None:
-    """Runs a step of the build; raises SystemExit with a likely reason where it fails."""
+    """Runs a step of the build; raises SystemExit with a likely reason if it fails."""
     status = subprocess.run(command).returncode
     if status == 0:
         return
-    message = f"vispruner: {command[0]} failed with exit status {status}, the reason is above"
+    message = f"vispruner: {command[0]} failed with exit status {status}, see the output above"
     for place in (ROOT, Path(tempfile.gettempdir())):  # compilers write to the second
         left = shutil.disk_usage(place).free >> 20
         if left < 64:
-            message += f"; {place} has {left} MiB left: free some of its disk"
+            message += f"; {place} has {left} MiB left: free some disk space"
     raise SystemExit(message)
 
 
 class BuildPy(build_py):
-    """Starts from an empty build/lib: a module deleted since an earlier build must not ship."""
+    """Starts from an empty build/lib, so that deleted modules are not packaged."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -69,10 +89,10 @@ class BuildPy(build_py):
 
 
 class BuildLibrary(build_ext):
-    """Has CMake build libvispruner.so, for the package being built and into the source tree.
+    """Builds libvispruner.so with CMake, for the package and into the source tree.
 
-    With a copy in the source tree `import vispruner_cuda` also works inside a clone, where
-    Python finds the source tree before the installed package.
+    The copy in the source tree makes `import vispruner_cuda` work inside a clone, where Python
+    finds the source tree before the installed package.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -80,9 +100,9 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         check_tools()
-        # One directory for all kinds of build, so that the second one has little to compile.
+        # One directory for all kinds of builds, so that later ones compile little.
         build = ROOT / "build" / f"cmake-{self.plat_name}"
-        # pip builds in the source tree: an earlier build's options and compilers must not linger.
+        # pip builds in the source tree: options and compilers of an earlier build must not remain.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         for found in build.glob("CMakeFiles/[0-9]*"):
             shutil.rmtree(found)
@@ -92,7 +112,7 @@ class BuildLibrary(build_ext):
         ]
         arguments += [f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)]
         ninja = shutil.which("ninja")
-        if ninja:  # by its path: that of an earlier build may lie in an environment that is gone
+        if ninja:  # by path: that of an earlier build may be in a deleted environment
             arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         run("cmake", "-S", str(ROOT), "-B", str(build), *arguments)
@@ -102,20 +122,22 @@ class BuildLibrary(build_ext):
         in_source = ROOT / "vispruner_cuda" / "libvispruner.so"
         for target in {packaged, in_source}:
             target.parent.mkdir(parents=True, exist_ok=True)
-            # A new file, never over the old one: a running process may have that one mapped.
+            # Always a new file: a running process may have the old one mapped.
             target.unlink(missing_ok=True)
             shutil.copy2(build / "libvispruner.so", target)
         print(f"\n{(build / 'summary.txt').read_text()}", flush=True)
 
 
 class PythonFreeWheel(bdist_wheel):
-    """The library has no Python symbol: one wheel a platform serves every Python 3."""
+    """The library has no Python symbols, so one wheel per platform works with every Python 3."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("vispruner_cuda.libvispruner", sources=[])],
     cmdclass={"build_py": BuildPy, "build_ext": BuildLibrary, "bdist_wheel": PythonFreeWheel},
 )

@@ -1,6 +1,6 @@
 """Runs clang-tidy over csrc/: C++ as CMake compiles it, CUDA as host and as device code.
 
-Needs clang-tidy on the PATH and torch in this Python. Without nvcc the .cu files are left out.
+Needs clang-tidy on the PATH and torch in this Python. Without nvcc, the .cu files are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def cuda_toolkit() -> Path | None:
 
 def commands(scratch: Path) -> list[list[str]]:
     tidy = ["clang-tidy", "--quiet"]
-    # The host part of the CUDA build is checked too: ops.cpp sees VP_WITH_CUDA.
+    # VP_WITH_CUDA includes the host part of the CUDA build in ops.cpp.
     cpp_options = ["--extra-arg=-DVP_WITH_CUDA", "--extra-arg=-Wno-unknown-warning-option"]
     jobs = [
         [*tidy, "-p", str(scratch), *cpp_options, str(file)]
@@ -41,7 +41,7 @@ def commands(scratch: Path) -> list[list[str]]:
     if toolkit is None:
         print("clang-tidy: no nvcc, so the .cu files are not checked")
         return jobs
-    # clang's CUDA prelude includes a header of cuRAND, which a small toolkit lacks.
+    # clang's CUDA prelude includes a header of cuRAND, which small toolkits lack.
     (scratch / "curand_mtgp32_kernel.h").touch()
     cuda_options = [
         "--",

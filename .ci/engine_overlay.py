@@ -1,7 +1,7 @@
-"""Newer Python files of vLLM over the compiled parts of the installed CPU build.
+"""Combines Python files of a newer vLLM with the compiled parts of the installed CPU build.
 
-For a release without a CPU build: DIRECTORY gets a package `vllm` with the Python files of WHEEL,
-which is for GPUs, and the libraries of this interpreter's vLLM. Put it first on PYTHONPATH.
+For a release without a CPU build: writes a package `vllm` into DIRECTORY, with the Python files of
+WHEEL, which is for GPUs, and the libraries of this interpreter's vLLM. Put it first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def overlay(wheel: Path, directory: Path) -> None:
     assert spec.origin is not None
     for library in Path(spec.origin).parent.glob("*.so"):
         shutil.copy(library, directory / "vllm" / library.name)
-    # vLLM looks at its version to know that this is a build for the CPU.
+    # vLLM detects a CPU build by its version.
     version = re.match(r"vllm-([\d.]+)-", wheel.name)
     assert version is not None
     metadata = directory / f"vllm-{version[1]}+cpu.dist-info"

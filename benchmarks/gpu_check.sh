@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Everything that ten minutes on a GPU can verify and measure, in one call:
+# Verifies and measures everything on a GPU in one call of at most ten minutes:
 #
 #   bash benchmarks/gpu_check.sh [OUTPUT_DIRECTORY]
 #
 # Builds for this GPU in the source tree, verifies all operators, runs the kernel tests on the device,
 # compute-sanitizer, the stress program and the benchmarks. Needs torch with CUDA, nvcc, cmake, ninja,
-# pytest, hypothesis, numpy and pybind11 in the current environment (PYTHON names the interpreter), and
-# nothing from a network.
+# pytest, hypothesis, numpy and pybind11 in the current environment (PYTHON names the interpreter), but
+# no network.
 #
-# The output directory (benchmarks/results by default) gets four files, each as soon as there is
-# something to write:
+# The output directory (benchmarks/results by default) gets four files, each as early as possible:
 #
-#   gpu_verified.json        what passed, and on which sources; written again after every step
-#   vispruner_verify.json    of `python -m vispruner_cuda --verify`
-#   kernels.json             the benchmarks
-#   gpu_check_logs.tar.gz    the logs of all steps
+#   gpu_verified.json        results, with the hash of the sources; rewritten after every step
+#   vispruner_verify.json    report of `python -m vispruner_cuda --verify`
+#   kernels.json             results of the benchmarks
+#   gpu_check_logs.tar.gz    logs of all steps
 #
-# The script ends by itself within TIME_LIMIT seconds (585 by default): a step gets what is left of them
-# at most. If it is stopped, the files hold what was done until then. DRY_RUN=1 goes through the same
-# steps on a CPU in less than 290 seconds and writes gpu_dry_run.json instead of gpu_verified.json.
+# The script ends within TIME_LIMIT seconds (585 by default), which also limit each step. If it is
+# interrupted, the files have the results so far. DRY_RUN=1 runs the same steps on a CPU in less than 290
+# seconds and writes gpu_dry_run.json instead of gpu_verified.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dry=${DRY_RUN:-}
@@ -30,19 +29,19 @@ out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 logs=$work/gpu_check_logs
 mkdir "$logs"
-rm -f "$out/vispruner_verify.json"  # that of an earlier run would be read as this one's
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-# On a busy machine, threads would wait for each other much longer than they work.
+rm -f "$out/vispruner_verify.json"  # an earlier run's report must not be read as this one's
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
+# On a busy machine, threads would mostly wait for each other.
 [ -z "$dry" ] || export OMP_NUM_THREADS=1
-export PATH=$PATH:/usr/local/cuda/bin  # compute-sanitizer may be there alone
+export PATH=$PATH:/usr/local/cuda/bin  # may contain compute-sanitizer
 
 tools=(memcheck racecheck initcheck synccheck)
-closing=6 # seconds kept for the last report
+closing=6 # seconds reserved for the last report
 declare -A pids=()
 
-report() {  # the report and the logs, as they are now
+report() {  # writes the report and the logs so far
   local status
-  "$python" -S benchmarks/write_report.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
+  "$python" -S benchmarks/verify/write_report.py "$logs" "$out" ${dry:+--dry-run} ${1:-}
   status=$?
   tar -C "$work" -czf "$out/gpu_check_logs.tar.gz.new" gpu_check_logs &&
     mv "$out/gpu_check_logs.tar.gz.new" "$out/gpu_check_logs.tar.gz"
@@ -57,13 +56,13 @@ start() {  # start NAME SECONDS COMMAND...: in the background, with a limit and 
     echo 'not run' >"$logs/$name.status"
     return
   fi
-  # A time limit for the command and all of its children; the inner shell can run the functions below.
+  # The time limit includes child processes; the inner shell can run the functions below.
   timeout --kill-after=5 "$most" bash -c 'at=$1; shift; "$@"; status=$?; echo "$SECONDS" >"$at"; exit $status' \
     _ "$logs/$name.seconds" "$@" >"$logs/$name.log" 2>&1 </dev/null &
   pids[$name]=$!
 }
 
-finish() {  # finish NAME: waits for it and says how it went
+finish() {  # finish NAME: waits for a step and prints its result
   local name=$1 status=1
   if [ -n "${pids[$name]:-}" ]; then
     wait "${pids[$name]}"  # a signal interrupts this wait, and no other command
@@ -81,11 +80,11 @@ finish() {  # finish NAME: waits for it and says how it went
 
 step() { start "$@"; finish "$1"; }
 
-stopped() {  # stopped STATUS: however the script ends
+stopped() {  # stopped STATUS: runs at any end of the script
   trap '' EXIT TERM INT HUP
   local name unclean=0
   for name in "${!pids[@]}"; do
-    kill "${pids[$name]}" 2>/dev/null  # of `timeout`, which passes it on
+    kill "${pids[$name]}" 2>/dev/null  # the `timeout` process, which forwards it
     echo 'stopped' >"$logs/$name.status"
   done
   report || unclean=1
@@ -107,50 +106,50 @@ build() {
     cmake --build build/gpu_check --parallel &&
     rm -f vispruner_cuda/libvispruner.so &&
     cp build/gpu_check/libvispruner.so vispruner_cuda/ &&
-    nvcc -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/sanitizer_probe.cu &&
+    nvcc -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/verify/sanitizer_probe.cu &&
     "$python" -m vispruner_cuda
 }
 
 describe() {
-  "$python" -c 'import json, sys; sys.path.insert(0, "benchmarks"); import provenance
+  "$python" -c 'import json, sys, provenance
 json.dump(provenance.describe(), open(sys.argv[1], "w"))' "$logs/provenance.json"
 }
 
 sanitizer() {  # sanitizer TOOL COMMAND...
   local options=(--tool "$1" --error-exitcode 9 --print-limit 20)
-  # Only the kernels of this library: those of torch take long, and their errors are not ours.
+  # Only the kernels of this library: torch's take long, and their errors are not ours.
   options+=(--kernel-regex kns=vispruner)
-  # A CUDA call that fails is not an invalid access: torch probes for features in this way.
+  # Failing CUDA calls are no invalid accesses: torch probes features with them.
   [ "$1" != memcheck ] || options+=(--leak-check no --report-api-errors no)
   compute-sanitizer "${options[@]}" "${@:2}"
 }
 
-# compute-sanitizer is missing from some installations and cannot trace a process in some containers
-# (gVisor). It works if it finds the fault of a program that has one.
+# compute-sanitizer is missing in some installations and cannot trace processes in some containers
+# (gVisor). It works if it finds the error of a faulty program.
 sanitizer_works() {
   if ! command -v compute-sanitizer; then
     echo 'there is no compute-sanitizer'
     return 1
   fi
   sanitizer memcheck build/gpu_check/sanitizer_probe
-  [ $? = 9 ] || { echo 'compute-sanitizer does not find the fault of benchmarks/sanitizer_probe.cu'; return 1; }
+  [ $? = 9 ] || { echo 'compute-sanitizer does not find the fault of benchmarks/verify/sanitizer_probe.cu'; return 1; }
 }
 
 sanitize() {
-  # Memory from the caching allocator hides overruns between tensors.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer "$1" "$python" benchmarks/sanitize.py
+  # The caching allocator would hide overruns between tensors.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer "$1" "$python" benchmarks/verify/sanitize.py
 }
 
 export python dry logs
 export -f build describe sanitizer sanitizer_works sanitize
 
 step build 200 build || { cat "$logs/build.log"; exit 1; }
-step environment 30 describe
+step provenance 30 describe
 
 step verify 70 "$python" -m vispruner_cuda --verify -o "$out/vispruner_verify.json" \
   --device $([ -n "$dry" ] && echo cpu --quick || echo cuda)
 
-# Beside each other: none of these is timed, and all of them wait for a processor most of the time.
+# In parallel: none of these is timed, and all of them mostly wait for a processor.
 if step sanitizer_works 40 sanitizer_works; then
   for tool in "${tools[@]}"; do start "$tool" 170 sanitize "$tool"; done
 else
@@ -159,16 +158,16 @@ else
     tail -n 1 "$logs/sanitizer_works.log" >"$logs/$tool.log"
   done
 fi
-# The random cases are shared out over the tests; a GPU call each costs about a millisecond. What is
-# left out tests the CPU's instruction sets and the compiled kernels on the host.
+# The random cases are divided among the tests; each costs a GPU call of about a millisecond. Tests of
+# the CPU's instruction sets and of the compiled kernels on the host are skipped.
 export VISPRUNER_TEST_COMPILED_KERNELS=0
 export VISPRUNER_RANDOM_CASES=${VISPRUNER_RANDOM_CASES:-$([ -n "$dry" ] && echo 100 || echo 2000)}
 step tests 170 "$python" -m pytest tests/ops -q -p no:cacheprovider \
   --ignore tests/ops/test_instruction_sets.py ${dry:+-m 'not slow'}
 for tool in "${tools[@]}"; do finish "$tool"; done
 
-step stress 80 "$python" benchmarks/stress.py ${dry:+--help}
+step stress 80 "$python" benchmarks/verify/stress.py ${dry:+--help}
 
-step benchmarks 300 "$python" benchmarks/operators_gpu.py --rows --quick --compile-limit 25 \
+step benchmarks 300 "$python" -m operators.gpu --goals --quick --compile-limit 25 \
   ${dry:+--device cpu} -o "$out"
 exit 0

@@ -1,4 +1,4 @@
-"""What a result file says about where it was measured."""
+"""Provenance of a results file: device, versions and sources."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def tree_hash(directory: Path) -> str | None:
-    """The git tree hash of a directory as it is now: `git rev-parse HEAD:csrc` once committed."""
+    """The git tree hash of a directory, as from `git rev-parse HEAD:csrc` once committed."""
     listed = _git("ls-files", "-co", "--exclude-standard", "--", str(directory))
     if listed:
         return _tree(directory, {ROOT / line for line in listed.splitlines()})
-    files = {f for f in directory.rglob("*") if f.is_file()}  # a copy without git
+    files = {f for f in directory.rglob("*") if f.is_file()}  # without git
     return _tree(directory, files) if files else None
 
 
@@ -103,10 +103,10 @@ def describe() -> dict[str, Any]:
 
 
 def write(name: str, data: dict[str, Any], directory: Path = RESULTS) -> Path:
-    """Writes NAME.json, environment first."""
+    """Writes NAME.json, with the provenance first."""
     path = directory / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".json.new")
     written.write_text(json.dumps({**describe(), **data}, indent=1) + "\n")
-    os.replace(written, path)  # never half a file, should a time limit end the program here
+    os.replace(written, path)  # so that an interrupted run leaves no partial file
     return path

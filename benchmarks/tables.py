@@ -1,24 +1,26 @@
-"""Generates the tables of README.md and docs/ from the files in benchmarks/results/.
+"""Generates the tables of README.md, docs/ and the model card from the files in results/.
 
-A table lies between `<!-- table:NAME -->` and `<!-- /table -->`. Without options the files are
-rewritten; `--check` only says which are out of date, and exits with 1 if one is.
+Without options the documents are rewritten (documents.py has their format); `--check` changes
+nothing, lists those that are out of date, and exits with 1 if there are any. The tables named
+accuracy-* come from accuracy/tables.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).with_name("results")
-DOCUMENTS = ("README.md", "docs/*.md")
+import documents
+from documents import table
 
-_BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+RESULTS = Path(__file__).with_name("results")
+ACCURACY = "accuracy-"
+RECIPE = "cpu"  # of the accuracy experiment in the documentation
 
 
 def _load(name: str) -> Any:
@@ -26,14 +28,8 @@ def _load(name: str) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First column left, the others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _where(data: Any) -> str:
-    """Where and when a result was measured: on the GPU if there was one."""
+    """Device, versions and date of a result, with the GPU if there is one."""
     device, versions = data["device"], data["versions"]
     if gpu := device.get("gpu"):
         return f"{gpu['name']}, driver {gpu['driver']}; torch {versions['torch']}; {data['date']}."
@@ -70,29 +66,29 @@ def _cpu_speed(data: Any, only: Sequence[str] = ()) -> str:
         if only and row["name"] not in only:
             continue
         median = dict(row["median_ms"])
-        own = median.pop("vispruner_cuda")
+        ours = median.pop("vispruner_cuda")
         baseline = min(median, key=lambda name: median[name])
         rows.append(
             [
                 f"`{row['name']}`",
                 f"{_milliseconds(median[baseline])} ({baseline})",
-                _milliseconds(own),
+                _milliseconds(ours),
                 f"{row['speedup']:.1f} x" if row["speedup"] < 10 else f"{row['speedup']:.0f} x",
             ]
         )
-    table = _markdown(
-        ["work (images x tokens x channels)", "eager PyTorch", "here", "faster"], rows
+    speeds = table(
+        ["work (images x tokens x channels)", "eager PyTorch", "vispruner_cuda", "speed-up"], rows
     )
-    return f"{table}\nMedians, interleaved in one process. {_where(data)}\n"
+    return f"{speeds}\nMedians, interleaved in one process. {_where(data)}\n"
 
 
 def cpu_speed(results: Callable[[str], Any]) -> str:
-    """Operators against the fastest eager baseline."""
+    """Operators compared with the fastest eager baseline."""
     return _cpu_speed(results("cpu"))
 
 
 def cpu_speed_summary(results: Callable[[str], Any]) -> str:
-    """Some of its rows."""
+    """The rows for the README."""
     return _cpu_speed(results("cpu"), _SUMMARY)
 
 
@@ -114,13 +110,11 @@ def cpu_memory(results: Callable[[str], Any]) -> str:
         for row in data["memory"]
     ]
     head = ["work", "features", "Gram matrix", "peak extra", "(peak - Gram) / features"]
-    return (
-        f"{_markdown(head, rows)}\nGrowth of the peak resident set over one call. {_where(data)}\n"
-    )
+    return f"{table(head, rows)}\nGrowth of the peak resident set over one call. {_where(data)}\n"
 
 
 def rounding_sensitivity(results: Callable[[str], Any]) -> str:
-    """What survives a rounding error: agreement of the diverse half, and coverage."""
+    """Agreement of the diverse half under rounding errors, and coverage."""
     data = results("rounding_sensitivity")
     reordered = "canonical v1, channels reversed, in a batch"
     agreement, coverage = [], []
@@ -154,19 +148,19 @@ def rounding_sensitivity(results: Callable[[str], Any]) -> str:
     kinds = ["features", "float64", "float32", "bfloat16", "canonical v1", "random diverse half"]
     return (
         "Share of the diverse half that two runs have in common:\n\n"
-        f"{_markdown(head, agreement)}\n"
+        f"{table(head, agreement)}\n"
         "Coverage of the dropped tokens:\n\n"
-        f"{_markdown(kinds, coverage)}\n"
+        f"{table(kinds, coverage)}\n"
         f"Tokens x channels; ratio {data['setup']['important_ratio']}. {_where(data)}\n"
     )
 
 
 def gpu_status(results: Callable[[str], Any]) -> str:
-    """What has run on a GPU, from gpu_verified.json, which a run on a GPU writes."""
+    """GPU runs, from gpu_verified.json, which gpu_check.sh writes."""
     data = results("gpu_verified")
     head = ["GPU", "date", "torch, driver", "tests passed", "failed", "csrc tree"]
     if data is None:
-        return "GPU-tested: not yet. No kernel of this project has run on a GPU so far.\n"
+        return "GPU-tested: not yet. No kernel of this project has run on a GPU.\n"
     runs = data if isinstance(data, list) else [data]
     rows = [
         [
@@ -179,40 +173,39 @@ def gpu_status(results: Callable[[str], Any]) -> str:
         ]
         for run in runs
     ]
-    return _markdown(head, rows)
+    return table(head, rows)
 
 
 def compiled_kernels(results: Callable[[str], Any]) -> str:
-    """What the compiled kernels have run on the host, from a run of `make test`."""
+    """The compiled kernels' runs on the host, from a run of `make test`."""
     data = results("compiled_kernels")
     if data is None:
         return "Not recorded.\n"
     targets = " and ".join(f"sm_{target}" for target in data["targets"])
     return (
         f"{data['launches']:,} launches of {len(data['kernels'])} kernels (PTX for {targets}) in "
-        f"{data['calls']:,} calls: {data['failed']} with a finding of a checker. "
-        f"{data['faults']} seeded faults, {data['faults'] - data['tests_failed']} noticed. "
+        f"{data['calls']:,} calls: errors reported by a checker in {data['failed']}. "
+        f"{data['faults'] - data['tests_failed']} of {data['faults']} seeded faults detected. "
         f"{data['date']}.\n"
     )
 
 
 def gpu_goals(results: Callable[[str], Any]) -> str:
-    """Each speed goal: goal, measured, best baseline, floor."""
+    """Speed goals: goal, measured, best baseline, floor."""
     data = results("kernels")
     if data is None:
         return "Not measured yet: no GPU has run these kernels.\n"
     rows = []
     for row in data["rows"]:
-        own = row["us_per_image"] if row["per"] == "image" else row["us"]
+        ours = row["us_per_image"] if row["per"] == "image" else row["us"]
         floor = max(row["floor_us"].values()) / (row["images"] if row["per"] == "image" else 1)
         baselines = {name: time for name, time in row.get("baselines_us", {}).items() if time}
         if row["relative_to"] == "floor":
-            own, unit, base = own / floor, "x floor", floor
+            ours, unit = ours / floor, "x floor"
         elif row["relative_to"]:
-            base = baselines[row["relative_to"]]
-            own, unit = own / base, f"x {row['relative_to']}"
+            ours, unit = ours / baselines[row["relative_to"]], f"x {row['relative_to']}"
         else:
-            unit, base = "us an image" if row["per"] == "image" else "us", 0.0
+            unit = "us per image" if row["per"] == "image" else "us"
         best = min(
             (name for name in baselines if "copy" not in name),
             key=lambda n: baselines[n],
@@ -222,7 +215,7 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
             [
                 row["name"],
                 f"{row['goal']:g} ({row['aim']:g}) {unit}" if row["goal"] else "",
-                f"{own:.3g} {unit}",
+                f"{ours:.3g} {unit}",
                 f"{row['us']:.3g} us",
                 f"{baselines[best]:.3g} us ({best})" if best else "",
                 f"{max(row['floor_us'].values()):.3g} us "
@@ -231,13 +224,13 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
         )
     head = ["work", "goal (aim)", "measured", "whole call", "best baseline", "floor"]
     return (
-        f"{_markdown(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
+        f"{table(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
         f"csrc tree `{data['csrc_tree'][:12]}`. {_where(data)}\n"
     )
 
 
 def _end_to_end(data: Any) -> str:
-    """One row for each model, batch and way."""
+    """One row per model, batch and k."""
     pruning = ("score", "select", "rewrite")
     rows = []
     whole: dict[str, Any] = {}
@@ -276,21 +269,21 @@ def _end_to_end(data: Any) -> str:
         )
     head = [
         "model", "tokens", "vision", "pruning (of vision)", "prefill", "decode",
-        "to first token", "operations", "over k for free", "peak memory",
+        "to first token", "operations", "overhead", "peak memory",
     ]  # fmt: skip
     if all(not row[-1] for row in rows):  # not on the CPU
         head, rows = head[:-1], [row[:-1] for row in rows]
     setup = data["setup"]
     return (
-        f"{_markdown(head, rows)}\nRandom weights"
+        f"{table(head, rows)}\nRandom weights"
         f"{' at a small size' if setup['small'] else ''}, {setup['dtype']}; "
         f"{setup['text_tokens']} other tokens in the prompt, {setup['new_tokens']} in the answer; "
-        f"medians of {setup['runs']} runs in turn. {_where(data)}\n"
+        f"medians of {setup['runs']} interleaved runs. {_where(data)}\n"
     )
 
 
 def end_to_end_cpu(results: Callable[[str], Any]) -> str:
-    """Whole models on the CPU, scaled down."""
+    """Shrunk models on the CPU."""
     data = results("end_to_end_cpu")
     return "Not measured yet.\n" if data is None else _end_to_end(data)
 
@@ -302,7 +295,7 @@ def end_to_end_gpu(results: Callable[[str], Any]) -> str:
 
 
 def capacity(results: Callable[[str], Any]) -> str:
-    """Users on a GPU for each number of retained tokens, as benchmarks/capacity.py computes it."""
+    """Users per GPU by number of retained tokens, from models/capacity.py."""
     data = results("capacity")
     setup = data["setup"]
     wanted = sorted(data["models"][0]["rows"][0]["gpus"], key=int)
@@ -328,7 +321,7 @@ def capacity(results: Callable[[str], Any]) -> str:
         *(f"GPUs for {int(users):,} users" for users in wanted),
     ]
     return (
-        f"{_markdown(head, rows)}\nComputed, not measured: weights and cache in 16 bits, "
+        f"{table(head, rows)}\nComputed, not measured: weights and cache in 16 bits, "
         f"{setup['text_tokens']} tokens of text a user, {setup['gpu_bytes'] / 1e9:.0f} GB a GPU of "
         f"which vLLM uses {_percent(setup['utilization'])} less "
         f"{setup['reserve_bytes'] / 1e9:.0f} GB for activations; every user in flight at once.\n"
@@ -336,7 +329,7 @@ def capacity(results: Callable[[str], Any]) -> str:
 
 
 def serving(results: Callable[[str], Any]) -> str:
-    """A server with and without pruning, as benchmarks/serving.py measures it."""
+    """A server with and without pruning, from models/serving.py."""
     data = results("serving")
     setup, versions = data["setup"], data["versions"]
     rows = [
@@ -351,7 +344,7 @@ def serving(results: Callable[[str], Any]) -> str:
     ]
     head = ["server", "tokens a prompt", "requests/s", "first token, median", "90 %"]
     return (
-        f"{_markdown(head, rows)}\n{data['speedup']:.2f} x the requests, first token "
+        f"{table(head, rows)}\n{data['speedup']:.2f} x the requests, first token "
         f"{data['first_token_earlier']:.2f} x earlier. {setup['model']}; {setup['concurrency']} "
         f"requests in flight, {setup['output_tokens']} tokens an answer, {setup['rounds']} rounds "
         f"of {setup['requests']} requests in turns, median; vLLM {versions['vllm']}. "
@@ -360,7 +353,7 @@ def serving(results: Callable[[str], Any]) -> str:
 
 
 def load(results: Callable[[str], Any]) -> str:
-    """A server with and without pruning under mixed load, as benchmarks/load.py measures it."""
+    """A server with and without pruning under mixed load, from models/load.py."""
     data = results("load")
     if data is None:
         return "Not measured yet.\n"
@@ -382,21 +375,21 @@ def load(results: Callable[[str], Any]) -> str:
         "KV cache, highest", "failed",
     ]  # fmt: skip
     return (
-        f"{_markdown(head, rows)}\n{setup['model']}; {setup['requests']} requests, "
+        f"{table(head, rows)}\n{setup['model']}; {setup['requests']} requests, "
         f"{setup['concurrency']} in flight, {setup['output_tokens']} tokens an answer; vLLM "
         f"{versions['vllm']}. {_where(data)}\n"
     )
 
 
 def loop_counts(results: Callable[[str], Any]) -> str:
-    """What the dedup loop meets: scans and chains."""
+    """Scans and chains in the dedup loop."""
     data = results("loop_counts")
     head = ["features", "tokens", *data["results"][0]["counts"]]
     rows = [
         [row["features"], str(row["tokens"]), *(f"{x:g}" for x in row["counts"].values())]
         for row in data["results"]
     ]
-    return _markdown(head, rows)
+    return table(head, rows)
 
 
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
@@ -416,33 +409,42 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
 }
 
 
-def render(text: str, results: Callable[[str], Any] = _load) -> str:
-    """The text with every table generated anew; KeyError for a table that nobody makes."""
+@functools.cache
+def _accuracy(recipe: str) -> dict[str, Callable[[], str]]:
+    from accuracy.tables import makers  # needs NumPy, PyYAML and transformers
 
-    def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{TABLES[match['name']](results)}\n{match[3]}"
+    return makers(recipe)
 
-    return _BLOCK.sub(table, text)
+
+def part(name: str, recipe: str = RECIPE) -> str:
+    """The table of this name; KeyError if there is none."""
+    if name.startswith(ACCURACY):
+        return _accuracy(recipe)[name.removeprefix(ACCURACY)]()
+    return TABLES[name](_load)
+
+
+def update(root: Path = documents.ROOT, *, check: bool = False, recipe: str = RECIPE) -> list[Path]:
+    """Writes every document that is out of date, or with `check` only returns their paths."""
+    stale = []
+    for path in documents.paths(root):
+        old = path.read_text()
+        new = documents.render(old, lambda name: part(name, recipe))
+        if new != old:
+            stale.append(path)
+            if not check:
+                path.write_text(new)
+    return stale
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
-    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, default=documents.ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    stale = 0
-    for pattern in DOCUMENTS:
-        for path in sorted(options.root.glob(pattern)):
-            old = path.read_text()
-            new = render(old)
-            if new == old:
-                continue
-            stale += 1
-            if options.check:
-                print(f"{path}: tables are out of date: run python benchmarks/tables.py")
-            else:
-                path.write_text(new)
-                print(f"{path}: updated")
+    stale = update(options.root, check=options.check)
+    for path in stale:
+        wrong = "tables are out of date: run python benchmarks/tables.py"
+        print(f"{path}: {wrong if options.check else 'updated'}")
     return 1 if options.check and stale else 0
 
 

@@ -1,16 +1,16 @@
-"""The PEP 517/660 backend: setuptools, building against the torch that is already installed.
+"""The PEP 517/660 backend: setuptools, building against the installed torch.
 
 pip builds in an isolated environment, and a build requirement on torch would download a second
-torch (gigabytes) to build against.  But pip runs the isolated build with the target environment's
-own interpreter, hiding its packages with PYTHONPATH alone: a child interpreter without that
-variable sees them.  So this backend asks a child where torch is and hands the directory to CMake.
-torch is never imported, and is named as a build requirement only where there is none.
+torch (gigabytes) to build against. But pip runs the isolated build with the target environment's
+interpreter and hides its packages only by PYTHONPATH, so a child interpreter without that variable
+can see them. This backend asks a child for the location of torch and passes the directory to CMake.
+torch is never imported, and is a build requirement only if it is not installed.
 
-In the same way setuptools, CMake and ninja are required only where none that is good enough can
-be reached: with them in place, `pip install .` needs no network.
+Likewise, setuptools, CMake and ninja are required only if no recent enough version is available.
+With them installed, `pip install .` needs no network.
 
-The CUDA kernels need nvcc.  Where torch has CUDA and there is no nvcc of its major version, the
-compiler is a build requirement as well, from the package index and at torch's CUDA version.
+The CUDA kernels need nvcc. If torch has CUDA and there is no nvcc of its major version, the
+compiler is also a build requirement, from the package index and of torch's CUDA version.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TORCH = (2, 10)  # the first with all of the stable ABI that csrc/ops.cpp uses
-SETUPTOOLS = (77, 0)  # the first that knows the license expression in pyproject.toml
+TORCH = (2, 10)  # the first with the stable ABI functions that csrc/ops.cpp uses
+SETUPTOOLS = (77, 0)  # the first that supports the license expression in pyproject.toml
 CMAKE = (3, 22)
 
 TORCH_DIR = "VISPRUNER_TORCH_DIR"
 CUDA = "VISPRUNER_CUDA"  # AUTO, ON, OFF: as in CMakeLists.txt
 NVCC = "VISPRUNER_NVCC"  # auto, system, index
 
-# The compiler in the package index, all of one minor version: what nvcc runs and what it includes.
+# The compiler in the package index, all of one minor version.
 _INDEX_COMPILER = (
     "nvidia-cuda-nvcc",
     "nvidia-nvvm",
     "nvidia-cuda-crt",
     "nvidia-cuda-runtime",
 )
-_LAST_CCCL = (13, 3)  # nvidia-cuda-cccl goes its own way from here on
-_INDEX_CUDA = 13  # the first major version whose packages hold nvcc; those of 12 hold only ptxas
+_LAST_CCCL = (13, 3)  # from here on nvidia-cuda-cccl has separate version numbers
+_INDEX_CUDA = 13  # the first major version whose packages contain nvcc; those of 12 have only ptxas
 
-# What pip (PYTHONPATH) and `build` (PYTHONNOUSERSITE) use to hide an environment from the build.
+# Set by pip (PYTHONPATH) and `build` (PYTHONNOUSERSITE) to hide an environment from the build.
 _HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -70,10 +70,10 @@ def _version(text: str) -> tuple[int, int]:
 
 
 def _packages(target: bool) -> dict[str, tuple[str, str]]:
-    """Version and directory of torch and setuptools: in the target environment, or in this one."""
+    """Version and directory of torch and setuptools, in the target environment or in this one."""
     hidden = _HIDING if target else ()
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    # Not in the source tree, where `python -c` would find its directories first.
+    # Not in the source tree, whose directories `python -c` would find first.
     done = subprocess.run(
         [sys.executable, "-c", _PROBE], env=environment, cwd=os.sep, capture_output=True, text=True
     )
@@ -85,7 +85,7 @@ def _packages(target: bool) -> dict[str, tuple[str, str]]:
 def torch_dir() -> str | None:
     """The torch to build against: VISPRUNER_TORCH_DIR, this environment's, or the target's.
 
-    None where there is no torch at all.
+    None if there is no torch.
     """
     named = os.environ.get(TORCH_DIR)
     if named:
@@ -98,7 +98,7 @@ def torch_dir() -> str | None:
         if _version(version) >= TORCH:
             return directory
         old = version or old
-    if old:  # never a second torch of gigabytes beside it, without a word
+    if old:  # an error, instead of downloading a second torch
         raise SystemExit(
             f"vispruner: torch {old} is installed, and at least {TORCH[0]}.{TORCH[1]} is needed: "
             f"pip install -U 'torch>={TORCH[0]}.{TORCH[1]}'"
@@ -107,13 +107,13 @@ def torch_dir() -> str | None:
 
 
 def _target_setuptools() -> str | None:
-    """The directory to import the target environment's setuptools from, if it is new enough."""
+    """The import directory of the target environment's setuptools, if it is new enough."""
     version, directory = _packages(target=True).get("setuptools", ("", ""))
     return str(Path(directory).parent) if _version(version) >= SETUPTOOLS else None
 
 
 def _tool_works(name: str, oldest: tuple[int, int] = (0, 0)) -> bool:
-    """Whether a command runs here (one that pip installed in a hidden environment may not)."""
+    """Whether a command works here (one installed in a hidden environment may not)."""
     try:
         done = subprocess.run([name, "--version"], capture_output=True, text=True)
     except OSError:
@@ -121,9 +121,9 @@ def _tool_works(name: str, oldest: tuple[int, int] = (0, 0)) -> bool:
     return done.returncode == 0 and _version(done.stdout) >= oldest
 
 
-# A SystemExit is one line under pip and uv, where other exceptions are a traceback.
+# pip and uv print a SystemExit as one line, and other exceptions with a traceback.
 def _chosen(name: str, values: tuple[str, ...]) -> str:
-    """What an environment variable says; the first value if it says nothing."""
+    """The value of an environment variable; the first of `values` if it is not set."""
     value = os.environ.get(name) or values[0]
     if value not in values:
         raise SystemExit(f"{name}={value}: must be one of {', '.join(values)}")
@@ -131,7 +131,7 @@ def _chosen(name: str, values: tuple[str, ...]) -> str:
 
 
 def torch_cuda(directory: str) -> str | None:
-    """The CUDA version that a torch was built with, None for a CPU build."""
+    """The CUDA version of a torch, None for a CPU build."""
     try:
         text = Path(directory, "version.py").read_text(encoding="utf-8")
     except OSError:
@@ -161,17 +161,17 @@ def _nvcc_version(nvcc: str) -> tuple[int, int]:
 def index_compiler() -> str | None:
     """The CUDA version, such as "13.0", of the compiler to take from the package index.
 
-    None where there is nothing to compile, or an nvcc of the system is to do it.
+    None if there is nothing to compile, or if the system's nvcc is used.
     """
     wanted = _chosen(NVCC, ("auto", "system", "index"))
     kernels = _chosen(CUDA, ("AUTO", "ON", "OFF"))
     if kernels == "OFF":
         if wanted == "index":
-            raise SystemExit(f"{NVCC}=index, but {CUDA}=OFF: leave one of them out")
+            raise SystemExit(f"{NVCC}=index, but {CUDA}=OFF: unset one of them")
         return None
     own = os.environ.get("CUDACXX")
     if wanted == "index" and own:
-        raise SystemExit(f"{NVCC}=index, but CUDACXX={own}: leave one of them out")
+        raise SystemExit(f"{NVCC}=index, but CUDACXX={own}: unset one of them")
     if wanted == "system" or own:
         return None
     directory = torch_dir()
@@ -179,10 +179,10 @@ def index_compiler() -> str | None:
     if cuda is None:
         if wanted == "index":
             raise SystemExit(
-                f"{NVCC}=index, but this torch has no CUDA, whose version the compiler must have: "
-                f"install a torch with CUDA, or leave {NVCC} out"
+                f"{NVCC}=index, but this torch has no CUDA version for the compiler to match: "
+                f"install a torch with CUDA, or unset {NVCC}"
             )
-        return None  # an nvcc of the system is used all the same
+        return None  # the system's nvcc is used anyway
     version = _version(cuda)
     if wanted == "auto":
         nvcc = _system_nvcc()
@@ -191,15 +191,15 @@ def index_compiler() -> str | None:
     if version[0] < _INDEX_CUDA:
         if wanted == "index":
             raise SystemExit(
-                f"{NVCC}=index, but the packages of CUDA {cuda} in the index hold no nvcc: install "
+                f"{NVCC}=index, but the index's packages for CUDA {cuda} contain no nvcc: install "
                 f"the CUDA toolkit {version[0]}, or a torch for CUDA {_INDEX_CUDA} or later"
             )
-        return None  # CMake warns and says what to do
+        return None  # CMake warns
     return f"{version[0]}.{version[1]}"
 
 
 def _index_nvcc(version: str) -> str | None:
-    """nvcc of this version, as the packages of the index install it, if it is there."""
+    """nvcc of this version from the packages of the index, if installed."""
     for place in sys.path:
         for nvcc in sorted(Path(place or os.curdir, "nvidia").glob("cu*/bin/nvcc")):
             if _nvcc_version(str(nvcc)) == _version(version):
@@ -208,7 +208,7 @@ def _index_nvcc(version: str) -> str | None:
 
 
 def _index_packages(version: str) -> list[str]:
-    """Requirements on the compiler of this CUDA version."""
+    """Requirements for the compiler of this CUDA version."""
     packages = [f"{name}=={version}.*" for name in _INDEX_COMPILER]
     newest = _version(version) >= _LAST_CCCL
     cccl = f">={_LAST_CCCL[0]}.{_LAST_CCCL[1]},<{_LAST_CCCL[0] + 1}" if newest else f"=={version}.*"
@@ -247,7 +247,7 @@ def _setuptools() -> Any:
     if not os.access(_ROOT, os.W_OK):
         raise SystemExit(
             f"vispruner: cannot write to the source tree {_ROOT}, where the build takes place: "
-            "install from a copy of it"
+            "install from a copy"
         )
     try:
         import setuptools
@@ -256,14 +256,14 @@ def _setuptools() -> Any:
         if directory is None:
             raise SystemExit(
                 "vispruner: this environment has no setuptools: pip install "
-                f"'setuptools>={SETUPTOOLS[0]}', or leave --no-build-isolation out"
+                f"'setuptools>={SETUPTOOLS[0]}', or omit --no-build-isolation"
             ) from None
-        sys.path.append(directory)  # last: what the build environment has comes first
+        sys.path.append(directory)  # last: packages of the build environment have priority
         import setuptools
     if _version(setuptools.__version__) < SETUPTOOLS:
         raise SystemExit(
             f"vispruner: setuptools {setuptools.__version__} is too old: pip install "
-            f"'setuptools>={SETUPTOOLS[0]}', or leave --no-build-isolation out"
+            f"'setuptools>={SETUPTOOLS[0]}', or omit --no-build-isolation"
         )
     from setuptools import build_meta
 
@@ -277,13 +277,13 @@ def _builder() -> Any:
             "vispruner: no torch to build against. Install torch first, or set "
             f"{TORCH_DIR} to the directory of its package."
         )
-    os.environ[TORCH_DIR] = directory  # for setup.py, which hands it to CMake
+    os.environ[TORCH_DIR] = directory  # setup.py passes it to CMake
     version = index_compiler()
     if version:
         nvcc = _index_nvcc(version)
         if nvcc is not None:
             os.environ["CUDACXX"] = nvcc
-            # nvcc looks for its libraries in lib64, the packages have them in lib.
+            # nvcc searches lib64, but the packages have the libraries in lib.
             libraries = [str(Path(nvcc).parents[1] / "lib"), os.environ.get("LIBRARY_PATH", "")]
             os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
         elif _chosen(NVCC, ("auto", "system", "index")) == "index":

@@ -1,4 +1,4 @@
-"""Prune pictures of different size in one call, each with a k of its own.
+"""Prune images of different sizes in one call, with a k per image.
 
 python examples/batch_with_different_k.py
 """
@@ -9,8 +9,8 @@ import vispruner_cuda
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 generator = torch.Generator().manual_seed(0)
-lengths = [576, 1024, 196]  # patches of each picture
-ks = [64, 128, 16]  # visual tokens to keep of each
+lengths = [576, 1024, 196]  # patches of each image
+ks = [64, 128, 16]  # visual tokens to retain of each
 
 feats = torch.randn(sum(lengths), 1024, generator=generator).to(device)  # (T, C), packed
 scores = torch.rand(sum(lengths), generator=generator).to(
@@ -23,10 +23,8 @@ for length in lengths:
 kept = vispruner_cuda.prune_varlen(feats, scores, bounds, ks)
 for i, (start, end) in enumerate(zip(kept.cu_seqlens[:-1], kept.cu_seqlens[1:], strict=True)):
     patches = kept.indices[start:end] - bounds[i]
-    print(
-        f"picture {i}: {lengths[i]} -> {end - start} tokens, the first are {patches[:5].tolist()}"
-    )
+    print(f"image {i}: {lengths[i]} -> {end - start} tokens, first patches {patches[:5].tolist()}")
 
-# Each picture keeps what it keeps alone.
+# Each image retains the same tokens as in a separate call.
 alone = vispruner_cuda.prune(feats[:576].unsqueeze(0), scores[:576].unsqueeze(0), k=64)
 assert torch.equal(alone.indices[0], kept.indices[:64])

@@ -1,4 +1,4 @@
-"""Put the operators into a compiled model, without graph breaks, and compare with the reference.
+"""Use the operators in a compiled model, without graph breaks, and compare with the reference.
 
 python examples/operators_with_compile.py
 """
@@ -10,7 +10,7 @@ import vispruner_cuda
 
 
 class PrunedProjector(nn.Module):
-    """Keeps k patches of a vision encoder's features and projects them."""
+    """Retains k patches of a vision encoder's features and projects them."""
 
     def __init__(self, channels: int, width: int, k: int) -> None:
         super().__init__()
@@ -37,5 +37,5 @@ print("output", tuple(output.shape), "indices", tuple(indices.shape))
 scores = vispruner_cuda.cls_attention(q_cls, keys, 64**-0.5)
 want = vispruner_cuda.reference.prune(feats, scores, k=64)
 assert torch.equal(indices, want.indices)
-output.sum().backward()  # features that are kept have gradients
+output.sum().backward()  # retained features have gradients
 print("gradient of the projector:", tuple(projector.linear.weight.grad.shape))

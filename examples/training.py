@@ -1,4 +1,4 @@
-"""Fine-tune a model on pruned prompts: the labels of dropped tokens are dropped with them.
+"""Fine-tune a model on pruned prompts; the labels of dropped tokens are removed with them.
 
 python examples/training.py
 """

@@ -1,6 +1,6 @@
 """Answer a question with and without pruning.
 
-The default is the model that comes with the package, so this runs offline on a CPU:
+The default is the bundled model, so this runs offline on a CPU:
 
     python examples/transformers_model.py
     python examples/transformers_model.py llava-hf/llava-1.5-7b-hf photo.jpg "What is this?" 64

@@ -1,6 +1,6 @@
-"""Ask a vLLM server that prunes, with an optional k for each request.
+"""Ask a vLLM server that prunes, with an optional k per request.
 
-Start one first, here with the model that comes with the package (docs/serving.md):
+Start the server first, here with the bundled model (docs/serving.md):
 
     python -m vllm.entrypoints.openai.api_server --served-model-name scenes \
         --model "$(python -c 'import vispruner.embedded as e; print(e.path())')" \
@@ -27,7 +27,7 @@ for k in (None, 32, 8):
             model=model,
             messages=[{"role": "user", "content": [image, {"type": "text", "text": question}]}],
             max_completion_tokens=16,
-            # at most the k of the server; without it, that k
+            # at most the server's k, which is the default
             extra_body={} if k is None else {"vllm_xargs": {"vispruner_k": k}},
         )
         text = said.choices[0].message.content

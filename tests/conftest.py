@@ -1,4 +1,4 @@
-"""Fixtures and counts of the whole suite."""
+"""Fixtures and counters of the whole test suite."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from support import backends, compiled_kernels
 
 from vispruner_cuda import _library
 
-#: Random cases of the whole suite; each test takes its share.
+#: Total number of random cases, divided among the tests.
 RANDOM_CASES = int(os.environ.get("VISPRUNER_RANDOM_CASES", "10000"))
 
 hypothesis.settings.register_profile(
     "exact",
     deadline=None,
-    derandomize=True,  # the same cases everywhere; other seeds: --hypothesis-seed
+    derandomize=True,  # equal cases everywhere; other seeds: --hypothesis-seed
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
@@ -38,7 +38,7 @@ _equal_cases: Counter[str] = Counter()
 
 @pytest.fixture(scope="session")
 def count_equal() -> Counter[str]:
-    """Tests add the comparisons they made; the totals are printed at the end."""
+    """Counts the tests' comparisons; the totals are printed at the end."""
     return _equal_cases
 
 
@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compiled-report",
         type=Path,
         metavar="FILE",
-        help="write what the compiled kernels have run (benchmarks/results/compiled_kernels.json)",
+        help="record the runs of the compiled kernels (benchmarks/results/compiled_kernels.json)",
     )
 
 
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("compiled kernels (PTX) on host")
         terminalreporter.write_line(
             f"{totals.calls} calls, {totals.launches} launches of {len(totals.kernels)} kernels; "
-            f"something was found in {totals.failed} of them"
+            f"errors were found in {totals.failed} calls"
         )
     if _equal_cases:
         terminalreporter.section("bitwise equal to the reference")
@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def compiled_session() -> compiled_kernels.Kernels:
-    """The compiled kernels in the PTX executor. Built once per session, incrementally."""
+    """The compiled kernels in the PTX executor, built once per session, incrementally."""
     if missing := compiled_kernels.not_tested():
         pytest.skip(missing)
     return compiled_kernels.Kernels(compiled_kernels.build_module())
@@ -91,7 +91,7 @@ def compiled_session() -> compiled_kernels.Kernels:
 
 @pytest.fixture
 def compiled(compiled_session: compiled_kernels.Kernels) -> Iterator[compiled_kernels.Kernels]:
-    """The same with the default device, options and plans."""
+    """The compiled kernels with the default device, options and plans."""
     compiled_session.reset()
     yield compiled_session
     compiled_session.reset()
@@ -99,20 +99,20 @@ def compiled(compiled_session: compiled_kernels.Kernels) -> Iterator[compiled_ke
 
 @pytest.fixture(scope="session")
 def installed() -> dict[str, Any]:
-    """The installed operators, on every kind of device of this machine."""
+    """The installed operators on every kind of device of this machine."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {device: backends.operators(device) for device in devices}
 
 
 @pytest.fixture
 def implementations(installed: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Everything that must return what the reference returns, with default options and plans."""
+    """All implementations that must equal the reference, with default options and plans."""
     if missing := compiled_kernels.not_tested():
         warnings.warn(f"the compiled kernels are not tested on the host: {missing}", stacklevel=1)
         return installed
     on_sm_90 = request.getfixturevalue("compiled_session")
     on_sm_90.reset()
-    on_sm_80 = copy.copy(on_sm_90)  # of the same module
-    # Older code with the same memory, so that it fits what fits there.
+    on_sm_80 = copy.copy(on_sm_90)  # the same module
+    # Older code with equal shared memory, so that the same cases fit.
     on_sm_80.device = compiled_kernels.Device(8, 0, compiled_kernels.H100.shared_bytes)
     return {**installed, "compiled for sm_90": on_sm_90, "compiled for sm_80": on_sm_80}

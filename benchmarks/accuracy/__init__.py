@@ -1,4 +1,4 @@
-"""The embedded model and what pruning costs it: training, evaluation, analyses, plots.
+"""Training of the embedded model, and its accuracy with pruning: evaluation, analyses, plots.
 
 Run in benchmarks/: `python -m accuracy --help`.
 """

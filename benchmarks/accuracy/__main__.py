@@ -1,7 +1,6 @@
 """Command line of the accuracy experiment. Run it in benchmarks/.
 
-From nothing to all results of a seed: `python -m accuracy all --seed S`. Training goes on where it
-was stopped.
+All results of a seed from scratch: `python -m accuracy all --seed S`. Interrupted training resumes.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import torch
 from . import recipe as recipes
 
 COMMANDS = {
-    "train": "train a model, or go on where a run was stopped",
-    "evaluate": "ask the test questions with every rule",
+    "train": "train a model, or resume an interrupted run",
+    "evaluate": "answer the test questions with every rule",
     "analyze": "attention, dispersion, ablations",
-    "export": "put the model into the package",
+    "export": "copy the model into the package",
     "report": "tables and plots of the documentation, from all result files",
     "all": "train, evaluate, analyze and report",
 }
@@ -33,19 +32,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--recipe", default="cpu", help="name in recipes/, or path of a file")
+        command.add_argument("--recipe", default="cpu", help="name in recipes/, or path to a file")
         if name == "report":
-            command.add_argument("--check", action="store_true", help="change nothing; 1 if stale")
             continue
         command.add_argument("--seed", type=int, default=0)
         command.add_argument(
-            "--runs", type=Path, default=Path("runs"), help="directory of all checkpoints"
+            "--runs", type=Path, default=Path("runs"), help="directory for all checkpoints"
         )
         command.add_argument("--threads", type=int, help="CPU threads")
         if name in ("evaluate", "analyze", "all"):
-            command.add_argument("--scenes", type=int, default=130, help="of each background")
+            command.add_argument("--scenes", type=int, default=130, help="per background")
         if name == "export":
-            command.add_argument("-o", "--output", type=Path, help="instead of the package")
+            command.add_argument(
+                "-o", "--output", type=Path, help="directory to use instead of the package"
+            )
     return parser
 
 
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "report":
         from .report import report
 
-        return report(recipe, name, check=options.check)
+        report(recipe, name)
+        return 0
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if everything:
         from .report import report
 
-        return report(recipe, name)
+        report(recipe, name)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""What the two kinds of attention look at, and what VisPruner's two settings change.
+"""Analyses of the two kinds of attention, and ablations of VisPruner's two settings.
 
-The analyses of the paper on the embedded model. "Text attention" is what the last token of the
-prompt pays to the visual tokens in a layer of the language model, which FastV prunes by; [CLS]
-attention is what the vision tower pays, which VisPruner prunes by.
+These are the paper's analyses on the embedded model. "Text attention" is the attention of the last
+prompt token to the visual tokens in a layer of the language model, which FastV uses; [CLS]
+attention is that in the vision tower, which VisPruner uses.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .train import load_model
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = (1, 2, 4, 8, 16, 32)
-_ABLATION_BUDGETS = slice(1, 5)  # of the recipe's; at the largest nothing is lost
+_ABLATION_BUDGETS = slice(1, 5)  # of the recipe's budgets; the largest loses nothing
 _SHIFT_BUDGET = 2
 _CURVE_POINTS = 20
 
 
 class _Means:
-    """Means of arrays that come in batches."""
+    """Running means of arrays, added in batches."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -57,17 +57,17 @@ class _Means:
 
 
 def _rows(values: Tensor, grid: int) -> Tensor:
-    """(B, N) to shares of the rows of the picture, (B, rows)."""
+    """(B, N) to shares of the rows of the image, (B, rows)."""
     rows = values.unflatten(-1, (grid, grid)).sum(-1)
     return rows / rows.sum(-1, keepdim=True)
 
 
-def _mask(kept: Tensor, patches: int) -> Tensor:
-    return torch.zeros(len(kept), patches, device=kept.device).scatter(1, kept, 1.0)
+def _mask(tokens: Tensor, patches: int) -> Tensor:
+    return torch.zeros(len(tokens), patches, device=tokens.device).scatter(1, tokens, 1.0)
 
 
 def _cumulative(values: Tensor) -> Tensor:
-    """Share of the attention on the first 1/20, 2/20, ... of the tokens, most attended first."""
+    """Share of the attention on the most attended 1/20, 2/20, ... of the tokens."""
     ordered = values.sort(-1, descending=True).values.cumsum(-1)
     ordered = ordered / ordered[:, -1:]
     at = torch.linspace(0, values.shape[1], _CURVE_POINTS + 1)[1:].round().long() - 1
@@ -75,7 +75,7 @@ def _cumulative(values: Tensor) -> Tensor:
 
 
 def _entropy(values: Tensor) -> Tensor:
-    """Entropy as a share of that of attention spread evenly, (B,)."""
+    """Entropy relative to that of uniform attention, (B,)."""
     shares = values / values.sum(-1, keepdim=True)
     nats = -torch.special.xlogy(shares, shares).sum(-1)
     return nats / np.log(values.shape[1])
@@ -83,10 +83,10 @@ def _entropy(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention(subject: Subject, drawn: Sequence[Scene]) -> dict[str, Any]:
-    """Shift by position, dispersion, and mass on objects, of both kinds of attention.
+    """Shift by position, dispersion, and mass on objects, for both kinds of attention.
 
-    The shift is measured twice: as the model is, and with one position id for all visual tokens, so
-    that the rotary embedding cannot favour those close to the question.
+    The shift is measured twice: with the unchanged model, and with one position id for all visual
+    tokens, so that the rotary embedding cannot favour those close to the question.
     """
     recipe, means, auroc = subject.recipe, _Means(), _Means()
     k = recipe.budgets[_SHIFT_BUDGET]
@@ -114,13 +114,13 @@ def attention(subject: Subject, drawn: Sequence[Scene]) -> dict[str, Any]:
             means.add(f"mass on objects/{name}", (shares * objects).sum(-1))
             auroc.add(name, _auroc(values, objects))
         means.add("area of objects", objects.mean(-1))
-        kept = vispruner()(cues, k)
-        means.add("selected rows/vispruner", _rows(_mask(kept, patches), recipe.grid))
+        selected = vispruner()(cues, k)
+        means.add("selected rows/vispruner", _rows(_mask(selected, patches), recipe.grid))
     return {"k": k, "images": len(drawn), **means.result(), "auroc": auroc.result()}
 
 
 def _auroc(values: Tensor, objects: Tensor) -> Tensor:
-    """Chance that an object's patch has more attention than one of the background, (B',)."""
+    """Probability that an object patch has more attention than a background patch, (B',)."""
     results = []
     for row, truth in zip(values, objects > 0, strict=True):
         if truth.any() and not truth.all():
@@ -133,9 +133,10 @@ def _auroc(values: Tensor, objects: Tensor) -> Tensor:
 
 @torch.no_grad()
 def by_attention(subject: Subject, drawn: Sequence[Scene]) -> dict[str, Any]:
-    """Accuracy with the top k tokens of each kind of attention, all given to the first layer on.
+    """Accuracy with the top k tokens by each kind of attention, from the first layer on.
 
-    Only the choice differs: text attention is read in a run with all tokens, at no charge.
+    Only the selection differs: text attention comes from a separate run with all tokens, whose cost
+    is not counted.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     budgets = subject.recipe.budgets
@@ -181,7 +182,7 @@ def _summary(right: dict[str, list[bool]], drawn: Sequence[Scene]) -> dict[str, 
 
 
 def analyze(recipe: Recipe, name: str, seed: int, directory: Path, count: int) -> Path:
-    """Writes results/accuracy_analyses_NAME_seedS.json, for the checkpoint that is shipped."""
+    """Writes results/accuracy_analyses_NAME_seedS.json, for the final checkpoint."""
     subject = Subject(shipped(load_model(recipe, directory, "subset")), recipe)
     seen = len(recipe.style.backgrounds)
     drawn = test_scenes(recipe, count)[: count * seen]

@@ -1,7 +1,7 @@
-"""Scenes as tensors: what the tower and the language model learn from.
+"""Scenes as tensors, for training the tower and the language model.
 
-A training set is a function from the number of a step to a batch, so an interrupted run goes on
-with exactly the scenes it would have seen.
+A training set maps the number of a step to a batch, so a resumed run uses exactly the same scenes
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vispruner.embedded.scenes import Question, Scene
 from .model import EOS, MEAN, PAD, STD, word_tokenizer
 from .recipe import Recipe
 
-IGNORED = -100  # of cross_entropy
-_OWNED = 10 / 64  # share of a patch's pixels from which on it belongs to an object
+IGNORED = -100  # label that cross_entropy ignores
+_OWNED = 10 / 64  # minimum share of a patch's pixels for it to belong to an object
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Packed:
     Attributes:
         ids: tokens of question, answer, question, answer ... and padding.
         labels: the token that follows, where it belongs to an answer or ends it, else IGNORED.
-        block: which question a token belongs to, -1 for padding.
-        position: place of a token in its question.
+        block: index of a token's question, -1 for padding.
+        position: position of a token in its question.
     """
 
     ids: Tensor
@@ -45,13 +45,14 @@ class Packed:
 
 @dataclass(frozen=True)
 class Patches:
-    """What is to be seen where, of N patches.
+    """Labels of N patches.
 
     Attributes:
-        owner: (B, N) 1 + index of the object that the patch belongs to, 0 for background.
+        owner: (B, N) 1 + index of the patch's object, 0 for background.
         color, shape: (B, N) 1 + index of the object's colour and shape, 0 for background.
-        box: (B, N, 4) from the patch to the object's centre, and the object's size, scaled.
-        present: (B, colours * shapes + colours + shapes) 0 or 1: what is in the picture.
+        box: (B, N, 5) offset from the patch to the object's centre, the centre, and the object's
+            size, scaled.
+        present: (B, colours * shapes + colours + shapes) 0 or 1, for the whole image.
     """
 
     owner: Tensor
@@ -82,7 +83,7 @@ class Batch:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 pixels as the processor hands them to the model."""
+    """uint8 pixels, normalized as by the processor."""
     return (pixels.float() / 255 - MEAN) / STD
 
 
@@ -92,7 +93,7 @@ def stack_pixels(drawn: Sequence[Scene]) -> Tensor:
 
 
 def owners(drawn: Sequence[Scene], patch_size: int) -> Tensor:
-    """(B, N) 1 + index of the object that covers most of a patch, 0 where none covers enough."""
+    """(B, N) 1 + index of the object that covers most of a patch, 0 if none covers enough."""
     owner = np.stack([scene.owner for scene in drawn])
     batch, side, _ = owner.shape
     grid = side // patch_size
@@ -140,7 +141,7 @@ def label_patches(drawn: Sequence[Scene], recipe: Recipe) -> Patches:
 
 
 def pack(questions: Iterable[Sequence[Question]], tokenizer: Tokenizer) -> Packed:
-    """Packs the questions of each image into a row."""
+    """Packs the questions of each image into one row."""
     rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
     for asked in questions:
         ids: list[int] = []
@@ -164,7 +165,7 @@ def pack(questions: Iterable[Sequence[Question]], tokenizer: Tokenizer) -> Packe
 
 
 class Training(Dataset[Batch]):
-    """Batch number i of a stage. No two stages or seeds have a scene in common."""
+    """The batches of a stage, by step. Stages and seeds share no scenes."""
 
     def __init__(self, recipe: Recipe, stage: str, seed: int) -> None:
         self._recipe = recipe
@@ -187,7 +188,7 @@ class Training(Dataset[Batch]):
 
 
 def batches(recipe: Recipe, stage: str, seed: int, start: int) -> Iterator[Batch]:
-    """The batches of a stage from step `start` on."""
+    """The batches of a stage, starting at step `start`."""
     return iter(
         DataLoader(
             Training(recipe, stage, seed),

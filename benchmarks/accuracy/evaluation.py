@@ -1,8 +1,8 @@
-"""Asks the test questions with every rule and number of tokens, and keeps which were right.
+"""Answers the test questions with every rule and number of tokens, and records which are correct.
 
-A result file holds one bit for each question, rule, k and checkpoint, so every table, slice and
-paired difference comes from the file and not from another run. The weights are rounded to float16
-first, as they are shipped, and run in float32.
+A results file has one bit per question, rule, k and checkpoint, so all tables, slices and paired
+differences are computed from files, without another run. The weights are rounded to float16 first,
+as in the package, and run in float32.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from .train import load_model
 CHECKPOINTS = ("language", "subset")
 SPLIT = "test"
 UNSEEN = "photo"  # a background that the CPU recipe is not trained on
-QUESTIONS = 4  # an image
+QUESTIONS = 4  # per image
 FASTV_AFTER = (1, 2)
 _BATCH = 65
 _LONGEST_ANSWER = 4  # tokens
 _SAMPLED_SCENES = 150
-_SAMPLED_BUDGET = 2  # place in the recipe's budgets
+_SAMPLED_BUDGET = 2  # index into the recipe's budgets
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What slices a question belongs to."""
+    """Metadata of a question, for slices."""
 
     image: int
     kind: str
@@ -57,7 +57,7 @@ class Asked:
 
 
 def test_scenes(recipe: Recipe, count: int) -> list[Scene]:
-    """`count` scenes of each background in turn, unseen ones last."""
+    """`count` scenes of each background, unseen ones last."""
     seen = recipe.style.backgrounds
     backgrounds = [seen[i % len(seen)] for i in range(count * len(seen))]
     if UNSEEN not in seen:
@@ -85,12 +85,12 @@ def describe(drawn: Sequence[Scene]) -> list[Asked]:
 
 
 def shipped(model: Any) -> Any:
-    """The model with its weights rounded as the embedded model's are."""
+    """The model with its weights rounded as in the package."""
     return model.half().float()
 
 
 class Subject:
-    """A trained model and the means to ask it."""
+    """A trained model with its tokenizer."""
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
@@ -102,11 +102,11 @@ class Subject:
         return read_cues(self.model, stack_pixels(drawn).to(self._at), owner, seed)
 
     def packed(self, drawn: Sequence[Scene]) -> Packed:
-        """The questions of a scene in a row."""
+        """All questions of a scene in one row."""
         return self._move(pack([scene.asked for scene in drawn], self._tokenizer))
 
     def single(self, drawn: Sequence[Scene]) -> Packed:
-        """A question in a row."""
+        """One question per row."""
         rows = [[question] for scene in drawn for question in scene.asked]
         return self._move(pack(rows, self._tokenizer))
 
@@ -114,10 +114,10 @@ class Subject:
         return Packed(*(part.to(self._at) for part in vars(packed).values()))
 
     @torch.no_grad()
-    def answers(self, features: torch.Tensor, kept: torch.Tensor, packed: Packed) -> Any:
-        """(B, Q) bool, with only the kept tokens (B, k)."""
-        chosen = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-        return right_answers(self.model, chosen, packed)
+    def answers(self, features: torch.Tensor, tokens: torch.Tensor, packed: Packed) -> Any:
+        """(B, Q) bool, with only the retained tokens (B, k)."""
+        retained = features.gather(1, tokens[..., None].expand(-1, -1, features.shape[-1]))
+        return right_answers(self.model, retained, packed)
 
 
 def in_batches(drawn: Sequence[Scene], size: int = _BATCH) -> Iterator[tuple[int, Sequence[Scene]]]:
@@ -126,7 +126,7 @@ def in_batches(drawn: Sequence[Scene], size: int = _BATCH) -> Iterator[tuple[int
 
 
 def flat(right: torch.Tensor, drawn: Sequence[Scene]) -> list[bool]:
-    """(B, Q) answers without the places of questions that a scene lacks."""
+    """(B, Q) answers as a list, without the padding of scenes with fewer questions."""
     return [
         bool(answer)
         for row, scene in zip(right.tolist(), drawn, strict=True)
@@ -136,7 +136,7 @@ def flat(right: torch.Tensor, drawn: Sequence[Scene]) -> list[bool]:
 
 @torch.no_grad()
 def ask_all(subject: Subject, drawn: Sequence[Scene], note: str) -> dict[str, list[bool]]:
-    """Whether each answer is right, for every RULE@K, and for "full", which keeps every token."""
+    """Whether each answer is correct, for every RULE@K, and for "full" with all tokens."""
     results: dict[str, list[bool]] = {}
 
     def add(name: str, answers: list[bool]) -> None:
@@ -148,8 +148,8 @@ def ask_all(subject: Subject, drawn: Sequence[Scene], note: str) -> dict[str, li
         add("full", flat(right_answers(subject.model, cues.features, packed), some))
         for name, rule in RULES.items():
             for k in budgets:
-                kept = rule(cues, k)
-                add(f"{name}@{k}", flat(subject.answers(cues.features, kept, packed), some))
+                tokens = rule(cues, k)
+                add(f"{name}@{k}", flat(subject.answers(cues.features, tokens, packed), some))
 
         rows = torch.tensor([i for i, scene in enumerate(some) for _ in scene.asked])
         features = cues.features[rows.to(cues.features.device)]
@@ -163,9 +163,9 @@ def ask_all(subject: Subject, drawn: Sequence[Scene], note: str) -> dict[str, li
 
 
 def generated(model: Any, reader: Any, drawn: Sequence[Scene], k: int) -> list[bool]:
-    """Whether the first question of each scene is answered right, the way users ask.
+    """Whether the first question of each scene is answered correctly.
 
-    Through the processor `reader`, `vispruner.apply` and `generate`.
+    Uses the path of users: the processor `reader`, `vispruner.apply` and `generate`.
     """
     right: list[bool] = []
     with vispruner.apply(model, k=k):
@@ -189,7 +189,7 @@ def generated(model: Any, reader: Any, drawn: Sequence[Scene], k: int) -> list[b
 def agreement(
     subject: Subject, drawn: Sequence[Scene], answers: dict[str, list[bool]]
 ) -> dict[str, Any]:
-    """How often `generate` comes to the verdict of the quick evaluation, on a sample of scenes."""
+    """How often `generate` agrees with the fast evaluation, on a sample of scenes."""
     k = subject.recipe.budgets[_SAMPLED_BUDGET]
     first = [0, *itertools.accumulate(len(scene.asked) for scene in drawn)]  # question of a scene
     sample = random.Random(0).sample(range(len(drawn)), min(_SAMPLED_SCENES, len(drawn)))
@@ -211,7 +211,7 @@ def from_bits(bits: str, count: int) -> NDArray[np.float64]:
 
 
 def to_lines(asked: Sequence[Asked]) -> list[str]:
-    """A line an image: background, objects, distractors, and the kind and size of each question."""
+    """One line per image: background, objects, distractors, kind and size of each question."""
     lines = []
     for _, group in itertools.groupby(asked, key=lambda question: question.image):
         questions = list(group)
@@ -241,7 +241,7 @@ def from_lines(lines: Sequence[str]) -> list[Asked]:
 
 
 def _log(directory: Path) -> list[dict[str, Any]]:
-    """The training log; of a step that was logged twice, after an interruption, the later line."""
+    """The training log. For a step logged twice after an interruption, only the later line."""
     lines = (json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines())
     return list({(line["stage"], line["step"]): line for line in lines}.values())
 
@@ -250,7 +250,7 @@ def evaluate(recipe: Recipe, name: str, seed: int, directory: Path, count: int) 
     """Writes results/accuracy_NAME_seedS.json.
 
     Args:
-        directory: of the training run; count: scenes of each background.
+        directory: of the training run; count: scenes per background.
     """
     drawn = test_scenes(recipe, count)
     asked = describe(drawn)

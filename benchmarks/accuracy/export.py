@@ -1,4 +1,4 @@
-"""Puts a trained model into the package: weights, configuration, processor, model card, example."""
+"""Copies a trained model into the package, with its processor, model card and example."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .recipe import Recipe
 from .train import load_model
 
 CARD = Path(__file__).with_name("model_card.md")
-LIMIT = 8_000_000  # bytes that the package may grow by
+LIMIT = 8_000_000  # bytes of the model in the package
 EXAMPLE_SEED = 42
 EXAMPLE_SPLIT = "example"
 
 
 def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = None) -> Path:
-    """Writes the model after the subset stage to `target`, into the package where left out.
+    """Writes the model after the subset stage to `target`, by default into the package.
 
-    A model in the package brings its example and its entry in the regression test with it.
+    For a model in the package, also writes its example and its record of the regression test.
 
     Raises:
-        ValueError: it is larger than the package allows.
+        ValueError: the model is too large for the package.
     """
     packaged = Path(embedded.path())
     target = target or packaged
@@ -41,7 +41,7 @@ def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = Non
     if size > LIMIT:
         raise ValueError(f"{target} has {size} bytes, more than {LIMIT}")
     for file in target.iterdir():
-        file.chmod(0o644)  # weights are written readable by their owner only
+        file.chmod(0o644)  # safetensors writes files that only the owner can read
     if target == packaged:
         write_example(recipe, packaged.parent)
         regression.record(str(packaged))
@@ -49,9 +49,9 @@ def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = Non
 
 
 def with_published_names(weights: Path) -> None:
-    """Gives the tower's weights the names that published LLaVA checkpoints have.
+    """Renames the tower's weights as in published LLaVA checkpoints.
 
-    transformers reads those and its own, vLLM only those.
+    transformers reads these names and its own, vLLM only these.
     """
     with safe_open(weights, "pt") as file:
         metadata = file.metadata()

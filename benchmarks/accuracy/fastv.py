@@ -1,7 +1,7 @@
-"""FastV: the language model prunes for itself, by the attention of the last prompt token.
+"""FastV: prunes inside the language model, by the attention of the last prompt token.
 
-After layer K the visual tokens that got the least attention in it are dropped; the others keep
-their positions. The choice depends on the question, so a row holds one question.
+After layer K, the visual tokens with the least attention in that layer are dropped; the others keep
+their positions. The selection depends on the question, so each row has one question.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Layer:
     """The language model before one of its layers.
 
     Attributes:
-        hidden: (B, L, C), of [BOS], N visual tokens and the text.
-        attention: (B, H, N) what the last token of the prompt pays to the visual tokens in it.
+        hidden: (B, L, C) of [BOS], N visual tokens and the text.
+        attention: (B, H, N) of the last prompt token to the visual tokens, in this layer.
     """
 
     hidden: Tensor
@@ -58,8 +58,8 @@ def layers(
     """The full prompt before each layer, with the attention in that layer.
 
     Args:
-        features: (B, N, C); packed: one question a row.
-        positions: (B, L) position ids, 0 to L - 1 where left out.
+        features: (B, N, C); packed: one question per row.
+        positions: (B, L) position ids, by default 0 to L - 1.
     """
     language = model.model.language_model
     hidden, positions = embed(model, features, packed, positions)
@@ -88,10 +88,10 @@ def embed(
 def right_answers(
     model: Any, features: Tensor, packed: Packed, after: Sequence[int], budgets: Sequence[int]
 ) -> dict[tuple[int, int], Tensor]:
-    """Whether greedy decoding answers right with k tokens after layer K.
+    """Whether greedy decoding is correct with k tokens after layer K.
 
     Args:
-        features: (B, N, C); packed: one question a row.
+        features: (B, N, C); packed: one question per row.
         after: values of K, from 1; budgets: values of k.
 
     Returns:
@@ -101,7 +101,7 @@ def right_answers(
     results = {}
     before = list(itertools.islice(layers(model, features, packed), max(after) + 1))
     for count in after:
-        # Ranked by layer K (the paper's K = 2 reads its second layer), dropped before the next one.
+        # Ranked by layer K (the paper's K = 2 is the second layer), dropped before the next layer.
         mean = before[count - 1].attention.mean(1)
         for k in budgets:
             kept = highest(mean, k)
@@ -120,7 +120,7 @@ def right_answers(
 
 
 def _continue(model: Any, hidden: Tensor, rows: Tensor, start: int, packed: Packed) -> Tensor:
-    """Runs the layers from `start` on with only the tokens `rows`, which keep their positions."""
+    """Runs the layers from `start` on with only the tokens `rows`, at their positions."""
     language = model.model.language_model
     hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
     rotary = language.rotary_emb(hidden, rows)

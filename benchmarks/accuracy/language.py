@@ -1,13 +1,13 @@
 """Stages 2 and 3: projector and language model learn to answer; the tower is frozen.
 
-Several questions are packed behind one image; they see the image and themselves, not each other,
-and each begins at the same position.
+Several questions are packed after one image. Each attends to the image and itself, but not to other
+questions, and all start at the same position.
 
-Stage 2 ("language") shows all tokens. It squeezes their position ids at random, as if fewer tokens
-stood before the question: otherwise the model learns that questions begin at one position, which
-pruning changes. Stage 3 ("subset") shows random subsets, so that the model learns to answer from
-fewer tokens at all. A random preference for objects, from none to strong, is drawn anew for each
-picture; it is none of the rules that are compared later.
+Stage 2 ("language") uses all tokens. It compresses their position ids at random, as if there were
+fewer tokens before the question. Otherwise the model would learn that questions start at one
+position, which pruning changes. Stage 3 ("subset") uses random subsets, so that the model learns to
+answer from fewer tokens. Each image has a random preference for objects, from none to strong, which
+is not one of the rules compared later.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .model import BOS, word_tokenizer
 from .recipe import Recipe
 from .training import Task, autocast, device
 
-_COMPACT_SHARE = 0.4  # of the pictures keep their positions in stage 2
+_COMPACT_SHARE = 0.4  # share of the images with unchanged positions in stage 2
 _LARGEST_PREFERENCE = 6.0  # added to the Gumbel noise of object patches in stage 3
 _VALIDATION = 128
 
@@ -55,8 +55,8 @@ def text_logits(
 
     Args:
         features: (B, k, C) of the tower.
-        positions: (B, k) position ids of the features, 1 to k where left out.
-        start: (B,) position id of the questions' first tokens, k + 1 where left out.
+        positions: (B, k) position ids of the features, by default 1 to k.
+        start: (B,) position id of the questions' first tokens, by default k + 1.
     """
     batch, visual = features.shape[:2]
     at = features.device
@@ -89,10 +89,10 @@ def right_answers(
     positions: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """(B, Q) whether greedy decoding gives the answer word for word; False past the last question.
+    """(B, Q) whether greedy decoding gives exactly the answer; False after the last question.
 
-    Every token of the answer and its end must be the most likely one after the ones before it,
-    which is what greedy decoding would have produced.
+    Every token of the answer, and its end, must be the most likely one given the tokens before it,
+    which is the condition for greedy decoding to produce it.
     """
     logits = text_logits(model, features, packed, positions, start)
     answer = packed.labels != IGNORED
@@ -104,7 +104,7 @@ def right_answers(
 
 
 def tower_features(model: Any, pixels: Tensor) -> Tensor:
-    """(B, N, C) patch features of the layer that the model projects; pixels uint8."""
+    """(B, N, C) patch features of the feature layer; pixels uint8."""
     with torch.no_grad(), autocast():
         states = model.model.vision_tower(normalize(pixels), output_hidden_states=True)
     return states.hidden_states[model.config.vision_feature_layer][:, 1:].float()
@@ -118,7 +118,7 @@ class LanguageTask(Task):
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self.module = model
         model.model.vision_tower.requires_grad_(False)
-        if recipe.compile:  # in place: names in checkpoints stay
+        if recipe.compile:  # in place, so that names in checkpoints do not change
             model.model.language_model.compile(dynamic=True)
         self._recipe = recipe
 
@@ -133,7 +133,7 @@ class LanguageTask(Task):
     def show(
         self, features: Tensor, batch: Batch, noise: torch.Generator
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Features, positions and start of the questions, for `text_logits`."""
+        """Features, positions, and start of the questions, for `text_logits`."""
         images, patches = features.shape[:2]
         squeezed = torch.randint(3, patches + 1, (images,), generator=noise)
         compact = torch.rand(images, generator=noise) < _COMPACT_SHARE
@@ -142,7 +142,7 @@ class LanguageTask(Task):
         return features, 1 + order * count[:, None] // patches, 1 + count
 
     def evaluate(self) -> dict[str, float]:
-        """Share of right answers with all tokens, and with a random third of them."""
+        """Accuracy with all tokens, and with a random third of them."""
         recipe = self._recipe
         drawn = [scenes.draw(i, recipe.style, split="validation") for i in range(_VALIDATION)]
         packed = pack([scene.asked for scene in drawn], word_tokenizer(recipe.style))
@@ -162,7 +162,7 @@ class LanguageTask(Task):
 
 
 class SubsetTask(LanguageTask):
-    """Goes on on random subsets of the tokens."""
+    """Continues training on random subsets of the tokens."""
 
     name = "subset"
 

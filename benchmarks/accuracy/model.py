@@ -1,4 +1,4 @@
-"""The model and its processor: stock classes of transformers, small."""
+"""The model and its processor: small instances of standard transformers classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def word_tokenizer(style: Style) -> Tokenizer:
-    """One token a word; case does not matter, and a question mark is a word."""
+    """One token per word, case-insensitive; a question mark is a word."""
     words = (*SPECIAL, *vocabulary(style))
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -120,7 +120,7 @@ def build(recipe: Recipe, seed: int) -> Any:
 
 
 def _initialize(model: Any, layers: int) -> None:
-    """Widths this small learn far faster from unit-variance activations than from std = 0.02."""
+    """Initializes for unit-variance activations, which small widths need to learn fast."""
     trained = nn.ModuleDict(
         {
             "projector": model.model.multi_modal_projector,

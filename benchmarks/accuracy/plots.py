@@ -1,4 +1,4 @@
-"""The plots of the documentation, as SVG, from the result files."""
+"""The accuracy plots of the documentation, as SVG, from the results files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STYLES = {
 
 @contextmanager
 def _figure(path: Path, columns: int, width: float = 4.6) -> Iterator[list[Any]]:
-    """Axes side by side, saved as the same file for the same data."""
+    """Axes side by side; equal data give equal files."""
     plt.rcParams["svg.hashsalt"] = "vispruner"
     figure, axes = plt.subplots(
         1, columns, figsize=(width * columns, 3.8), layout="constrained", squeeze=False
@@ -45,13 +45,13 @@ def _figure(path: Path, columns: int, width: float = 4.6) -> Iterator[list[Any]]
 
 
 def _budget_axis(axes: Any, budgets: Sequence[int]) -> None:
-    axes.set(xscale="log", xlabel="visual tokens kept")
+    axes.set(xscale="log", xlabel="retained visual tokens")
     axes.set_xticks(budgets, [str(k) for k in budgets])
     axes.minorticks_off()
 
 
 def rules(recipe: Recipe, results: Results, path: Path) -> None:
-    """Accuracy against k, before and after the subset stage."""
+    """Accuracy by k, before and after the subset stage."""
     titles = {"language": "before the subset stage", "subset": "after it (the embedded model)"}
     with _figure(path, len(titles), 5.2) as all_axes:
         for axes, (stage, title) in zip(all_axes, titles.items(), strict=True):
@@ -70,12 +70,12 @@ def rules(recipe: Recipe, results: Results, path: Path) -> None:
                     linewidth=1.2,
                 )
             _budget_axis(axes, recipe.budgets)
-            axes.set(title=title, ylabel="right answers (%)", ylim=(20, 100))
+            axes.set(title=title, ylabel="correct answers (%)", ylim=(20, 100))
         all_axes[-1].legend(fontsize=7)
 
 
 def training(results: Results, path: Path) -> None:
-    """The figures that the training logged, of every seed."""
+    """Validation figures from the training logs of all seeds."""
     shown = (
         ("tower", ("objects", "f1_early")),
         ("language", ("all", "random_third")),
@@ -98,14 +98,14 @@ def training(results: Results, path: Path) -> None:
 
 
 def shift(recipe: Recipe, analyses: Sequence[dict[str, Any]], path: Path) -> None:
-    """Where the attention lies, by row of the picture, and which rows are kept."""
+    """Attention by row of the image, and the rows of the selected tokens."""
     found = [run["attention"] for run in analyses]
     rows = np.arange(1, recipe.grid + 1)
     last = recipe.language.layers
     panels = {
-        "attention, as the model is": ("rows", "decay"),
+        "attention, unchanged model": ("rows", "decay"),
         "attention, one position for all": ("rows", "no decay"),
-        f"kept, k = {found[0]['k']}": ("selected rows", "decay"),
+        f"selected, k = {found[0]['k']}": ("selected rows", "decay"),
     }
 
     def average(key: str) -> Any:
@@ -121,13 +121,13 @@ def shift(recipe: Recipe, analyses: Sequence[dict[str, Any]], path: Path) -> Non
             axes.plot(rows, average(f"{what}/cls"), color="#d95f02", label="[CLS]")
             if what == "selected rows":
                 axes.plot(rows, average(f"{what}/vispruner"), color="#1f78b4", label="VisPruner")
-            axes.set(title=title, xlabel="row of patches, from the top", ylabel="share (%)")
+            axes.set(title=title, xlabel="row of patches from the top", ylabel="share (%)")
             axes.set_ylim(bottom=0)
             axes.legend(fontsize=7)
 
 
 def dispersion(recipe: Recipe, analyses: Sequence[dict[str, Any]], path: Path) -> None:
-    """Share of the attention on the most attended tokens."""
+    """Cumulative share of the attention on the most attended tokens."""
     found = [run["attention"] for run in analyses]
     with _figure(path, 1, 5.2) as (axes,):
         for name, label, color in (
@@ -144,13 +144,13 @@ def dispersion(recipe: Recipe, analyses: Sequence[dict[str, Any]], path: Path) -
             curve = 100 * np.mean([attention[f"cumulative/{name}"] for attention in found], 0)
             share = np.linspace(0, 100, len(curve) + 1)
             axes.plot(share, [0, *curve], color=color, label=label)
-        axes.plot([0, 100], [0, 100], "k:", linewidth=0.8, label="spread evenly")
+        axes.plot([0, 100], [0, 100], "k:", linewidth=0.8, label="uniform")
         axes.set(xlabel="most attended tokens (%)", ylabel="share of the attention (%)")
         axes.legend(fontsize=8)
 
 
 def ablations(analyses: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against the important ratio, and against the step."""
+    """Accuracy by important ratio, and by step."""
     accuracy = [run["ablations"]["accuracy"] for run in analyses]
     budgets = sorted({int(key.split("@")[1]) for key in accuracy[0] if "@" in key}, reverse=True)
     with _figure(path, 2) as all_axes:
@@ -163,7 +163,7 @@ def ablations(analyses: Sequence[dict[str, Any]], path: Path) -> None:
                 means, errors = 100 * np.array(pairs).T
                 axes.errorbar(settings, means, errors, fmt="o-", markersize=4, label=f"k = {k}")
             axes.set(xlabel=f"important {name}" if name == "ratio" else name)
-            axes.set_ylabel("right answers (%)")
+            axes.set_ylabel("correct answers (%)")
         all_axes[1].set_xscale("log", base=2)
         all_axes[1].set_xticks(STEPS, [str(step) for step in STEPS])
         all_axes[0].legend(fontsize=8)
@@ -172,7 +172,7 @@ def ablations(analyses: Sequence[dict[str, Any]], path: Path) -> None:
 def draw_all(
     recipe: Recipe, results: Results, analyses: Sequence[dict[str, Any]], directory: Path
 ) -> list[Path]:
-    """Writes accuracy_*.svg; the analyses' plots need analyses."""
+    """Writes accuracy_*.svg; some plots need analyses."""
     paths = [directory / f"accuracy_{name}.svg" for name in ("rules", "training")]
     rules(recipe, results, paths[0])
     training(results, paths[1])

@@ -1,4 +1,4 @@
-"""What a training run is made of, read from recipes/NAME.yaml."""
+"""The settings of a training run, from recipes/NAME.yaml."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast one stage learns."""
+    """Optimizer settings of one stage."""
 
     steps: int
     batch: int
@@ -38,16 +38,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run, but for its seed.
+    """A training run without its seed.
 
     Attributes:
-        style: the scenes.
-        questions: how many are packed behind an image.
-        workers: processes that draw scenes; 0 draws them in between.
-        compile: whether to compile the language model for its training (needs a C++ compiler).
-        subset_tokens: numbers of tokens that the subset stage shows.
-        subset_share: share of its steps that do not show all.
-        budgets: numbers of tokens that rules keep in the experiment, largest first.
+        style: of the scenes.
+        questions: number of questions packed after an image.
+        workers: processes that draw scenes; 0 draws them in the main process.
+        compile: whether to compile the language model for training (needs a C++ compiler).
+        subset_tokens: numbers of tokens in the subset stage.
+        subset_share: share of its steps that use fewer than all tokens.
+        budgets: numbers of retained tokens in the experiment, largest first.
     """
 
     style: Style
@@ -63,7 +63,7 @@ class Recipe:
 
     @property
     def grid(self) -> int:
-        """Patches of a side."""
+        """Patches along a side."""
         return self.style.image_size // self.vision.patch_size
 
     @property
@@ -71,14 +71,14 @@ class Recipe:
         return self.grid**2
 
     def matched_budget(self, k: int, after: int) -> int | None:
-        """Tokens to keep after layer `after`, having shown all N to the layers before.
+        """Tokens to retain after layer `after`, with all N tokens in the layers before.
 
-        The sum of visual tokens over the layers is then that of k tokens in every layer. None where
-        the first layers alone cost more.
+        The sum of visual tokens over the layers then equals that of k tokens in every layer. None
+        if the first layers already cost more.
         """
         layers = self.language.layers
-        kept = (layers * k - after * self.patches) // (layers - after)
-        return kept if kept > 0 else None
+        retained = (layers * k - after * self.patches) // (layers - after)
+        return retained if retained > 0 else None
 
 
 def load(name: str) -> Recipe:

@@ -1,7 +1,7 @@
-"""The regression test: fixed questions to the embedded model, and how many it answers right.
+"""The regression test: the embedded model's accuracy on fixed questions.
 
-They go the way that users' questions go: PNG pixels, processor, `vispruner.apply`, `generate`. The
-export of a model records the numbers in tests/embedded/accuracy.json, where the tests find them.
+The questions use the same path as those of users: PNG pixels, processor, `vispruner.apply`,
+`generate`. Exporting a model records the numbers in tests/embedded/accuracy.json for the tests.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .evaluation import generated
 RECORD = provenance.ROOT / "tests" / "embedded" / "accuracy.json"
 QUESTIONS = 300
 BUDGETS = (196, 32, 16)
-#: Answers that another processor or version may round the other way. A wrong position or a broken
-#: selection costs far more.
+#: Answers that may differ with another processor or version because of rounding. A wrong position
+#: or selection changes far more.
 BAND = 6
 
 
 def draw_scenes() -> list[Scene]:
-    """300 scenes with a question each, as many of each background."""
+    """300 scenes with one question each, in equal numbers per background."""
     style = scenes.Style()
     return [
         scenes.draw(
@@ -41,7 +41,7 @@ def draw_scenes() -> list[Scene]:
 
 
 def record(directory: str) -> None:
-    """Writes what the model in `directory` does."""
+    """Records the accuracy of the model in `directory`."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The result files of a recipe, all seeds together."""
+"""The results files of a recipe, for all seeds."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Results:
     """Answers of the models of all seeds to the same questions.
 
     Attributes:
-        runs: one result file for each seed.
-        asked: what is known of each question.
+        runs: one results file per seed.
+        asked: metadata of each question.
     """
 
     runs: tuple[dict[str, Any], ...]
@@ -44,14 +44,14 @@ class Results:
         """results/accuracy_RECIPE_seed*.json.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: they hold answers to different questions.
+            FileNotFoundError: there are none.
+            ValueError: they contain answers to different questions.
         """
         runs = _load(f"accuracy_{recipe}")
         if not runs:
             raise FileNotFoundError(f"no accuracy_{recipe}_seed*.json in {provenance.RESULTS}")
         if any(run["asked"] != runs[0]["asked"] for run in runs):
-            raise ValueError("the result files hold answers to different questions")
+            raise ValueError("the results files contain answers to different questions")
         return Results(tuple(runs), tuple(from_lines(runs[0]["asked"])))
 
     @property
@@ -59,10 +59,10 @@ class Results:
         return [run["seed"] for run in self.runs]
 
     def answers(self, stage: str, name: str, run: int | None = None) -> NDArray[np.float64]:
-        """(S, Q) right answers of each seed, shares over draws: "random@8" is all "random/I@8".
+        """(S, Q) correct answers of each seed; "random@8" is the mean of all "random/I@8".
 
         Args:
-            run: place of a single seed, all of them where left out.
+            run: index of a single seed; default all.
         """
         rule, _, k = name.partition("@")
         shares = []
@@ -81,7 +81,7 @@ class Results:
     def mean(
         self, stage: str, name: str, where: Filter, minus: str | None = None, run: int | None = None
     ) -> Mean:
-        """Accuracy of a rule, or of what it gains over the rule `minus`, on some questions."""
+        """Accuracy of a rule, or its difference from the rule `minus`, on some questions."""
         values = self.answers(stage, name, run)
         if minus is not None:
             values = values - self.answers(stage, minus, run)

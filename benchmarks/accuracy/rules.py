@@ -1,7 +1,7 @@
-"""The rules that are compared: which k of N tokens stay.
+"""The compared rules for selecting k of N tokens.
 
-VisPruner and its halves are the operators of this project, with the scores that `vispruner.apply`
-gives them. Every other rule is a few lines here. None of them was part of the training.
+VisPruner and its halves are the operators of this project, with the same scores as in
+`vispruner.apply`. The other rules are implemented here. None of them is used in training.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .data import normalize
 
 @dataclass(frozen=True)
 class Cues:
-    """What a rule may look at.
+    """The inputs of a rule.
 
     Attributes:
         features: (B, N, C) patch features that the model projects.
-        scores: (B, N) attention of [CLS] in the layer that makes them.
-        owner: (B, N) 1 + index of the object a patch belongs to, 0 for background: the truth.
-        seed: for rules with chance; the same for the same images.
+        scores: (B, N) attention of [CLS] in the feature layer.
+        owner: (B, N) ground truth: 1 + index of the object of a patch, 0 for background.
+        seed: for random rules; equal for equal images.
     """
 
     features: Tensor
@@ -41,9 +41,9 @@ Rule = Callable[[Cues, int], Tensor]  # (B, k) int64, ascending
 
 
 def read_cues(model: Any, pixels: Tensor, owner: Tensor, seed: int) -> Cues:
-    """Runs the tower in the model's own precision; pixels uint8."""
+    """Runs the tower in the model's precision; pixels uint8."""
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
-    # In earlier versions of transformers the layers are one module deeper.
+    # In earlier transformers the layers are one module deeper.
     attention = getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
     with torch.no_grad(), tower_tap(attention, has_cls=True) as tap:
         states = tower(normalize(pixels), output_hidden_states=True)
@@ -52,7 +52,7 @@ def read_cues(model: Any, pixels: Tensor, owner: Tensor, seed: int) -> Cues:
 
 
 def vispruner(important_ratio: float = 0.5, step: int = 8) -> Rule:
-    """The operator; ratio 1 keeps important tokens only, 0 diverse ones only."""
+    """The operator; ratio 1 retains only important tokens, 0 only diverse ones."""
 
     def rule(cues: Cues, k: int) -> Tensor:
         return vispruner_cuda.prune(
@@ -63,12 +63,12 @@ def vispruner(important_ratio: float = 0.5, step: int = 8) -> Rule:
 
 
 def highest(scores: Tensor, k: int) -> Tensor:
-    """(B, k) the tokens of the highest scores (B, N), ascending."""
+    """(B, k) tokens with the highest scores (B, N), ascending."""
     return scores.topk(k).indices.sort().values
 
 
 def random(draw: int) -> Rule:
-    """Any k; a smaller k keeps a part of what a larger one keeps."""
+    """k random tokens; a smaller k retains a subset of a larger one."""
 
     def rule(cues: Cues, k: int) -> Tensor:
         noise = torch.Generator().manual_seed(1000 * cues.seed + draw)
@@ -78,7 +78,7 @@ def random(draw: int) -> Rule:
 
 
 def grid(cues: Cues, k: int) -> Tensor:
-    """Rows and columns as evenly spread as k allows; they look at no image."""
+    """Rows and columns as evenly spaced as k allows, independent of the image."""
     side = math.isqrt(cues.scores.shape[1])
     rows = max(divisor for divisor in range(1, math.isqrt(k) + 1) if k % divisor == 0)
 
@@ -90,16 +90,16 @@ def grid(cues: Cues, k: int) -> Tensor:
 
 
 def oracle(cues: Cues, k: int) -> Tensor:
-    """Knows the objects: a patch of each in turn, until there are none left; then background."""
+    """Uses the ground truth: one patch of each object in turn, then background."""
     noise = torch.Generator().manual_seed(1000 * cues.seed)
     chance = torch.rand(cues.owner.shape, generator=noise)
-    turn = torch.full_like(chance, math.inf)
+    order = torch.full_like(chance, math.inf)
     for thing in range(1, int(cues.owner.max()) + 1):
         mine = (cues.owner == thing).cpu()
         place = chance.masked_fill(~mine, math.inf).argsort().argsort()
-        turn = torch.where(mine, place + chance, turn)
-    background = torch.where(turn.isinf(), cues.owner.shape[1] + chance, turn)
-    return highest(-background, k).to(cues.scores.device)
+        order = torch.where(mine, place + chance, order)
+    order = torch.where(order.isinf(), cues.owner.shape[1] + chance, order)
+    return highest(-order, k).to(cues.scores.device)
 
 
 RANDOM_DRAWS = 5

@@ -1,8 +1,9 @@
-"""Means of right answers with the uncertainty that their scenes, and the training, bring.
+"""Mean accuracies with standard errors that include scenes and training seeds.
 
-Questions about one image are not independent, nor are the answers of one model, so standard errors
-are clustered by image and by training seed (two-way: Cameron, Gelbach and Miller, J. Business &
-Economic Statistics 29, 2011). One seed alone says nothing about the spread between seeds.
+Neither the questions about one image nor the answers of one model are independent, so standard
+errors are clustered by image and by training seed (two-way: Cameron, Gelbach and Miller, J.
+Business & Economic Statistics 29, 2011). A single seed gives no estimate of the spread between
+seeds.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class Mean:
 
 
 def clustered_mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> Mean:
-    """Mean of values whose clusters, and whose seeds, are independent of each other.
+    """Mean of values with independent clusters and independent seeds.
 
-    Paired differences are the same with differences for values.
+    For paired differences, pass differences as values.
 
     Args:
-        values: (S, Q) of S seeds, or (Q,) of one.
+        values: (S, Q) for S seeds, or (Q,) for one.
         clusters: (Q,) image of each question.
     """
     values = np.atleast_2d(values)
@@ -44,5 +45,5 @@ def clustered_mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> 
     if seeds > 1:
         by_seed = float(np.square(cells.sum(1)).sum()) * seeds / (seeds - 1)
         variance += by_seed - float(np.square(cells).sum())
-    # The difference of estimates can be too small, but seeds cannot make a mean more certain.
+    # The combined estimate can be too small, but seeds cannot reduce the error.
     return Mean(mean, float(np.sqrt(max(variance, by_image))) / values.size, count)

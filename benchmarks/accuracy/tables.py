@@ -1,4 +1,4 @@
-"""The tables of the documentation, as Markdown, from the result files."""
+"""The accuracy tables of the documentation, as Markdown, from the results files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from documents import table
 
 from vispruner.embedded.scenes import KINDS
 
 from .analyses import RATIOS, STEPS
 from .evaluation import UNSEEN, Asked
-from .recipe import Recipe
-from .results import Filter, Results
+from .recipe import Recipe, load
+from .results import Filter, Results, load_analyses
 from .rules import RANDOM_DRAWS
 from .statistics import Mean
 
@@ -28,14 +29,14 @@ SHOWN = {
     "oracle": "objects first (oracle)",
 }
 SLICED = ("full", "vispruner", "important", "diverse", "random", "fastv/2", "oracle")
-SLICE_BUDGETS = (2, 3)  # places in the recipe's budgets
+SLICE_BUDGETS = (2, 3)  # indices into the recipe's budgets
 EMBEDDED = 0  # seed of the model in the package
 DECAYS = ("decay", "no decay")
-COMPARED = ("important", "diverse", "fastv/2")  # seed by seed
+COMPARED = ("important", "diverse", "fastv/2")  # by seed
 
 
 def everything(asked: Asked) -> bool:
-    """All questions but those about pictures on unseen backgrounds."""
+    """All questions except those about images with unseen backgrounds."""
     return asked.background != UNSEEN
 
 
@@ -77,12 +78,6 @@ def _slices(backgrounds: Sequence[str]) -> dict[str, Filter]:
     }
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First column left, the others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _points(mean: Mean) -> str:
     return f"{100 * mean.value:+.1f} ± {100 * mean.error:.1f}"
 
@@ -95,8 +90,13 @@ def _asked(results: Results) -> int:
     return sum(everything(asked) for asked in results.asked)
 
 
+def makers(name: str) -> dict[str, Callable[[], str]]:
+    """Every table of a recipe's results: NAME to the text of `<!-- table:accuracy-NAME -->`."""
+    return Tables(load(name), Results.load(name), load_analyses(name)).makers
+
+
 class Tables:
-    """NAME to the text between `<!-- accuracy:NAME -->` and `<!-- /accuracy -->`."""
+    """The makers of all tables, by name."""
 
     def __init__(
         self, recipe: Recipe, results: Results, analyses: Sequence[dict[str, Any]]
@@ -123,8 +123,8 @@ class Tables:
         if rule == "full":
             return "full"
         if rule == "matched":
-            kept = self._recipe.matched_budget(k, 1)
-            return f"fastv/1@{kept}" if kept else None
+            matched = self._recipe.matched_budget(k, 1)
+            return f"fastv/1@{matched}" if matched else None
         return f"{rule}@{k}"
 
     def _summary(self) -> str:
@@ -135,9 +135,9 @@ class Tables:
         for rule in ("vispruner", "random", "oracle"):
             means = (self._results.mean("subset", f"{rule}@{k}", everything) for k in budgets)
             rows.append([SHOWN[rule], whole, *(mean.percent() for mean in means)])
-        head = ["visual tokens kept", f"{self._recipe.patches} (all)", *map(str, budgets)]
+        head = ["retained visual tokens", f"{self._recipe.patches} (all)", *map(str, budgets)]
         return (
-            f"{_markdown(head, rows)}\nRight answers (%) ± standard error, "
+            f"{table(head, rows)}\nCorrect answers (%) ± standard error, "
             f"{_asked(self._results)} questions, {_seeds(self._results.seeds)}.\n"
         )
 
@@ -152,11 +152,11 @@ class Tables:
                 for key in keys
             ]
             rows.append([name, *cells])
-        table = _markdown(["k =", *(str(k) for k in budgets)], rows)
+        accuracies = table(["k =", *(str(k) for k in budgets)], rows)
         seeds = self._results.seeds if run is None else [self._results.seeds[run]]
         return (
             f"All {self._recipe.patches} tokens: {full.percent()} %. Accuracy (%) ± standard "
-            f"error, {_asked(self._results)} questions, {_seeds(seeds)}:\n\n{table}"
+            f"error, {_asked(self._results)} questions, {_seeds(seeds)}:\n\n{accuracies}"
         )
 
     def _paired(self) -> str:
@@ -173,8 +173,8 @@ class Tables:
             rows.append([name, *cells])
         head = ["minus VisPruner, k =", *(str(k) for k in budgets)]
         return (
-            "Difference to VisPruner in points ± standard error, on the same questions:\n\n"
-            f"{_markdown(head, rows)}"
+            "Difference from VisPruner in points ± standard error, on the same questions:\n\n"
+            f"{table(head, rows)}"
         )
 
     def _sliced(self) -> str:
@@ -192,11 +192,11 @@ class Tables:
                     count = mean.count
                 rows.append([label, str(count), *cells])
             head = [f"k = {k}", "questions", *(names[rule] for rule in SLICED)]
-            parts.append(_markdown(head, rows))
+            parts.append(table(head, rows))
         return "\n".join(parts)
 
     def _by_kind(self) -> str:
-        """Points that VisPruner costs, by how much is kept and what is asked."""
+        """Change in accuracy with VisPruner, by retained tokens and kind of question."""
         rows = []
         for k in self._recipe.budgets:
             cells = [
@@ -205,7 +205,7 @@ class Tables:
             ]
             before = self._results.mean("language", f"vispruner@{k}", everything, minus="full")
             rows.append([f"{k} ({100 * k / self._recipe.patches:.0f} %)", *cells, _points(before)])
-        return _markdown(["tokens kept", "all", *KINDS, "all, before the subset stage"], rows)
+        return table(["retained tokens", "all", *KINDS, "all, before the subset stage"], rows)
 
     def _by_seed(self) -> str:
         budgets = self._recipe.budgets[1:5]
@@ -225,16 +225,14 @@ class Tables:
                     )
                     for k in budgets
                 ]
-                rows.append([f"{SHOWN[rule]}, minus it, seed {seed}", "", *map(_points, gains)])
+                rows.append([f"{SHOWN[rule]}, difference, seed {seed}", "", *map(_points, gains)])
         head = ["tokens", f"{self._recipe.patches}", *(str(k) for k in budgets)]
-        return (
-            f"Accuracy (%) and differences in points ± standard error:\n\n{_markdown(head, rows)}"
-        )
+        return f"Accuracy (%) and differences in points ± standard error:\n\n{table(head, rows)}"
 
     def _analysis(self, part: str, name: str) -> tuple[float, float]:
-        """Mean over seeds of an accuracy, and its standard error: of its scenes and of its seeds.
+        """Mean accuracy over seeds, and its standard error from scenes and seeds.
 
-        The files hold means alone, so the part of the scenes is that of a single seed, an upper
+        The files contain only means, so the error from scenes is that of a single seed, an upper
         bound.
         """
         values, errors = np.transpose([run[part]["accuracy"][name] for run in self._analyses])
@@ -248,7 +246,7 @@ class Tables:
         for name in names:
             cells = [self._analysis("ablations", f"{name}@{k}") for k in budgets]
             rows.append([name, *(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells)])
-        return _markdown(["k =", *(str(k) for k in budgets)], rows)
+        return table(["k =", *(str(k) for k in budgets)], rows)
 
     def _by_attention(self) -> str:
         accuracy = self._analyses[0]["by_attention"]["accuracy"]
@@ -258,13 +256,13 @@ class Tables:
             cells = [self._analysis("by_attention", f"{name}@{k}") for k in self._recipe.budgets]
             label = "[CLS], tower" if name == "cls" else f"{name.replace('text', 'text, layer')}"
             rows.append([label, *(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells)])
-        return _markdown(
+        return table(
             ["top k by, k =", *(str(k) for k in self._recipe.budgets)],
             rows,
         )
 
     def _shift(self) -> str:
-        """Share of the selected tokens that lie in the lowest two rows, seed by seed."""
+        """Share of the selected tokens in the lowest two rows, by seed."""
 
         def lowest(rows: Sequence[float]) -> str:
             return f"{100 * sum(rows[-2:]) / sum(rows):.0f} %"
@@ -286,7 +284,7 @@ class Tables:
         k = self._analyses[0]["attention"]["k"]
         return (
             f"Share of the {k} selected tokens in the lowest 2 of {self._recipe.grid} rows; in "
-            f"brackets with one position for all:\n\n{_markdown(head, rows)}"
+            f"parentheses, with one position for all visual tokens:\n\n{table(head, rows)}"
         )
 
     def _dispersion(self) -> str:
@@ -313,12 +311,12 @@ class Tables:
         head = ["attention", "entropy", "on the top 10 %", "on objects", "AUROC of objects"]
         area = average("area of objects")
         return (
-            f"{_markdown(head, rows)}\nObjects cover {100 * area:.0f} % of the patches; entropy 1 "
-            "is attention spread evenly.\n"
+            f"{table(head, rows)}\nObjects cover {100 * area:.0f} % of the patches; uniform "
+            "attention has entropy 1.\n"
         )
 
     def _settings(self) -> str:
-        """Where and how the numbers were made."""
+        """Machines, versions and dates of the numbers."""
         lines = []
         for run in self._results.runs:
             last = {line["stage"]: line["seconds"] for line in run["training"]}
@@ -332,6 +330,6 @@ class Tables:
             for run in self._results.runs
         )
         return (
-            f"{''.join(lines)}\n`generate()` under `vispruner.apply` gave the same verdict as the "
-            f"quick evaluation for {100 * agree:.1f} % of the questions tried.\n"
+            f"{''.join(lines)}\n`generate()` under `vispruner.apply` agreed with the fast "
+            f"evaluation on {100 * agree:.1f} % of the sampled questions.\n"
         )

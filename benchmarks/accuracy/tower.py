@@ -1,9 +1,9 @@
-"""Stage 1: the vision tower learns what lies where, and [CLS] to look at it.
+"""Stage 1: the vision tower learns to recognize and locate objects, and [CLS] to attend to them.
 
-Two multi-label losses ask [CLS] what is in the picture, in the last and in the penultimate layer:
-the layer whose features the language model gets is the one whose [CLS] attention is to mean
-something. A dense loss asks each patch of that layer for its object, so that the features are worth
-keeping.
+Two multi-label losses predict the content of the image from [CLS], in the last and in the
+penultimate layer: the penultimate layer provides the features, so its [CLS] attention must be
+meaningful. A dense loss predicts the object of each patch in that layer, so that its features are
+useful.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .recipe import Recipe
 from .training import Task, autocast, device
 
 _BACKGROUND_WEIGHT = 0.1  # most patches are background
-_PRESENT_WEIGHT = 3.0  # few of the pairs of a colour and a shape are in a picture
+_PRESENT_WEIGHT = 3.0  # an image has few of the colour-shape pairs
 _VALIDATION = 256
 
 
 class Heads(nn.Module):
-    """What the tower is trained through, and what is thrown away after it."""
+    """Prediction heads, used only in training."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TowerTask(Task):
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy of object and background patches, F1 of the pairs that [CLS] names."""
+        """Accuracy of object and background patches, and F1 of the pairs predicted from [CLS]."""
         style = self._recipe.style
         drawn = [scenes.draw(i, style, split="validation") for i in range(_VALIDATION)]
         want = label_patches(drawn, self._recipe)

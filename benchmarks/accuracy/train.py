@@ -1,4 +1,4 @@
-"""Trains the model of a recipe and a seed, stage by stage, from wherever an earlier run stopped."""
+"""Trains the model of a recipe and a seed stage by stage, and resumes interrupted runs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .tower import TowerTask
 
 
 def train(recipe: Recipe, seed: int, directory: Path) -> None:
-    """Leaves tower.pt, language.pt, subset.pt and log.jsonl in `directory`."""
+    """Writes tower.pt, language.pt, subset.pt and log.jsonl to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     model = build(recipe, seed)
     training.run(TowerTask(model.model.vision_tower, recipe), recipe, seed, directory)
     training.run(LanguageTask(model, recipe), recipe, seed, directory)
-    # Stage 3 begins where stage 2 ended: `model` has its weights, loaded or just trained.
+    # Stage 3 continues from stage 2: `model` has its weights, loaded or just trained.
     training.run(SubsetTask(model, recipe), recipe, seed, directory)
 
 
 def load_model(recipe: Recipe, directory: Path, stage: str) -> Any:
-    """The model after "language" or "subset".
+    """The model after the stage "language" or "subset".
 
     Raises:
-        FileNotFoundError, ValueError: that stage has not begun, or not ended.
+        FileNotFoundError, ValueError: the stage has not started, or is not finished.
     """
     found = training.load(directory, stage)
     if not found["finished"]:
-        raise ValueError(f"{directory}: stage {stage!r} has stopped at step {found['step']}")
+        raise ValueError(f"{directory}: stage {stage!r} stopped at step {found['step']}")
     model = build(recipe, seed=0)
     model.load_state_dict(found["module"])
     return model.to(training.device()).eval()

@@ -1,4 +1,4 @@
-"""The training loop of every stage: AdamW with a cosine, checkpoints, a log and a progress bar."""
+"""The training loop of all stages: AdamW with a cosine schedule, checkpoints, log, progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .data import Batch, batches
 from .recipe import Recipe
 
 SAVE_SECONDS = 60
-EVALUATIONS = 16  # a stage, if it is long enough
+EVALUATIONS = 16  # per stage, if it is long enough
 _SHORTEST_INTERVAL = 50
 _FINAL_RATE = 0.02  # of the highest learning rate
 
@@ -28,16 +28,16 @@ def device() -> torch.device:
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where it is safe; the weights stay in float32."""
+    """bfloat16 where it is safe; weights stay in float32."""
     return torch.autocast(device().type, torch.bfloat16)
 
 
 class Task(ABC):
-    """What a stage trains.
+    """A training stage.
 
     Attributes:
-        name: the stage.
-        module: everything that a checkpoint holds; its parameters that require grad are trained.
+        name: of the stage.
+        module: content of the checkpoint; its parameters that require grad are trained.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, noise: torch.Generator) -> dict[str, Tensor]:
-        """Terms of the loss; `noise` is the only source of chance."""
+        """Terms of the loss; `noise` is the only source of randomness."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Figures for the log, from scenes that are not trained on."""
+        """Validation figures for the log, from scenes that are not used in training."""
 
 
 def _optimizer(module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
@@ -72,7 +72,7 @@ def checkpoint(directory: Path, stage: str) -> Path:
 
 
 def load(directory: Path, stage: str) -> dict[str, Any]:
-    """The checkpoint of a stage; `finished` says whether the stage is over."""
+    """The checkpoint of a stage; its entry `finished` is True at the end of the stage."""
     found: dict[str, Any] = torch.load(
         checkpoint(directory, stage), map_location=device(), weights_only=True
     )
@@ -80,14 +80,14 @@ def load(directory: Path, stage: str) -> dict[str, Any]:
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: the run may be stopped at any time."""
+    """Writes atomically, because the run may be interrupted at any time."""
     partial = path.with_suffix(".partial")
     torch.save(content, partial)
     partial.replace(path)
 
 
 class _Log:
-    """Means of what was added since the last line, in DIRECTORY/log.jsonl."""
+    """Writes means of the added terms to DIRECTORY/log.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -110,7 +110,7 @@ class _Log:
 
 
 def run(task: Task, recipe: Recipe, seed: int, directory: Path) -> None:
-    """Trains a stage, from its checkpoint in `directory` where there is one."""
+    """Trains a stage, resuming from its checkpoint in `directory` if there is one."""
     stage = recipe.stages[task.name]
     path = checkpoint(directory, task.name)
     task.module.to(device())

@@ -3,20 +3,20 @@
     import vispruner
     pruner = vispruner.apply(model, k=64)     # a transformers model; see vispruner.supported()
     model.generate(**inputs)
-    pruner.last                               # what was kept, and the milliseconds it took
+    pruner.last                               # retained tokens, and milliseconds
     pruner.remove()
 
-By role, each room using only those above it in this list:
+Layers, each importing only those above it in this list:
 
-- `selection`: budgets, scores and the choice of tokens; `report`, `clock`: what a call did;
-- `releases`, `methods`, `taps`: what is known of transformers' releases, hooks on its objects;
-- `models`: a file for each family of models;
+- `selection`: budgets, scores and token selection; `report`, `clock`: results and times of a call;
+- `releases`, `methods`, `taps`: differences between transformers releases, hooks on its objects;
+- `models`: one file per family of models;
 - `hf`: pruning in transformers; `vllm`: a plugin for vLLM; `lmms_eval`: pruned models for it;
-- `embedded`: a small model in the package and the scenes it understands; `cli`: the `vispruner`
-  command; `clip`: a CLIP vision tower alone; `shapes`, `flops`: what published models cost.
+- `embedded`: a small bundled model and its scenes; `cli`: the `vispruner` command; `clip`: a CLIP
+  vision tower without a language model; `shapes`, `flops`: published models and their costs.
 
-Models need the extra `transformers` of this package; importing the package does not. Nothing below
-is imported before it is used, so that the command can answer without torch.
+Models need the extra `transformers` of this package; importing the package does not. Submodules are
+imported on first use, so that the command starts without torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .report import Kept, Report
     from .selection import Budget
 
-_PLACES = {
+_EXPORTS = {
     "Budget": "selection",
     "Family": "models",
     "Kept": "report",
@@ -45,17 +45,17 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    place = _PLACES.get(name)
-    if place is not None:
-        return getattr(importlib.import_module(f"{__name__}.{place}"), name)
-    # `import vispruner` made these attributes before anything was imported late.
+    module = _EXPORTS.get(name)
+    if module is not None:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    # Submodules that users reach as attributes.
     if name in ("models", "selection", "report", "hf"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_EXPORTS})
 
 
 __all__ = [

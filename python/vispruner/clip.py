@@ -1,9 +1,9 @@
 """Runs a CLIP vision tower and collects what pruning needs from one of its layers.
 
-The method takes patch features and [CLS] attention from the same encoder layer; LLaVA-1.5 uses
-the last but one (feature layer -2). Asking transformers for attention weights would put every
-layer on the eager implementation and materialize (1 + N) x (1 + N) weights a head. Here, hooks on
-that one layer keep the query of [CLS] and the keys, which the layer computes anyway, and the
+The method takes patch features and [CLS] attention from one encoder layer; LLaVA-1.5 uses the
+second to last (feature layer -2). Requesting attention weights from transformers would switch every
+layer to the eager implementation and materialize (1 + N) x (1 + N) weights per head. Instead, hooks
+on this layer record the query of [CLS] and the keys, which the layer computes anyway, and the
 encoder stays on scaled-dot-product attention. (:mod:`vispruner.taps` has the hooks.)
 """
 
@@ -29,7 +29,7 @@ LLAVA_1_5 = {
     if name != "model_type"
 }
 
-# Loosely typed in transformers, in ways that change from version to version.
+# Loosely typed in transformers, differently in each release.
 _Config: Any = CLIPVisionConfig
 _Model: Any = CLIPVisionModel
 _ImageProcessor: Any = CLIPImageProcessorPil
@@ -41,7 +41,7 @@ class TowerError(ValueError):
 
 @dataclass(frozen=True)
 class LayerCues:
-    """What one encoder layer says about its patches.
+    """Features and scores of the patches in one encoder layer.
 
     Attributes:
         feats: (B, N, C) hidden states after the layer, without [CLS].
@@ -57,8 +57,8 @@ class ClipTower:
 
     Args:
         model: the tower, in eval mode, on its device.
-        feature_layer: index into the hidden states, as `vision_feature_layer` of LLaVA: -2 is the
-            output of the last encoder layer but one.
+        feature_layer: index into the hidden states, like LLaVA's `vision_feature_layer`: -2 is the
+            output of the second to last encoder layer.
     """
 
     def __init__(self, model: CLIPVisionModel, feature_layer: int = -2) -> None:
@@ -86,7 +86,7 @@ class ClipTower:
         dtype: torch.dtype = torch.float32,
         **shape: int,
     ) -> ClipTower:
-        """A tower with random weights, of LLaVA-1.5's shape except for what `shape` names."""
+        """A tower with random weights and LLaVA-1.5's shape, except for the settings in `shape`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _Model(_Config(**{**LLAVA_1_5, **shape}))
@@ -102,10 +102,10 @@ class ClipTower:
     ) -> ClipTower:
         """The vision tower of a CLIP checkpoint: a directory or a name on the Hugging Face hub.
 
-        Only safetensors files are read: loading one cannot run code.
+        Only safetensors files are read; loading them cannot run code.
 
         Raises:
-            TowerError: there is none, or it is not a CLIP vision tower.
+            TowerError: there is no such checkpoint, or it has no CLIP vision tower.
         """
         try:
             model, info = _Model.from_pretrained(
@@ -144,10 +144,10 @@ class ClipTower:
         """Runs the tower and returns the cues of the feature layer."""
         hidden: list[Tensor] = []
 
-        def keep(module: object, args: object, output: Any) -> None:
+        def record(module: object, args: object, output: Any) -> None:
             hidden.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = self._layer.register_forward_hook(keep)
+        handle = self._layer.register_forward_hook(record)
         try:
             with tower_tap(self._layer.self_attn, has_cls=True) as tap:
                 self.model(pixel_values=pixel_values)

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: vision, score, select, rewrite, prefill, decode."""
+"""Times of the phases of a call: vision, score, select, rewrite, prefill, decode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 class Clock:
-    """Milliseconds of named phases, without making the host wait for a GPU.
+    """Milliseconds of named phases, measured without making the host wait for a GPU.
 
-    On CUDA a phase is a pair of events, read when somebody asks. A phase inside another does not
-    count for the outer one.
+    On CUDA a phase is a pair of events, which are read on request. The time of a nested phase does
+    not count for the outer one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Clock:
         return self._sum(self._spans)
 
     def take(self) -> dict[str, float]:
-        """Phase to milliseconds of the spans that the device has come to the end of.
+        """Phase to milliseconds, of the spans that the device has completed.
 
         They are removed, so that a long-running clock stays small. Does not synchronize.
         """
@@ -82,10 +82,10 @@ class Clock:
 
 
 class Prefill:
-    """Tells when a call of generate has read its prompt: what comes after that is decoding.
+    """Detects when a call of generate has read its prompt, and starts the phase "decode".
 
     Args:
-        clock: has the phase "prefill" open, which becomes "decode".
+        clock: with the phase "prefill" open.
         columns: columns of the prompt that the cache does not hold yet.
     """
 
@@ -93,11 +93,11 @@ class Prefill:
         self._clock, self._columns = clock, columns
 
     def read(self, call: Mapping[str, Any]) -> bool:
-        """Told of every forward that has ended, with its arguments; True when prefill is over."""
+        """Called after every forward, with its arguments; True when prefill is complete."""
         tokens = call.get("input_ids")
         tokens = call.get("inputs_embeds") if tokens is None else tokens
         self._columns -= 0 if tokens is None else tokens.shape[1]
-        if self._columns > 0:  # there are more chunks
+        if self._columns > 0:  # more chunks follow
             return False
         self._clock.switch("decode")
         return True

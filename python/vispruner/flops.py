@@ -1,8 +1,8 @@
 """Floating-point operations and cache bytes of a prompt with pictures, from a configuration alone.
 
-A multiplication with its addition counts as two operations, as in `torch.utils.flop_counter`; with
-it the tests compare. Matrix products count, normalization and activations do not. Attention counts
-whole, as that counter does, although causal kernels skip half of it.
+A multiply-add counts as two operations, as in `torch.utils.flop_counter`, with which the tests
+compare. Only matrix products count, not normalization and activations. Attention counts in full, as
+in that counter, although causal kernels skip half of it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .models import family_for
 
 @dataclass(frozen=True)
 class Cost:
-    """What one prompt costs.
+    """Cost of one prompt.
 
     Attributes:
         visual, text: tokens that the language model reads.
         vision: operations of the vision encoder and the projector.
-        prefill: operations of the language model until the first token of the answer.
+        prefill: operations of the language model up to the first token of the answer.
         decode: operations of the language model for all further tokens.
         cache_bytes: keys and values of the prompt.
         visual_only: operations by `visual_only_flops`.
@@ -37,7 +37,7 @@ class Cost:
 
 
 def _mlps(text: Any) -> tuple[int, ...]:
-    """Operations of one token in the MLP of each layer: dense, or of the experts it is sent to."""
+    """Operations per token in the MLP of each layer: dense, or of the active experts."""
     width, layers = int(text.hidden_size), int(text.num_hidden_layers)
     gated = 3 * 2 * width
     dense = gated * int(getattr(text, "intermediate_size", None) or 0)
@@ -56,7 +56,7 @@ def _mlps(text: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Text:
-    """A Llama-like decoder, its MLPs dense or of experts."""
+    """A Llama-like decoder with dense MLPs or experts."""
 
     layers: int
     width: int
@@ -88,7 +88,7 @@ class _Text:
         )
 
     def stack(self, tokens: int, attended: int) -> int:
-        """All layers: `tokens` queries, each over `attended` keys, as dense products."""
+        """All layers: `tokens` queries over `attended` keys each, as dense products."""
         projections = 2 * self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         attention = 2 * 2 * attended * self.heads * self.head_dim
         return tokens * (self.layers * (projections + attention) + sum(self.mlps))
@@ -97,11 +97,11 @@ class _Text:
         return 2 * self.width * self.vocabulary
 
     def prefill(self, tokens: int) -> int:
-        """All tokens of a prompt, logits of the last one."""
+        """All tokens of a prompt, and the logits of the last one."""
         return self.stack(tokens, tokens) + self.head()
 
     def decode(self, prompt: int, new: int) -> int:
-        """The tokens of an answer after its first one, each over all that came before."""
+        """The tokens of an answer after the first, each attending to all earlier tokens."""
         return sum(self.stack(1, prompt + i) + self.head() for i in range(1, new))
 
     def cache_bytes(self, tokens: int, element: int) -> int:
@@ -119,10 +119,10 @@ def vision_flops(config: Any, inputs: Mapping[str, Any], projected: int) -> int:
 
 
 def visual_only_flops(config: Any, visual: int) -> int:
-    """The count that is usual in papers on token pruning: visual tokens alone.
+    """The usual count in papers on token pruning: visual tokens only.
 
-    4nd^2 + 2n^2d + 2ndm for each layer of the language model (FastV, arXiv 2403.06764, section 4),
-    with n visual tokens, width d and MLP width m: no text, no vocabulary, two matrices in the MLP.
+    4nd^2 + 2n^2d + 2ndm per layer of the language model (FastV, arXiv 2403.06764, section 4), with
+    n visual tokens, width d and MLP width m: no text, no vocabulary, two matrices in the MLP.
     """
     text = _Text.of(config)
     n, d, m = visual, text.width, text.inner
@@ -139,15 +139,15 @@ def cost(
     element: int = 2,
     projected: int | None = None,
 ) -> Cost:
-    """What a prompt with one picture or more costs.
+    """Cost of a prompt with one or more pictures.
 
     Args:
         config: of the model; inputs: of its encoder, as from `shapes.picture`.
         visual: tokens of each picture that the language model reads.
-        text: all other tokens of the prompt; new: tokens of the answer.
-        element: bytes of an element of the cache.
-        projected: patches that reach the projector, where that is not all of them (LLaVA-1.5 and
-            LLaVA-NeXT prune before it).
+        text: other tokens of the prompt; new: tokens of the answer.
+        element: bytes per element of the cache.
+        projected: patches that reach the projector, if not all (LLaVA-1.5 and LLaVA-NeXT prune
+            before it).
     """
     model = _Text.of(config)
     tokens = sum(visual) + text

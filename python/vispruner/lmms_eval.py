@@ -1,12 +1,12 @@
-"""Pruned models for lmms-eval, which finds them by itself where this package is installed.
+"""Pruned models for lmms-eval, which finds them through this package's entry point.
 
     lmms-eval --model vispruner_llava_hf \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,k=64 --tasks gqa,textvqa,pope
 
-Each is the harness's own model class of that name without the prefix, with `vispruner.apply` on the
-model that it loads, so that prompts, decoding and metrics are those of the unpruned run. Their
-`model_args` are the harness's, and those of `vispruner.apply`: k or ratio, important_ratio, step
-and, for LLaVA-NeXT, tiles.
+Each is the harness's model class of the same name without the prefix, with `vispruner.apply` on the
+model that it loads. Prompts, decoding and metrics are those of the unpruned run. Besides the
+harness's arguments, `model_args` takes those of `vispruner.apply`: k or ratio, important_ratio,
+step and, for LLaVA-NeXT, tiles.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HARNESS = {
 
 
 class _Pruned:
-    """Goes before a class of the harness and prunes the model that it loads.
+    """A mixin for a class of the harness that prunes the model that it loads.
 
     Attributes:
         pruner: `pruner.last` is the report of the last request.
@@ -63,7 +63,7 @@ class _Pruned:
 
 @functools.cache
 def _pruned_class(interface: str, module: str) -> type:
-    """The harness's class with pruning; importing it may need what only that model needs."""
+    """The harness's class with pruning. Its import may need packages of that model."""
     imported = importlib.import_module(f"lmms_eval.models.{interface}.{module}")
     base = getattr(imported, _HARNESS[module].name)
     about = {"__doc__": _Pruned.__doc__, "__module__": __name__}
@@ -71,7 +71,7 @@ def _pruned_class(interface: str, module: str) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """Classes by the names that `manifests` gives: INTERFACE_MODULE."""
+    """Classes by the names in `manifests`: INTERFACE_MODULE."""
     interface, _, module = name.partition("_")
     if module in _HARNESS and interface in _HARNESS[module].interfaces:
         return _pruned_class(interface, module)
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> type:
 
 
 def manifests() -> list[Any]:
-    """What the harness loads from the entry point group `lmms_eval.models`."""
+    """The models, for the entry point group `lmms_eval.models`."""
     registry = importlib.import_module("lmms_eval.models.registry_v2")
     return [
         registry.ModelManifest(

@@ -1,4 +1,4 @@
-"""Methods of one object that are replaced for a while."""
+"""Temporary replacements of methods of one object."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ _METADATA = ("__name__", "__qualname__", "__doc__", "__module__")
 
 
 class Replacement:
-    """Stands for one method of one object: the signature of the original, and another body.
+    """Replaces one method of one object: same signature, different body.
 
-    An object rather than a closure, so that a deep copy of the owner calls into the copy, and that
-    the owner can be pickled.
+    It is an object and not a closure, so that a deep copy of the owner calls into the copy, and the
+    owner can be pickled.
 
     Args:
         owner, name: the method to replace.
-        body: called in its place.
+        body: called instead.
     """
 
     def __init__(self, owner: Any, name: str, body: Callable[..., Any]) -> None:
         self._owner, self._name, self._body = owner, name, body
         self._was_own = name in vars(owner)
         self._active = True
-        self.__wrapped__ = getattr(owner, name)  # what inspect.signature follows
+        self.__wrapped__ = getattr(owner, name)  # inspect.signature follows it
         for attribute in _METADATA:
             if hasattr(self.__wrapped__, attribute):
                 setattr(self, attribute, getattr(self.__wrapped__, attribute))
@@ -34,7 +34,7 @@ class Replacement:
         return body(*args, **kwargs)
 
     def remove(self) -> None:
-        """The owner as it was; where somebody has wrapped this since then, it only passes on."""
+        """Restores the owner. If this object has been wrapped since, it only forwards calls."""
         self._active = False
         if vars(self._owner).get(self._name) is not self:
             return

@@ -1,4 +1,4 @@
-"""Times a model without a pruner by the phases of a pruned one."""
+"""Times an unpruned model in the phases of a pruned one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .releases import canonical
 
 @contextmanager
 def unpruned(model: Any) -> Iterator[Clock]:
-    """Times calls of `generate` of a model without a pruner, by the phases of a pruned one.
+    """Times calls of `generate` of an unpruned model, in the phases of a pruned one.
 
     Args:
         model: a `...ForConditionalGeneration` model of a supported family, unpruned.

@@ -1,7 +1,7 @@
-"""Names that move between releases of transformers: the one place that knows more than one of them.
+"""Adapter for names that change between releases of transformers.
 
-Inside this package an argument has the newest name. What comes from a caller, and what goes to a
-model, passes through here.
+Inside this package an argument has the newest name. Arguments from callers and to models are
+converted here.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-#: The keys and values so far, as an argument and in an output: since 5.24, and before.
+#: Name of the KV cache as an argument and in outputs: since 5.24, and before.
 _CACHE_NAMES = ("cache", "past_key_values")
 
-#: The release that is supported from, and the newest one that the tests have passed on.
+#: The oldest supported release, and the newest tested one.
 OLDEST, TESTED = (5, 17), (5, 24)
 
 
@@ -29,24 +29,24 @@ def version() -> tuple[int, int]:
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function, or what it wraps, has a parameter of that name."""
+    """Whether a function, or the one that it wraps, has a parameter of this name."""
     return name in inspect.signature(function).parameters
 
 
 # ------------------------------------------------------------------------------------- the cache
 def canonical(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A caller's arguments, those that are None left out, the cache under the name "cache"."""
+    """A caller's arguments without None values, with the cache under the name "cache"."""
     named = {name: value for name, value in call.items() if value is not None}
     found = [named.pop(name) for name in _CACHE_NAMES if name in named]
     return named | ({"cache": found[0]} if found else {})
 
 
 def spelled(call: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments for a `forward` of this release: the cache under the name that it takes.
+    """Arguments for a `forward` of this release, with the cache under its name there.
 
     Args:
         call: arguments with the names of `canonical`.
-        function: a `forward`; `generate` takes what the model's `forward` takes.
+        function: a `forward`; `generate` takes the same names as the model's `forward`.
     """
     named = dict(call)
     if "cache" in named and not takes(function, "cache"):
@@ -55,7 +55,7 @@ def spelled(call: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, 
 
 
 def cache_in(output: Any) -> Any:
-    """The cache in what `forward` or `generate` returned, None if there is none."""
+    """The cache in the output of `forward` or `generate`, None if there is none."""
     if isinstance(output, tuple):
         return next((part for part in output if hasattr(part, "get_seq_length")), None)
     if isinstance(output, Mapping):
@@ -64,12 +64,12 @@ def cache_in(output: Any) -> Any:
 
 
 def cached_columns(cache: Any) -> int:
-    """Columns of a prompt that a cache holds."""
+    """Number of cached columns."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def cached_rows(cache: Any) -> int | None:
-    """Rows of a batch that a cache holds, None if it does not say."""
+    """Number of cached rows, None if unknown."""
     for layer in getattr(cache, "layers", ()):
         keys = getattr(layer, "keys", None)
         if keys is not None and keys.dim() == 4:
@@ -79,30 +79,30 @@ def cached_rows(cache: Any) -> int | None:
 
 # ----------------------------------------------------------------------------------- the encoders
 def encoder_layers(tower: Any) -> Any:
-    """The layers of a vision tower, which earlier releases have one module deeper."""
+    """The layers of a vision tower, which are one module deeper in earlier releases."""
     encoder = getattr(tower, "vision_model", tower).encoder
     return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
 def takes_encoder_outputs(model: Any) -> bool:
-    """Whether images can be handed over encoded, as `mm_encoder_outputs`: since 5.18."""
+    """Whether the model takes `mm_encoder_outputs`: since 5.18."""
     return takes(model.forward, "mm_encoder_outputs")
 
 
 def takes_chunked_images() -> bool:
-    """Whether a prompt with images is prefilled in chunks correctly: since 5.23."""
+    """Whether prefill in chunks is correct for prompts with images: since 5.23."""
     return version() >= (5, 23)
 
 
 def mixes_repeated_images() -> bool:
-    """Whether generate mixes up the images of a row that it repeats, pruned or not: 5.18."""
+    """Whether generate mixes up the images of repeated rows, pruned or not: 5.18."""
     return version() == (5, 18)
 
 
 def masks_images_behind_a_cache() -> bool:
-    """Whether Gemma 3 lets tokens of a new image see each other behind a cache.
+    """Whether tokens of a new image after a cache attend to each other in Gemma 3.
 
-    It does in 5.23 and does not in 5.17; releases between them are not relied on.
+    They do in 5.23 and do not in 5.17; releases between them are not trusted.
     """
     return version() >= (5, 23)
 
@@ -110,10 +110,10 @@ def masks_images_behind_a_cache() -> bool:
 # ------------------------------------------------------------------------------------- accelerate
 @contextmanager
 def loaded(module: Any) -> Iterator[None]:
-    """While open, the parameters of a module itself are on its device.
+    """Loads a module's direct parameters to its device inside the block.
 
-    accelerate's CPU offload keeps them on the meta device and loads them around `forward`; the
-    methods that encode images are called outside it. Submodules load their own.
+    accelerate's CPU offload keeps them on the meta device and loads them for `forward` only, but
+    the methods that encode images are called outside `forward`. Submodules load their own.
     """
     hook = getattr(module, "_hf_hook", None)
     if hook is None:

@@ -1,4 +1,4 @@
-"""What the last call did: tokens kept and time spent."""
+"""Report of the last call: retained tokens and times."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .clock import Clock
 
 @dataclass(frozen=True)
 class Kept:
-    """What was kept of one image or video.
+    """The retained tokens of one image or video.
 
     Attributes:
         modality: "image" or "video".
-        indices: (k,) int64, ascending: kept cells of the flattened grid.
+        indices: (k,) int64, ascending: retained cells of the flattened grid.
         grid: (rows, columns) of an image's tokens, (tiles, rows, columns) of a tiled image,
             (frames, rows, columns) of a video.
-        before: tokens that the unpruned model gives the image, separators included.
-        after: tokens that the language model saw.
+        before: tokens of the item in the unpruned model, including separators.
+        after: tokens that the language model reads.
         scores: (cells,) float32, the attention that ranked each cell of the grid.
-        lengths: cells of each picture that was pruned on its own (a tile, a frame).
-        ranked: tokens of each picture that were kept for their score.
+        lengths: cells of each separately pruned picture (a tile, a frame).
+        ranked: number of tokens of each picture retained for their score.
     """
 
     modality: str
@@ -40,7 +40,7 @@ class Kept:
 
     @property
     def important(self) -> Tensor:
-        """(k,) bool: True where a cell was kept for its score, False where for its diversity."""
+        """(k,) bool: True for cells retained for their score, False for their diversity."""
         best = [
             start + vispruner_cuda.topk(scores.unsqueeze(0), count).indices[0]
             for scores, start, count in zip(
@@ -61,8 +61,8 @@ class Report:
     """The last call of a pruned model.
 
     Attributes:
-        items: one entry for each image and video, images first, in the order they were passed.
-        prompt_before, prompt_after: columns of the prompt, padding and text included.
+        items: one entry per image and video, images first, in the order of the call.
+        prompt_before, prompt_after: columns of the prompt, including padding and text.
     """
 
     items: tuple[Kept, ...]
@@ -77,15 +77,15 @@ class Report:
 
     @property
     def tokens_after(self) -> int:
-        """Visual tokens that the language model saw."""
+        """Visual tokens that the language model reads."""
         return sum(item.after for item in self.items)
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time of each phase; waits for the GPU.
+        """Time per phase; waits for the GPU.
 
-        `vision` is the encoder with its projector; `score`, `select` and `rewrite` (of the prompt)
-        are what pruning adds. After a call of `generate` there are also `prefill`, until the
-        language model has read the prompt, and `decode`, all that follows.
+        `vision` is the encoder with its projector. Pruning adds `score`, `select` and `rewrite` (of
+        the prompt). After `generate` there are also `prefill`, until the language model has read
+        the prompt, and `decode`, the rest.
         """
         return self._clock.milliseconds()

@@ -1,7 +1,7 @@
-"""Which tokens stay: attention scores, the budget, and the calls of the operators.
+"""Token selection: attention scores, the budget, and calls of the operators.
 
-Everything that prunes (the transformers side, the vLLM plugin, the command, a tower alone) scores
-and selects through this file.
+All integrations (transformers, the vLLM plugin, the command, a CLIP tower) score and select tokens
+through this file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _computable(x: Tensor) -> Tensor:
 
 
 def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Attention of [CLS] to every patch, averaged over heads.
+    """Attention of [CLS] to each patch, averaged over heads.
 
     Args:
         q_cls: (B, H, D) query of [CLS]; k: (B, H, 1 + N, D) keys, [CLS] first; any float dtype.
@@ -38,10 +38,10 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float, cu_seqlens: Sequence[int]) -> Tensor:
-    """Attention every token receives, averaged over the queries and heads of its own picture.
+    """Attention that each token receives, averaged over the queries and heads of its picture.
 
     Args:
-        q, k: (T, H, D) after rotary embedding, pictures packed one after the other.
+        q, k: (T, H, D) after rotary embedding, packed pictures.
         scale: factor of the attention logits.
         cu_seqlens: picture i is rows cu_seqlens[i] to cu_seqlens[i + 1].
 
@@ -53,16 +53,17 @@ def received_attention(q: Tensor, k: Tensor, scale: float, cu_seqlens: Sequence[
 
 @dataclass(frozen=True)
 class Budget:
-    """What to keep of every picture (an image, a tile of one, or a frame of a video).
+    """How many tokens to retain per picture (an image, a tile of one, or a frame of a video).
 
     Attributes:
-        k: tokens to keep, at least 1; a picture with fewer keeps all. Exactly one of k and ratio.
-        ratio: share of the tokens to keep, in (0, 1]: the nearest whole number, at least 1.
-        important_ratio: share of the kept tokens chosen by attention, in [0, 1].
-        step: tokens that the deduplication drops a round, at least 1.
+        k: tokens to retain, at least 1; pictures with fewer tokens retain all. Exactly one of k and
+            ratio must be set.
+        ratio: share of the tokens to retain, in (0, 1], rounded, at least one token.
+        important_ratio: share of the retained tokens selected by attention, in [0, 1].
+        step: tokens that the deduplication drops per round, at least 1.
 
     Raises:
-        TypeError, ValueError: on a value out of these bounds.
+        TypeError, ValueError: a value is outside these bounds.
     """
 
     k: int | None = None
@@ -92,24 +93,25 @@ class Budget:
                 raise ValueError(f"{name} must be in {bounds}, got {share}")
 
     def count(self, tokens: int, pictures: int = 1) -> int:
-        """Tokens that stay of `pictures` pictures with `tokens` of them in all."""
+        """Retained tokens of `pictures` pictures with `tokens` tokens in total."""
         if self.k is not None:
             return min(int(self.k) * pictures, tokens)
         assert self.ratio is not None
         return min(tokens, max(1, round(self.ratio * tokens)))
 
     def ranked(self, count: int) -> int:
-        """How many of `count` kept tokens are those with the highest scores."""
+        """The number of important tokens among `count` retained tokens."""
         return int(count * float(self.important_ratio))
 
     def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Chooses tokens of pictures of one size.
+        """Selects tokens of pictures of equal size.
 
         Args:
             feats: (B, N, C) any float dtype; scores: (B, N).
 
         Returns:
-            (B, k, C) kept features, differentiable in feats, and (B, k) int64 ascending indices.
+            (B, k, C) retained features, differentiable in feats, and (B, k) int64 ascending
+            indices.
         """
         if feats.shape[0] == 0 or feats.shape[1] == 0:
             return feats, torch.arange(feats.shape[1], device=feats.device).expand(feats.shape[:2])
@@ -128,14 +130,15 @@ class Budget:
     def select_packed(
         self, feats: Tensor, scores: Tensor, lengths: Sequence[int], counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Chooses tokens of packed pictures of different size.
+        """Selects tokens of packed pictures of different sizes.
 
         Args:
             feats: (T, C); scores: (T,).
-            lengths: tokens of each picture; counts: tokens to keep of each.
+            lengths: tokens of each picture; counts: tokens to retain of each.
 
         Returns:
-            (T', C) kept features, differentiable in feats, and (T',) int64 ascending rows of feats.
+            (T', C) retained features, differentiable in feats, and (T',) int64 ascending rows of
+            feats.
         """
         kept = vispruner_cuda.prune_varlen(
             _computable(feats),

@@ -1,7 +1,7 @@
-"""Real models as configurations, and the shapes that a picture takes on its way into them.
+"""Configurations of published models, and the shapes of their inputs.
 
-For what can be told, or measured with random weights, without downloading anything: floating-point
-operations, cache sizes, speed.
+They serve to count operations and cache sizes, and to measure speed with random weights, without
+any download.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: published model to its configuration, sizes and settings only (published.json)
+#: name of a published model to its configuration: sizes and settings only (published.json)
 MODELS: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("published.json").read_text(encoding="utf-8")
 )
@@ -27,10 +27,10 @@ def config_of(
 
     Args:
         name: of the model.
-        text, vision: settings of its language model and of its encoder to replace.
+        text, vision: settings to replace in its language model and its encoder.
 
     Raises:
-        ValueError: there is no such name; the message lists them.
+        ValueError: unknown name; the message lists the known ones.
     """
     from transformers import AutoConfig
 
@@ -45,7 +45,7 @@ def config_of(
 
 
 def empty_model(config: Any) -> Any:
-    """The model of a configuration on the meta device: shapes, no memory."""
+    """The model of a configuration on the meta device: shapes without memory."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -54,7 +54,7 @@ def empty_model(config: Any) -> Any:
 
 
 def picture(config: Any, height: int, width: int) -> dict[str, Any]:
-    """What the model's processor makes of one picture, its pixels on the meta device.
+    """The processor's output for one picture, with pixels on the meta device.
 
     Args:
         config: of the model; height, width: pixels of the picture.

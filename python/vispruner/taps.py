@@ -1,8 +1,8 @@
-"""Hooks that read one layer's queries and keys while the encoder runs as it always does.
+"""Hooks that read the queries and keys of one layer without changing how the encoder runs.
 
-Asking transformers for attention weights puts a whole encoder on eager attention. A tap keeps the
-outputs of one layer's query and key projections instead, which are computed anyway. It is on the
-layer only while pictures are being encoded.
+Requesting attention weights from transformers switches the whole encoder to eager attention. A tap
+instead records the outputs of one layer's query and key projections, which are computed anyway. It
+is attached to the layer only while pictures are encoded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from . import selection
 
-#: an attention module, whether [CLS] scores its patches, and the scores that a tap read off it
+#: an attention module, whether [CLS] scores its patches, and the scores from a tap
 Observation = tuple[Any, bool, Tensor]
 _OBSERVED: ContextVar[list[Observation] | None] = ContextVar("vispruner_observed", default=None)
 
 
 @contextmanager
 def observed() -> Iterator[list[Observation]]:
-    """While open, notes what taps read, as they read it."""
+    """Records the scores of all taps inside the block."""
     seen: list[Observation] = []
     token = _OBSERVED.set(seen)
     try:
@@ -42,7 +42,7 @@ def _noted(attention: Any, scores: Tensor, *, has_cls: bool) -> Tensor:
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that sees calls of the thread that made it only: others may use the module, too."""
+    """A hook for calls from the current thread only; other threads may use the module as well."""
     owner = get_ident()
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -51,8 +51,8 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-class _Kept:
-    """A forward hook that keeps a module's output, or its first token only."""
+class _OutputHook:
+    """A forward hook that records a module's output, or only its first token."""
 
     def __init__(self, module: nn.Module, what: str, *, first_only: bool = False) -> None:
         self._what, self._first_only = what, first_only
@@ -60,7 +60,7 @@ class _Kept:
         self.handle = module.register_forward_hook(in_this_thread(self))
 
     def __call__(self, module: nn.Module, args: object, output: Tensor) -> None:
-        # A copy of the one token: a view would keep the whole query alive.
+        # A copy of the token, because a view would hold the whole query in memory.
         self._output = output[:, :1].clone() if self._first_only else output
 
     def take(self) -> Tensor:
@@ -85,12 +85,12 @@ class ClsTap:
 
     def __init__(self, attention: Any, stack: ExitStack) -> None:
         self._attention = attention
-        # Where queries and keys are normalized, it is these that attend.
+        # If queries and keys are normalized, the attention uses the normalized ones.
         q, k = (getattr(attention, f"{x}_norm", getattr(attention, f"{x}_proj")) for x in "qk")
-        self._q = _Kept(q, "query projection", first_only=True)
-        self._k = _Kept(k, "key projection")
-        for kept in (self._q, self._k):
-            stack.callback(kept.handle.remove)
+        self._q = _OutputHook(q, "query projection", first_only=True)
+        self._k = _OutputHook(k, "key projection")
+        for hook in (self._q, self._k):
+            stack.callback(hook.handle.remove)
 
     def scores(self) -> Tensor:
         q = _heads(self._q.take(), self._attention)[:, 0]
@@ -100,19 +100,19 @@ class ClsTap:
 
 
 class ReceivedTap:
-    """Attention the patches receive, in a SigLIP layer."""
+    """Attention that the patches receive, in a SigLIP layer."""
 
     has_cls = False
 
     def __init__(self, attention: Any, stack: ExitStack) -> None:
         self._attention = attention
-        self._q = _Kept(attention.q_proj, "query projection")
-        self._k = _Kept(attention.k_proj, "key projection")
-        for kept in (self._q, self._k):
-            stack.callback(kept.handle.remove)
+        self._q = _OutputHook(attention.q_proj, "query projection")
+        self._k = _OutputHook(attention.k_proj, "key projection")
+        for hook in (self._q, self._k):
+            stack.callback(hook.handle.remove)
 
     def scores(self) -> Tensor:
-        q, k = (_heads(kept.take(), self._attention) for kept in (self._q, self._k))
+        q, k = (_heads(hook.take(), self._attention) for hook in (self._q, self._k))
         batch, tokens = q.shape[:2]
         bounds = list(range(0, (batch + 1) * tokens, tokens)) if tokens else [0]
         received = selection.received_attention(
@@ -122,18 +122,18 @@ class ReceivedTap:
 
 
 class RotaryTap:
-    """Attention the patches receive, in a Qwen vision block (packed pictures, rotary embedding).
+    """Attention that the patches receive, in a Qwen vision block (packed, rotary embedding).
 
     Args:
         attention: the block's attention, with a joint `qkv` projection.
-        rotary: the model's own function that embeds positions in q and k.
-        stack: takes the hooks off.
+        rotary: the model's function that applies the rotary embedding to q and k.
+        stack: removes the hooks.
     """
 
     def __init__(self, attention: Any, rotary: Any, stack: ExitStack) -> None:
         self._attention, self._rotary = attention, rotary
         self._embeddings: tuple[Tensor, Tensor] | None = None
-        self._qkv = _Kept(attention.qkv, "qkv projection")
+        self._qkv = _OutputHook(attention.qkv, "qkv projection")
         stack.callback(self._qkv.handle.remove)
         before = attention.register_forward_pre_hook(in_this_thread(self._before), with_kwargs=True)
         stack.callback(before.remove)
@@ -142,7 +142,7 @@ class RotaryTap:
         self._embeddings = kwargs["position_embeddings"]
 
     def scores(self, lengths: Sequence[int]) -> Tensor:
-        """(T,) float32 for packed pictures of these lengths, in the block's own order."""
+        """(T,) float32 for packed pictures of these lengths, in the block's order."""
         qkv = self._qkv.take().detach()
         assert self._embeddings is not None
         q, k, _ = qkv.view(qkv.shape[0], 3, int(self._attention.num_heads), -1).unbind(1)

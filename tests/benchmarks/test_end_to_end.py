@@ -1,4 +1,4 @@
-"""benchmarks/end_to_end.py from end to end, on models of a few thousand parameters."""
+"""benchmarks/models/end_to_end.py with models of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TEXT = {
 @pytest.fixture
 def end_to_end(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("end_to_end", "provenance", "baselines", "tables"):
+    for name in ("models", "models.end_to_end"):  # tests/models may have been imported
         monkeypatch.delitem(sys.modules, name, raising=False)
-    module = importlib.import_module("end_to_end")
+    module = importlib.import_module("models.end_to_end")
     clip = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3,
             "num_attention_heads": 2}  # fmt: skip
     qwen = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,

@@ -1,7 +1,7 @@
-"""benchmarks/gpu_check.sh with programs that only pretend: its limits, and what a run leaves.
+"""benchmarks/gpu_check.sh with fake programs: time limits and written files.
 
-The fake programs are first on the PATH, in a copy of the two scripts alone. Each step takes no time
-unless a variable SLEEP_<step> says so, and succeeds unless STATUS_<step> says otherwise.
+The fake programs are first on the PATH of a tree with copies of the two scripts. SLEEP_<step> sets
+the duration of a step, STATUS_<step> its exit status; both are 0 by default.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ case "$*" in
     pretend verify ;;
   "-m pytest "*) echo '... [ 50%]'; pretend tests ;;
   *stress.py*) echo '{{"repeats": {{}}, "differed": []}}'; pretend stress ;;
-  *operators_gpu.py*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
+  *operators.gpu*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
   *sanitize.py*) pretend sanitize ;;
 esac
 """
@@ -65,10 +65,10 @@ echo "========= ERROR SUMMARY: 0 errors"
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A tree with the scripts, and the fake programs in bin/."""
-    for name in ("benchmarks", "vispruner_cuda", "bin"):
-        (tmp_path / name).mkdir()
-    for script in ("gpu_check.sh", "write_report.py"):
-        shutil.copy(BENCHMARKS / script, tmp_path / "benchmarks")
+    for name in ("benchmarks/verify", "vispruner_cuda", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for script in ("gpu_check.sh", "verify/write_report.py"):
+        shutil.copy(BENCHMARKS / script, tmp_path / "benchmarks" / script)
     programs = {
         "python": PYTHON,
         "cmake": CMAKE,
@@ -83,7 +83,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def _trappable() -> None:
-    """A shell cannot trap what was ignored when it began: SIGHUP under nohup, SIGINT behind `&`."""
+    """A shell cannot trap signals ignored at its start: SIGHUP under nohup, SIGINT after `&`."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
@@ -140,14 +140,14 @@ def test_clean_run(tree: Path) -> None:
     assert not list(tree.glob("tmp.*"))
 
 
-def test_the_report_is_there_before_the_benchmarks(tree: Path) -> None:
+def test_the_report_is_written_before_the_benchmarks(tree: Path) -> None:
     calls = run(tree) and (tree / "calls").read_text().splitlines()
-    benchmarks = next(i for i, call in enumerate(calls) if "operators_gpu.py" in call)
+    benchmarks = next(i for i, call in enumerate(calls) if "operators.gpu" in call)
     assert sum("write_report.py" in call for call in calls[:benchmarks]) >= 10
     assert any("write_report.py" in call for call in calls[benchmarks:])
 
 
-def test_sanitizers_look_at_kernels_of_this_library_alone(tree: Path) -> None:
+def test_sanitizers_check_only_kernels_of_this_library(tree: Path) -> None:
     run(tree)
     calls = [c for c in (tree / "calls").read_text().splitlines() if c.startswith("sanitizer ")]
     assert len(calls) == 5
@@ -157,7 +157,7 @@ def test_sanitizers_look_at_kernels_of_this_library_alone(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_sanitizers_that_are_not_there_or_find_nothing(tree: Path, missing: bool) -> None:
+def test_sanitizers_that_are_missing_or_do_not_work(tree: Path, missing: bool) -> None:
     if missing:
         (tree / "bin" / "compute-sanitizer").unlink()
         if shutil.which("compute-sanitizer"):
@@ -175,7 +175,7 @@ def test_a_step_that_fails(tree: Path, step: str) -> None:
     status, output, found = run(tree, **{f"STATUS_{step}": 3})
     assert status == 1, output
     assert not found["clean"]
-    assert found["steps"]["benchmarks"]["status"] == 0  # the others run all the same
+    assert found["steps"]["benchmarks"]["status"] == 0  # the other steps still run
 
 
 def test_a_build_that_fails_ends_it(tree: Path) -> None:
@@ -192,7 +192,7 @@ def test_benchmarks_that_fail_do_not_count(tree: Path) -> None:
 
 
 def test_the_time_limit(tree: Path) -> None:
-    """A step gets what is left, those after it do not start, and the report is in time."""
+    """A step gets the remaining time, later steps do not start, and the report is in time."""
     start = time.monotonic()
     status, _, found = run(tree, TIME_LIMIT=16, SLEEP_tests=100)
     assert time.monotonic() - start < 16
@@ -227,7 +227,9 @@ def children(tree: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_a_stopped_run_leaves_what_it_has(tree: Path, sent: signal.Signals, status: int) -> None:
+def test_an_interrupted_run_leaves_its_results(
+    tree: Path, sent: signal.Signals, status: int
+) -> None:
     process = begin(tree, SLEEP_tests=100, SLEEP_sanitize=100)
     wait_for(tree, "-m pytest ")
     start = time.monotonic()
@@ -247,8 +249,8 @@ def test_a_stopped_run_leaves_what_it_has(tree: Path, sent: signal.Signals, stat
     assert children(tree) == []
 
 
-def test_a_killed_run_leaves_what_came_before(tree: Path) -> None:
-    """Even where no trap can run."""
+def test_a_killed_run_leaves_earlier_results(tree: Path) -> None:
+    """Even if no trap can run."""
     process = begin(tree, SLEEP_tests=5)
     wait_for(tree, "-m pytest ")
     process.kill()
@@ -270,10 +272,10 @@ def test_a_report_of_an_earlier_run_is_not_read(tree: Path) -> None:
     ("gpu", "asked", "expected"),
     [(False, "", True), (True, "", False), (True, "0", False), (True, "1", True)],
 )
-def test_compiled_kernels_are_left_out_where_there_is_a_gpu(
+def test_compiled_kernels_are_skipped_on_a_machine_with_a_gpu(
     gpu: bool, asked: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They take most of the time of tests/ops."""
+    """They take most of the time in tests/ops."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(compiled_kernels.build(), "find_nvcc", lambda: None)
     monkeypatch.setenv("VISPRUNER_TEST_COMPILED_KERNELS", asked)

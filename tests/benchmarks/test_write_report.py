@@ -1,4 +1,4 @@
-"""What benchmarks/write_report.py makes of the logs of a run."""
+"""The report that benchmarks/verify/write_report.py makes from a run's logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "write_report.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "verify" / "write_report.py"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -29,7 +29,7 @@ def report() -> ModuleType:
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    """A run in which all is clean; `out` lies beside it."""
+    """The logs of a clean run, next to `out`."""
     logs, out = tmp_path / "logs", tmp_path / "out"
     logs.mkdir()
     out.mkdir()
@@ -78,7 +78,7 @@ def test_all_clean(report: ModuleType, logs: Path) -> None:
 @pytest.mark.parametrize("step", ["build", "verify", "tests", "stress", *TOOLS])
 @pytest.mark.parametrize("status", ["1", "124", "137", "stopped", "not run", None])
 def test_steps_that_decide(report: ModuleType, logs: Path, step: str, status: str | None) -> None:
-    """A failure, a time limit, a stopped script, and a step that never came."""
+    """A failure, a time limit, an interrupted script, and a step that did not start."""
     file = logs / f"{step}.status"
     file.write_text(f"{status}\n") if status else file.unlink()
     assert not report.report(logs, logs.parent / "out")["clean"]
@@ -105,7 +105,7 @@ def test_a_sanitizer_that_is_unavailable(report: ModuleType, logs: Path) -> None
         "status": "unavailable",
         "summary": "there is no compute-sanitizer",
     }
-    # One that can run and finds something decides all the same.
+    # A tool that can run and reports errors still decides.
     (logs / "racecheck.status").write_text("9\n")
     (logs / "racecheck.log").write_text("========= RACECHECK SUMMARY: 3 hazards displayed\n")
     found = report.report(logs, logs.parent / "out")
@@ -139,14 +139,14 @@ def test_nothing_but_a_failed_build(report: ModuleType, tmp_path: Path) -> None:
     assert found["device"] is None
 
 
-def test_half_a_report(report: ModuleType, logs: Path) -> None:
+def test_an_incomplete_report(report: ModuleType, logs: Path) -> None:
     out = logs.parent / "out"
     (out / "vispruner_verify.json").write_text('{"complete": fal')
     assert report.report(logs, out)["verify"] is None
 
 
 def run(logs: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    # Without site-packages: it must not need torch.
+    # Without site-packages, because it must not need torch.
     command = [sys.executable, "-S", str(SCRIPT), str(logs), str(logs.parent / "out"), *options]
     return subprocess.run(command, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""The installed library and the tools that look into it."""
+"""The installed library, and tools to inspect it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def build() -> _library.BuildInfo:
 
 @pytest.fixture(scope="session")
 def cuda_build(build: _library.BuildInfo) -> _library.BuildInfo:
-    """For tests of the CUDA code: skips them only where there was no compiler to make it."""
+    """For tests of the CUDA code: skips them only if there was no compiler to build it."""
     if not build.cuda:
         if os.environ.get("CI") and shutil.which("nvcc"):
-            pytest.fail("there is an nvcc, yet the library has no CUDA kernels")
+            pytest.fail("there is an nvcc, but the library has no CUDA kernels")
         pytest.skip("the library was built without CUDA kernels")
     return build
 

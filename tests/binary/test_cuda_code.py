@@ -61,7 +61,7 @@ def test_no_local_memory(kernels):
 
 
 def test_register_report(kernels, tool, capsys):
-    """Prints the registers (and static shared memory) of each kernel, a column an architecture."""
+    """Prints the registers (and static shared memory) per kernel, one column per architecture."""
     archs = sorted({kernel.arch for kernel in kernels}, key=lambda arch: int(arch[3:].rstrip("af")))
     by_name = {}
     for kernel in kernels:

@@ -1,7 +1,7 @@
-"""The code that is compiled once per instruction set must stay apart, or it runs where it cannot.
+"""Code compiled once per instruction set must not leak into other code.
 
-An inline function of a header, compiled with AVX-512 and not inlined, is a weak symbol; the linker
-keeps one copy of it for all files, perhaps that one, and an older processor dies of it.
+An inline function of a header that is compiled with AVX-512 and not inlined is a weak symbol. The
+linker keeps one copy for all files. If it is this one, older processors crash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_no_weak_symbols(objects, tool):
 
 
 def test_fused_multiply_add_in_scores_alone(objects, tool):
-    """The choice of tokens rounds every operation; attention scores, its input, may be fused."""
+    """Token selection rounds every operation; attention scores, its input, may use fused ones."""
     for isa, path in objects.items():
         code = tool("objdump", "-d", "-C", path)
         functions = re.split(r"^[0-9a-f]+ <(.*)>:$", code, flags=re.MULTILINE)

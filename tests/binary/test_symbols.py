@@ -1,4 +1,4 @@
-"""What the library needs of the process that loads it: the C functions of torch 2.10, and libc."""
+"""The library needs only C functions of torch 2.10, and libc, from its process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHIMS = Path(__file__).with_name("shims_torch_2.10.txt").read_text().splitlines(
 
 @pytest.fixture(scope="module")
 def undefined(tool, library) -> dict[str, str]:
-    """Name -> type ("U", or "w" if weak) of the symbols taken from elsewhere."""
+    """Name -> type ("U", or "w" if weak) of the undefined symbols."""
     rows = [line.split() for line in tool("nm", "-D", "--undefined-only", library).splitlines()]
     return {name: kind for kind, name in rows}
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk and a photograph, so that every command runs in a moment."""
+"""Tiny checkpoints on disk and a test image, so that every command is fast."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as save_pretrained makes it: 8 x 8 patches, 4 layers."""
+    """A checkpoint directory: 8 x 8 patches, 4 layers."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     directory = tmp_path_factory.mktemp("tower")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # Far from uniform attention: the initialization of 0.02 leaves it nearly flat.
+        # A large factor, because the usual initialization gives nearly uniform attention.
         model = CLIPVisionModel(CLIPVisionConfig(**TINY, initializer_factor=4.0))
     model.save_pretrained(directory)
     return directory
@@ -42,7 +42,7 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photo() -> Image.Image:
-    """160 x 120 pixels, no two patches alike."""
+    """160 x 120 pixels, all patches different."""
     from PIL import Image
 
     width, height = 160, 120
@@ -58,7 +58,7 @@ WORDS = ("<unk>", "<pad>", "<s>", "</s>", "<image>", "USER", "ASSISTANT", ":", "
 
 
 def _processor(kind: str) -> Any:
-    """Images to 112 pixels, text to words."""
+    """Resizes images to 112 pixels and splits text into words."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -109,13 +109,13 @@ def _checkpoint(directory: Path, kind: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA-1.5 with a processor, as save_pretrained makes them: 8 x 8 patches."""
+    """A LLaVA-1.5 checkpoint with its processor: 8 x 8 patches."""
     return _checkpoint(tmp_path_factory.mktemp("llava"), "llava")
 
 
 @pytest.fixture(scope="session")
 def tiny_llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA-NeXT with a processor: up to 5 tiles of 8 x 8 patches."""
+    """A LLaVA-NeXT checkpoint with its processor: up to 5 tiles of 8 x 8 patches."""
     return _checkpoint(tmp_path_factory.mktemp("llava_next"), "llava_next")
 
 

@@ -18,12 +18,12 @@ def _ask(model: Path, photo: Path, *more: str) -> int:
 
 
 def _row(said: str, name: str) -> list[str]:
-    """The cells of a table's row after its first one."""
+    """The cells of a table's row, without the first."""
     lines = ([cell.strip() for cell in re.split("[│┃]", line)] for line in said.splitlines())
     return next(cells[2:-1] for cells in lines if len(cells) > 2 and cells[1] == name)
 
 
-def test_answers_and_says_what_it_cost(
+def test_answers_and_prints_costs(
     tiny_llava: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _ask(tiny_llava, photo_path, "--k", "12", "--max-new-tokens", "5") == 0
@@ -70,10 +70,10 @@ def test_compares_with_the_unpruned_model(
         pruned = answer()
     assert f"unpruned: {whole}" in said
     assert f"pruned: {pruned}" in said
-    assert whole != pruned  # or this would show nothing
+    assert whole != pruned  # otherwise the test would be meaningless
 
 
-def test_keeping_all_gives_the_same_answer(
+def test_retaining_all_tokens_gives_the_same_answer(
     tiny_llava_next: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--k", "64", "--compare", "--no-warmup", "--max-new-tokens", "5")
@@ -85,9 +85,7 @@ def test_keeping_all_gives_the_same_answer(
     assert _row(said, "visual tokens")[2] == "0 %"
 
 
-def test_question_without_chat_template_is_in_the_form_of_llava(
-    tiny_llava: Path, photo_path: Path
-) -> None:
+def test_question_without_chat_template_has_llavas_form(tiny_llava: Path, photo_path: Path) -> None:
     from transformers import AutoProcessor
 
     from vispruner.cli.common import model_inputs, read_image

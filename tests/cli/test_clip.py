@@ -1,4 +1,4 @@
-"""Features and [CLS] attention from hooks are those that transformers would give."""
+"""Features and [CLS] attention from hooks equal those from transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_cues_equal_eager_output(tiny_tower: Path, feature_layer: int) -> None:
         want = eager(pixels, output_attentions=True, output_hidden_states=True)
     layer = feature_layer if feature_layer < 0 else feature_layer - 1
     attention = want.attentions[layer][:, :, 0, 1:].mean(dim=1)
-    assert attention.std() > 1e-4  # not the same everywhere, or this would show nothing
+    assert attention.std() > 1e-4  # not uniform, otherwise the test would be meaningless
     torch.testing.assert_close(cues.scores, attention, atol=1e-6, rtol=0)
     torch.testing.assert_close(
         cues.feats, want.hidden_states[feature_layer][:, 1:], atol=1e-4, rtol=1e-4
@@ -58,7 +58,7 @@ def test_vision_half_of_a_whole_clip_model(tmp_path: Path) -> None:
     assert ClipTower.load(str(tmp_path)).grid == (8, 8)
 
 
-def test_random_tower_has_the_shape_it_says() -> None:
+def test_shape_of_a_random_tower() -> None:
     tower = ClipTower.random(**TINY)
     assert tower.grid == (8, 8)
     assert len(tower.model.state_dict()) == len(ClipTower.random(**TINY).model.state_dict())
@@ -66,7 +66,7 @@ def test_random_tower_has_the_shape_it_says() -> None:
     assert grid * grid == 576
 
 
-def test_seed_decides_the_random_weights() -> None:
+def test_seed_of_a_random_tower() -> None:
     pixels = torch.zeros(1, 3, 112, 112)
     state = torch.random.get_rng_state()
     one, again, other = (ClipTower.random(seed=s, **TINY).encode(pixels).feats for s in (1, 1, 2))
@@ -88,7 +88,7 @@ def test_missing_weights_are_an_error_and_not_random(tiny_tower: Path, tmp_path:
 
 
 @pytest.mark.parametrize("feature_layer", [0, -5, 5, 99])
-def test_layer_that_is_not_there(tiny_tower: Path, feature_layer: int) -> None:
+def test_missing_layer(tiny_tower: Path, feature_layer: int) -> None:
     model = ClipTower.load(str(tiny_tower)).model
     with pytest.raises(TowerError, match="feature layer"):
         ClipTower(model, feature_layer)

@@ -1,4 +1,4 @@
-"""The `vispruner` command: help, bad input, and the commands that need no model."""
+"""The `vispruner` command: help, invalid input, and commands without a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _status([command, "--help"]) == 0
     said = capsys.readouterr().out
     assert f"vispruner {command}" in said
-    assert "None" not in said  # a default that says nothing
+    assert "None" not in said  # an uninformative default
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,12 +55,12 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["show", "-o", "no/such/directory/out.png"], "cannot write"),
         (["show", "-o", "out.nonsense"], "unknown image format '.nonsense'"),
         (["show", "-o", "out"], "unknown image format"),
-        (["show", "--tower", "a", "--model", "b"], "--tower: give it or --model, not both"),
+        (["show", "--tower", "a", "--model", "b"], "--tower: not allowed with --model"),
         (["show", "--frobnicate"], "unrecognized arguments"),
         (["draw", "-o", "out"], "unknown image format"),
         (["flops", "--k", "0"], "--k: must be at least 1, got 0"),
         (["flops", "--ratio", "2"], "--ratio: must be in (0, 1], got 2.0"),
-        (["flops", "--k", "3", "--ratio", "0.5"], "--ratio: give it or --k, not both"),
+        (["flops", "--k", "3", "--ratio", "0.5"], "--ratio: not allowed with --k"),
         (["flops", "--image-size", "large"], "must be WIDTHxHEIGHT in pixels, got 'large'"),
         (["flops", "--image-size", "9999x3", "--model", "qwen2-vl-7b"], "aspect ratio"),
         (["fly"], "invalid choice: 'fly'"),
@@ -99,7 +99,7 @@ def test_broken_image(
     assert "decompression bomb" in capsys.readouterr().err
 
 
-def test_checkpoints_that_are_none(
+def test_invalid_checkpoints(
     tmp_path: Path, photo_path: Path, tiny_llava: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -153,7 +153,7 @@ def test_flops(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_flops_of_llava_at_64_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert _status(["flops", "--k", "64"]) == 0
     said = capsys.readouterr().out
-    assert "-89.2 %" in said  # visual tokens alone, by the papers' formula
+    assert "-89.2 %" in said  # visual tokens only, by the papers' formula
     assert "-80.0 %" in said  # cache of 64 + 64 instead of 576 + 64 tokens
 
 

@@ -1,4 +1,4 @@
-"""Pictures, texts and paths at the edge, and what the command does without torch."""
+"""Edge cases of images, texts and paths, and the command without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_pictures_of_more_than_eight_bits(
     assert abs(seen[..., 0].astype(int) - grey).max() <= 1
 
 
-def test_measurements_are_shown_from_least_to_greatest(tmp_path: Path) -> None:
+def test_float_images_are_scaled_from_minimum_to_maximum(tmp_path: Path) -> None:
     depth = np.linspace(-3.5, 700, 64, dtype=np.float32).reshape(8, 8)
     Image.fromarray(depth).save(tmp_path / "depth.tif")
     seen = np.asarray(read_image(tmp_path / "depth.tif"))[..., 0]
@@ -51,7 +51,7 @@ def test_measurements_are_shown_from_least_to_greatest(tmp_path: Path) -> None:
         read_image(tmp_path / "hole.tif")
 
 
-def test_square_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_square_brackets_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "photo[red].png"
     picture.write_bytes(Path(embedded.example().image).read_bytes())
     for question in ("what does [/INST] mean ?", "what is in the [box] ?"):
@@ -59,16 +59,16 @@ def test_square_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFix
         said = capsys.readouterr().out
         assert "photo[red].png" in said
         assert question in said
-    target = tmp_path / "kept[bold].png"
+    target = tmp_path / "out[bold].png"
     assert cli.main(["show", str(picture), "--k", "22", "-o", str(target)]) == 0
-    assert "kept[bold].png" in capsys.readouterr().out.replace("\n", "")
+    assert "out[bold].png" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["show", "--k", "22"], ["draw"]):
-        assert cli.main([*command, "-o", "/proc/kept.png"]) == 2
+        assert cli.main([*command, "-o", "/proc/out.png"]) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"vispruner {command[0]}: argument -o: cannot write /proc/kept.png:")
+        assert said.startswith(f"vispruner {command[0]}: argument -o: cannot write /proc/out.png:")
         assert said.count("\n") == 1
     check_picture_path(tmp_path / "new.png")
     assert not (tmp_path / "new.png").exists()
@@ -104,8 +104,8 @@ assert "torch" not in sys.modules, "torch was imported"
         ("gradio", "web", "'gradio>=6'"),
     ],
 )
-def test_what_to_install(missing: str, command: str, install: str) -> None:
-    """By the packages' names: this one may be in no index."""
+def test_install_hint(missing: str, command: str, install: str) -> None:
+    """The hint names the required packages, because this one may not be in an index."""
     program = f"""
 import sys
 sys.modules[{missing!r}] = None

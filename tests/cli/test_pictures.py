@@ -1,11 +1,11 @@
-"""What is drawn is what was kept."""
+"""Drawings show the retained tokens."""
 
 from __future__ import annotations
 
 import pytest
 from PIL import Image
 
-from vispruner.cli.pictures import DIVERSE, IMPORTANT, draw_kept, draw_scores, montage
+from vispruner.cli.pictures import DIVERSE, IMPORTANT, draw_retained, draw_scores, montage
 
 GRID = (6, 8)
 CELL = 16
@@ -21,9 +21,9 @@ def _corner(picture: Image.Image, token: int) -> tuple[int, ...]:
     return picture.getpixel((column * CELL, row * CELL))  # type: ignore[return-value]
 
 
-def test_kept_patches_show_the_photo_and_dropped_ones_do_not(photo: Image.Image) -> None:
+def test_retained_patches_show_the_image_and_dropped_ones_do_not(photo: Image.Image) -> None:
     important, diverse = [0, 9, 47], [5, 40]
-    picture = draw_kept(photo, GRID, important, diverse, cell=CELL)
+    picture = draw_retained(photo, GRID, important, diverse, cell=CELL)
     assert picture.size == (GRID[1] * CELL, GRID[0] * CELL)
     plain = photo.resize(picture.size, Image.Resampling.LANCZOS)
     for token in range(GRID[0] * GRID[1]):
@@ -37,17 +37,17 @@ def test_kept_patches_show_the_photo_and_dropped_ones_do_not(photo: Image.Image)
             assert _center(picture, token) != _center(plain, token)
 
 
-def test_another_choice_is_another_picture(photo: Image.Image) -> None:
-    one = draw_kept(photo, GRID, [1], [2])
-    assert one.tobytes() == draw_kept(photo, GRID, [1], [2]).tobytes()
-    assert one.tobytes() != draw_kept(photo, GRID, [2], [1]).tobytes()
-    assert one.tobytes() != draw_kept(photo, GRID, [1], [3]).tobytes()
+def test_other_tokens_give_another_drawing(photo: Image.Image) -> None:
+    one = draw_retained(photo, GRID, [1], [2])
+    assert one.tobytes() == draw_retained(photo, GRID, [1], [2]).tobytes()
+    assert one.tobytes() != draw_retained(photo, GRID, [2], [1]).tobytes()
+    assert one.tobytes() != draw_retained(photo, GRID, [1], [3]).tobytes()
 
 
 @pytest.mark.parametrize("index", [-1, 48])
 def test_index_outside_the_grid(photo: Image.Image, index: int) -> None:
     with pytest.raises(ValueError, match=f"diverse holds {index}"):
-        draw_kept(photo, GRID, [], [index])
+        draw_retained(photo, GRID, [], [index])
 
 
 def test_heat_map_goes_from_dark_to_light(photo: Image.Image) -> None:
@@ -68,7 +68,7 @@ def test_number_of_scores(photo: Image.Image) -> None:
 
 def test_montage(photo: Image.Image) -> None:
     panels = [[photo, photo], [photo, photo]]
-    sheet = montage(panels, ["left", "right"], [(IMPORTANT, "kept"), (None, "a note")], gap=10)
+    sheet = montage(panels, ["left", "right"], [(IMPORTANT, "important"), (None, "a note")], gap=10)
     assert sheet.width == 3 * 10 + 2 * photo.width
     assert sheet.height > 2 * (photo.height + 10)
     with pytest.raises(ValueError, match="2 headings"):

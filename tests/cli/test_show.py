@@ -32,7 +32,7 @@ def _brightness(image: Image.Image) -> float:
 
 
 @pytest.mark.parametrize("source", ["--tower", "--model"])
-def test_draws_what_is_kept(
+def test_draws_the_retained_tokens(
     source: str,
     tiny_tower: Path,
     tiny_llava: Path,
@@ -81,7 +81,7 @@ def test_random_tower_is_announced(
         assert announced.height > plain.height  # by a line of text
 
 
-def test_pictures_show_what_the_encoder_saw(tiny_llava_next: Path, photo_path: Path) -> None:
+def test_pictures_show_the_encoder_input(tiny_llava_next: Path, photo_path: Path) -> None:
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(tiny_llava_next)
@@ -94,7 +94,7 @@ def test_pictures_show_what_the_encoder_saw(tiny_llava_next: Path, photo_path: P
     item = pruner.last.items[0]
     found = pictures_of(item, image, inputs, processor.image_processor)
     assert len(found) == item.grid[0] == inputs["pixel_values"].shape[1]
-    # The overview is the whole photograph, squeezed; the colours are its own.
+    # The overview is the whole image, resized, with its original colours.
     overview = found[0].seen
     assert overview.size == (112, 112)
     wanted = image.resize((112, 112), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""The table of families in docs/integration.md is that of the code."""
+"""The table of families in docs/integration.md matches the code."""
 
 from __future__ import annotations
 

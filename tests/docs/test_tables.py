@@ -1,9 +1,10 @@
-"""The tables in README and docs are those that the result files give."""
+"""The tables in README and docs match the result files, and links between documents resolve."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    for needed in ("transformers", "yaml"):
+        pytest.importorskip(needed)
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
 
 
 def test_tables_are_up_to_date(tables: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,7 @@ def test_check_notices_a_changed_number(tables: ModuleType, tmp_path: Path) -> N
     assert readme.read_text() == text
 
 
-def test_gpu_status_says_so_where_nothing_was_tested(tables: ModuleType) -> None:
+def test_gpu_status_without_a_tested_gpu(tables: ModuleType) -> None:
     assert "not yet" in tables.gpu_status(lambda name: None)
     run: dict[str, Any] = {
         "device": "GPU",

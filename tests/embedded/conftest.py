@@ -1,4 +1,4 @@
-"""The embedded model needs transformers, Pillow and NumPy; the experiment lies in benchmarks/."""
+"""The embedded model needs transformers, Pillow and NumPy; the experiment is in benchmarks/."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if str(BENCHMARKS) not in sys.path:
 
 @pytest.fixture(scope="package")
 def model() -> Any:
-    """The embedded model as a user of a CPU loads it."""
+    """The embedded model, loaded as by users with a CPU."""
     from transformers import AutoModelForImageTextToText
 
     from vispruner import embedded

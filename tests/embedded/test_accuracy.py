@@ -1,4 +1,4 @@
-"""The embedded model's accuracy through the pruned `generate` stays within its recorded band."""
+"""The embedded model's accuracy with pruned `generate` is within the recorded band."""
 
 from __future__ import annotations
 

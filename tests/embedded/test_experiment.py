@@ -1,4 +1,4 @@
-"""The accuracy experiment: its statistics, its rules, and that its short cut is the real thing."""
+"""The accuracy experiment: statistics, rules, and equality of fast evaluation and `generate`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def subject(model: Any) -> Subject:
     return Subject(model, RECIPE)
 
 
-def test_packed_questions_are_answered_as_generate_answers(
+def test_packed_questions_equal_generate(
     subject: Subject, processor: Any, drawn: list[Scene]
 ) -> None:
-    """Questions packed behind selected features, against the processor and `vispruner.apply`."""
+    """Questions packed after selected features, compared with processor and `vispruner.apply`."""
     cues = subject.cues(drawn, 0)
     asked = evaluation.describe(drawn)
     first = [asked.index(next(a for a in asked if a.image == i)) for i in range(len(drawn))]
@@ -46,9 +46,7 @@ def test_packed_questions_are_answered_as_generate_answers(
         assert [quick[i] for i in first] == evaluation.generated(subject.model, processor, drawn, k)
 
 
-def test_the_rule_is_what_apply_selects(
-    subject: Subject, processor: Any, drawn: list[Scene]
-) -> None:
+def test_the_rule_equals_apply(subject: Subject, processor: Any, drawn: list[Scene]) -> None:
     inputs = processor(
         images=[scene.image for scene in drawn],
         text=["<image>\nwhere is it?"] * len(drawn),
@@ -63,7 +61,7 @@ def test_the_rule_is_what_apply_selects(
 
 @pytest.mark.parametrize("name", list(rules.RULES))
 @pytest.mark.parametrize("k", [96, 5, 1])
-def test_rules_keep_k_different_tokens_in_order(
+def test_rules_retain_k_different_tokens_in_order(
     name: str, k: int, subject: Subject, drawn: list[Scene]
 ) -> None:
     kept = rules.RULES[name](subject.cues(drawn, 0), k)
@@ -101,8 +99,8 @@ def test_matched_budgets_cost_the_same() -> None:
     assert RECIPE.matched_budget(16, 1) is None
 
 
-def test_questions_do_not_see_each_other(subject: Subject, drawn: list[Scene]) -> None:
-    """An answer's logits are the same alone and behind other questions."""
+def test_packed_questions_are_independent(subject: Subject, drawn: list[Scene]) -> None:
+    """An answer's logits are equal with and without other questions before it."""
     some = [replace(drawn[0], asked=drawn[0].asked[1:2])]
     features = subject.cues(drawn[:1], 0).features
     with torch.no_grad():
@@ -142,7 +140,7 @@ def test_seeds_make_the_error() -> None:
     right = np.random.default_rng(0).random((3, 400)) < 0.8
     alike = clustered_mean(np.repeat(right[:1], 3, 0).astype(float), images)
     assert alike.error == pytest.approx(clustered_mean(right[0].astype(float), images).error)
-    # Three models that differ by far more than their scenes do: the mean is as sure as three are.
+    # The models differ far more than the scenes, so the error is that of three models.
     levels = np.array([0.2, 0.5, 0.8])
     apart = clustered_mean(np.broadcast_to(levels[:, None], (3, 400)), images)
     assert apart.error == pytest.approx(levels.std(ddof=1) / 3**0.5, rel=0.05)
@@ -164,10 +162,3 @@ def test_training_scenes_are_not_tested() -> None:
     seen = [picture.permute(1, 2, 0).numpy().tobytes() for stage in stages for picture in stage]
     assert len(set(seen)) == len(seen)
     assert not tested & set(seen)
-
-
-def test_the_documents_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from accuracy.report import report
-
-    assert report(RECIPE, "cpu", check=True) == 0, capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The embedded model loads as models of the hub do, and says what its card says."""
+"""The embedded model loads like models from the hub, and matches its card."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_it_is_a_small_llava_in_half_precision(model: Any) -> None:
     assert (directory / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
 
 
-def test_the_processor_hands_over_the_pixels_as_drawn(processor: Any) -> None:
+def test_the_processor_does_not_change_the_pixels(processor: Any) -> None:
     scene = scenes.draw(5)
     pixels = processor(images=scene.image, text="<image>", return_tensors="pt")["pixel_values"]
     want = (torch.from_numpy(scene.pixels).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(pixels[0], want, atol=1e-5, rtol=0)
 
 
-def test_the_tokenizer_knows_every_word_and_no_case(processor: Any) -> None:
+def test_the_tokenizer_has_every_word_and_ignores_case(processor: Any) -> None:
     tokenizer = processor.tokenizer
     ids = tokenizer(" ".join(scenes.vocabulary())).input_ids
     assert tokenizer.unk_token_id not in ids
@@ -43,7 +43,7 @@ def test_the_tokenizer_knows_every_word_and_no_case(processor: Any) -> None:
     assert tokenizer("a zebra").input_ids[-1] == tokenizer.unk_token_id
 
 
-def test_the_chat_template_is_the_prompt_it_was_trained_on(processor: Any) -> None:
+def test_the_chat_template_gives_the_training_prompt(processor: Any) -> None:
     question = "what color is the star?"
     parts = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template(
@@ -73,7 +73,7 @@ def test_it_answers_about_the_example(model: Any, processor: Any) -> None:
 
 
 def test_the_weights_have_the_names_of_published_checkpoints() -> None:
-    """vLLM reads those alone; transformers reads them as well (test_the_model_answers)."""
+    """vLLM reads only these; transformers reads them as well, as the test above shows."""
     with safe_open(Path(embedded.path()) / "model.safetensors", "pt") as file:
         tower = [name for name in file.keys() if name.startswith("vision_tower.")]  # noqa: SIM118
     assert tower

@@ -1,4 +1,4 @@
-"""Scenes are the same for the same seed, and their answers are right about what was drawn."""
+"""Equal seeds give equal scenes, and answers are correct for the pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn() -> list[Scene]:
 
 
 def seen_color(scene: Scene, owner: int) -> str:
-    """The colour nearest to what an object's pixels show."""
+    """The colour nearest to the mean of an object's pixels."""
     mean = scene.pixels[scene.owner == owner].mean(0)
     return min(scenes.COLORS, key=lambda name: float(np.abs(scenes.COLORS[name] - mean).sum()))
 
@@ -96,20 +96,20 @@ def test_seeds_splits_and_backgrounds_differ(drawn: list[Scene]) -> None:
     assert {scene.background for scene in drawn} == set(Style().backgrounds)
 
 
-def test_the_number_of_questions_changes_no_picture() -> None:
+def test_the_number_of_questions_does_not_change_the_image() -> None:
     few, many = (scenes.draw(3, questions=count) for count in (1, 12))
     assert np.array_equal(few.pixels, many.pixels)
     assert few.asked == many.asked[:1]
 
 
-def test_what_is_drawn_does_not_depend_on_the_machine() -> None:
-    """Objects and questions come from Python's generator, whose numbers are fixed for a seed."""
+def test_scenes_do_not_depend_on_the_machine() -> None:
+    """Objects and questions come from Python's generator, which is deterministic for a seed."""
     scene = scenes.draw(2026)
     assert [thing.name for thing in scene.objects] == OBJECTS_2026
     assert scene.questions == QUESTIONS_2026
 
 
-def test_answers_are_right_about_the_pixels(drawn: list[Scene]) -> None:
+def test_answers_are_correct_for_the_pixels(drawn: list[Scene]) -> None:
     kinds: Counter[str] = Counter()
     for scene in drawn:
         for question in scene.asked:
@@ -128,14 +128,14 @@ def test_questions_are_different_and_in_the_vocabulary(drawn: list[Scene]) -> No
             assert set(" ".join(words).replace("?", " ?").split()) <= known
 
 
-def test_answers_are_not_given_away(drawn: list[Scene]) -> None:
-    """No kind of question is answered by its most frequent answer."""
+def test_answers_cannot_be_guessed(drawn: list[Scene]) -> None:
+    """No answer dominates its kind of question."""
     for kind in scenes.KINDS:
         answers = Counter(q.answer for scene in drawn for q in scene.asked if q.kind == kind)
         assert max(answers.values()) < 0.7 * answers.total()
 
 
-def test_objects_lie_apart_and_inside(drawn: list[Scene]) -> None:
+def test_objects_do_not_overlap_and_are_inside(drawn: list[Scene]) -> None:
     def apart(one: Object, other: Object) -> bool:
         return (
             one.x + one.width < other.x
@@ -156,7 +156,7 @@ def test_objects_lie_apart_and_inside(drawn: list[Scene]) -> None:
             assert all(apart(thing, other) for other in scene.objects[i:])
 
 
-def test_targets_are_what_the_question_is_about(drawn: list[Scene]) -> None:
+def test_targets_occur_in_the_question(drawn: list[Scene]) -> None:
     for scene in drawn:
         for question in scene.asked:
             if question.target is None:

@@ -1,4 +1,4 @@
-"""Training goes on from a checkpoint as if it had never stopped, and its parts do what they say."""
+"""Interrupted training resumes with equal results; tests of its parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 4
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> recipe.Recipe:
-    """Four steps of two pictures a stage, saved after each; no figures in between."""
+    """Four steps of two images per stage, saved after each step; no evaluation."""
     for task in (TowerTask, LanguageTask):
         monkeypatch.setattr(task, "evaluate", lambda self: {})
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
@@ -72,7 +72,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
 
 def test_stages_build_on_each_other(small: recipe.Recipe, tmp_path: Path) -> None:
-    """The language stages leave the tower as it was, and the models of both can be loaded."""
+    """The language stages do not change the tower, and both models can be loaded."""
     train(small, 0, tmp_path)
     tower = weights(tmp_path, "tower")
     for stage in ("language", "subset"):
@@ -100,7 +100,7 @@ def test_seeds_and_stages_see_different_scenes(small: recipe.Recipe) -> None:
         assert not torch.equal(first[3].pixels, other.pixels)
 
 
-def test_patches_are_labelled_by_the_object_they_show(small: recipe.Recipe) -> None:
+def test_patches_are_labelled_by_their_object(small: recipe.Recipe) -> None:
     patches = Training(small, "tower", 0)[0].patches
     assert ((patches.owner > 0) == (patches.color > 0)).all()
     assert ((patches.owner > 0) == (patches.shape > 0)).all()

@@ -1,4 +1,4 @@
-"""The examples run as they are, with what the package brings, and end well."""
+"""The examples run unchanged, with what the package installs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PRINTS = {
-    "batch_with_different_k": r"picture 2: 196 -> 16 tokens",
+    "batch_with_different_k": r"image 2: 196 -> 16 tokens",
     "operators_with_compile": r"indices \(2, 64\)",
     "training": r"step 3: loss 0\.",
     "transformers_model": r"196 -> 32 visual tokens",

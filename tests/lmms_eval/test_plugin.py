@@ -1,6 +1,6 @@
-"""The plugin for lmms-eval: against stand-ins of its interface, and in the harness itself.
+"""The plugin for lmms-eval, with fakes of its interface, and in the harness itself.
 
-The harness brings a hundred packages, so the second half runs only where it is installed.
+The harness has a hundred dependencies, so the second half runs only if it is installed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def load_embedded() -> Any:
     return LlavaForConditionalGeneration.from_pretrained(embedded.path())
 
 
-# ----------------------------------------------------------------------------------- stand-ins
+# --------------------------------------------------------------------------------------- fakes
 @dataclass(frozen=True)
 class ModelManifest:
-    """As lmms_eval.models.registry_v2 has it."""
+    """As in lmms_eval.models.registry_v2."""
 
     model_id: str
     simple_class_path: str | None = None
@@ -43,7 +43,7 @@ class ModelManifest:
 
 
 class LlavaHf:
-    """What the plugin needs of the harness's class: keyword arguments, and `model` after it."""
+    """The parts of the harness's class that the plugin uses: keyword arguments and `model`."""
 
     is_simple = True
 
@@ -144,7 +144,7 @@ def test_in_the_harness(tmp_path: Path) -> None:
         command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
     )
     files = list((tmp_path / "out").rglob("*results.json"))
-    assert len(files) == 1, done.stdout + done.stderr  # a failure, too, may end with status 0
+    assert len(files) == 1, done.stdout + done.stderr  # a failure may also end with status 0
     results = json.loads(files[0].read_text())["results"]["vispruner_scenes"]
     accuracy = next(value for key, value in results.items() if key.startswith("accuracy"))
-    assert accuracy >= 0.7  # the experiment's at k = 32, less what 12 questions may err
+    assert accuracy >= 0.7  # the experiment's accuracy at k = 32, minus the error of 12 questions

@@ -1,4 +1,4 @@
-"""Tests of whole models need transformers; without it they are left out."""
+"""Tests of whole models need transformers; without it they are skipped."""
 
 from __future__ import annotations
 

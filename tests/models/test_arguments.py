@@ -1,4 +1,4 @@
-"""Arguments as transformers takes them, and the wrappers that models come in."""
+"""Arguments of transformers, and wrappers of models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import vispruner
 K = 5
 ONE, TWO = [1, image(0), 10, 11, 12], [1, 20, image(1), 22, image(2), 24, 25]
 MIXES = ("qwen3.5", "qwen3.5-moe", "gemma3")  # linear attention; masks of images
-GRID = ("qwen", "glm")  # families with positions of their own
+GRID = ("qwen", "glm")  # families with grid positions
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
@@ -47,9 +47,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 # -------------------------------------------------------------------------------- positions, masks
-def test_positions_that_count_the_columns_change_nothing(tiny: Tiny) -> None:
+def test_consecutive_positions_change_nothing(tiny: Tiny) -> None:
     if tiny.name.startswith(GRID):
-        pytest.skip("flat positions are other positions for this family")
+        pytest.skip("flat positions differ from the family's positions")
     model, inputs = tiny.build(), tiny.inputs([TWO])
     mask = inputs.pop("attention_mask")
     places = torch.arange(mask.shape[1])[None]
@@ -61,17 +61,19 @@ def test_positions_that_count_the_columns_change_nothing(tiny: Tiny) -> None:
         close(model(**inputs, **both, use_cache=False).logits, want)
 
 
-def test_packed_prompts_are_those_alone(tiny: Tiny) -> None:
+def test_packed_prompts_equal_separate_prompts(tiny: Tiny) -> None:
     model, rows = tiny.build(), [ONE, TWO, [1, 5, image(0)]]
     inputs = tiny.inputs([[part for row in rows for part in row]])
     inputs.pop("attention_mask")
     alone = [tiny.inputs([row]) for row in rows]
     with torch.no_grad():
-        if tiny.name.startswith(GRID):  # with a row that counts tokens, and three of their own
+        if tiny.name.startswith(
+            GRID
+        ):  # one row that counts tokens, and three rows of grid positions
             places = []
             for one, row in zip(alone, rows, strict=True):
                 count = torch.arange(one["input_ids"].shape[1])[None, None]
-                places.append(torch.cat([count, tiny.places(model, one["input_ids"], row)]))
+                places.append(torch.cat([count, tiny.positions(model, one["input_ids"], row)]))
             packed = torch.cat(places, 2)
         else:
             packed = torch.cat([torch.arange(one["input_ids"].shape[1]) for one in alone])[None]
@@ -82,11 +84,11 @@ def test_packed_prompts_are_those_alone(tiny: Tiny) -> None:
             apart = torch.cat([model(**one, use_cache=False).logits[0] for one in alone])
             mixed = model(**inputs, position_ids=packed, use_cache=False).logits[0]
             if not torch.allclose(mixed, apart, atol=1e-3):
-                pytest.skip("the unpruned model does not keep packed prompts apart")
+                pytest.skip("the unpruned model does not separate packed prompts")
     close(found, want)
 
 
-def test_packed_prompts_that_cannot_be_told_apart() -> None:
+def test_packed_prompts_that_cannot_be_separated() -> None:
     tiny = Llava()
     model = tiny.build()
     row = tiny.inputs([[*ONE, *TWO]])
@@ -105,7 +107,7 @@ def test_packed_prompts_that_cannot_be_told_apart() -> None:
             model(**two, position_ids=pair)
 
 
-def test_positions_of_a_step_that_fit_neither_prompt_nor_cache() -> None:
+def test_positions_of_a_step_that_match_neither_prompt_nor_cache() -> None:
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([ONE])
     token, length = torch.tensor([[30]]), inputs["input_ids"].shape[1]
@@ -116,7 +118,7 @@ def test_positions_of_a_step_that_fit_neither_prompt_nor_cache() -> None:
             step = {"input_ids": token, "position_ids": torch.tensor([[start]])}
             close(model(**step, past_key_values=copy.deepcopy(cache)).logits, want)
         step["position_ids"] = torch.tensor([[17]])
-        with pytest.raises(ValueError, match=r"position_ids go on at \[17\]"):
+        with pytest.raises(ValueError, match=r"position_ids continue at \[17\]"):
             model(**step, past_key_values=cache)
 
 
@@ -127,7 +129,7 @@ def test_types_of_masks(family: Tiny, dtype: torch.dtype) -> None:
     typed = inputs | {"attention_mask": inputs["attention_mask"].to(dtype)}
     with vispruner.apply(model, k=K), torch.no_grad():
         close(model(**typed).logits, model(**inputs).logits)
-        if dtype != torch.bool:  # whose padding transformers cannot extend step by step
+        if dtype != torch.bool:  # transformers cannot extend a bool mask step by step
             assert torch.equal(generate(model, typed), generate(model, inputs))
 
 
@@ -159,7 +161,7 @@ def test_inside_the_wrapper_of_peft(tiny: Tiny) -> None:
         with vispruner.apply(model, k=K, **tiny.options):
             want, answer = model(**inputs).logits, generate(model, inputs)
         adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-        wrapped = peft.get_peft_model(model, adapters)  # its adapters begin with no effect
+        wrapped = peft.get_peft_model(model, adapters)  # new adapters have no effect
         for target in (wrapped, wrapped.get_base_model()):
             with vispruner.apply(target, k=K, **tiny.options):
                 close(wrapped(**inputs).logits, want)
@@ -168,7 +170,7 @@ def test_inside_the_wrapper_of_peft(tiny: Tiny) -> None:
 
 
 def test_calling_forward_itself_is_pruned() -> None:
-    """As PEFT does, in whose place this stands where it is not installed."""
+    """As PEFT does; this test runs without PEFT."""
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([TWO])
     with vispruner.apply(model, k=K), torch.no_grad():
@@ -195,7 +197,7 @@ def test_a_saved_model_is_pruned_when_it_is_loaded(family: Tiny) -> None:
     model, inputs = family.build(), family.inputs([TWO])
     file = io.BytesIO()
     with vispruner.apply(model, k=K), torch.no_grad():
-        torch.save(model, file)  # before a call, after which transformers itself is in the way
+        torch.save(model, file)  # before a call, after which transformers itself prevents it
         want = generate(model, inputs)
     file.seek(0)
     with torch.no_grad():
@@ -210,8 +212,8 @@ def test_a_saved_model_is_pruned_when_it_is_loaded(family: Tiny) -> None:
         assert "forward" not in vars(loaded)
 
 
-def test_somebody_wraps_the_pruned_model() -> None:
-    """remove() leaves the methods alone that others have put over the pruner's."""
+def test_a_wrapped_forward() -> None:
+    """remove() does not touch wrappers around the pruner's methods."""
     model, inputs = Llava().build(), Llava().inputs([TWO])
     with torch.no_grad():
         want = model(**inputs).logits
@@ -254,20 +256,20 @@ def test_a_budget() -> None:
         with vispruner.apply(model, budget) as pruner:
             assert pruner.budget is budget
             assert torch.equal(model(**inputs).logits, want)
-    with pytest.raises(ValueError, match="give a Budget alone"):
+    with pytest.raises(ValueError, match="pass only the Budget"):
         vispruner.apply(model, budget, step=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_scores_are_those_of_eager_attention(tiny: Tiny, dtype: torch.dtype) -> None:
+def test_scores_equal_eager_attention(tiny: Tiny, dtype: torch.dtype) -> None:
     model = tiny.build(dtype)
     vispruner.apply(model, k=K, check=True, **tiny.options).remove()
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert "forward" not in vars(model)
 
 
-def test_a_layer_whose_attention_changed_is_found(tiny: Tiny) -> None:
-    """A release that scales, or normalizes, what the family takes for the query."""
+def test_a_changed_attention_layer_is_detected(tiny: Tiny) -> None:
+    """Simulates a release that scales or normalizes the query differently."""
     model = tiny.build()
     changed = 0
     towers = ("vision_tower", "vision_model", "visual", "image_tower", "video_tower")
@@ -290,6 +292,6 @@ def test_a_layer_whose_attention_changed_is_found(tiny: Tiny) -> None:
             module.forward = forward
             changed += 1
     assert changed
-    with pytest.raises(vispruner.UnsupportedModelError, match="are not those of its attention"):
+    with pytest.raises(vispruner.UnsupportedModelError, match="do not match its attention"):
         vispruner.apply(model, k=K, check=True, **tiny.options)
     assert "generate" not in vars(model)

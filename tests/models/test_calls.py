@@ -1,4 +1,4 @@
-"""Calls at the edge: right as without pruning, or refused in one line."""
+"""Unusual calls: correct as without pruning, or refused in one line."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_decoding_loop_with_the_newest_name(tiny: Tiny) -> None:
 
 
 def test_two_decoding_loops_in_turns(tiny: Tiny) -> None:
-    """Where a conversation goes on is a matter of its cache, not of the last call."""
+    """The position of a conversation depends on its cache, not on the last call."""
     model = tiny.build()
     asks = [tiny.inputs([[1, image(3), 10]]), tiny.inputs([TWO])]
     with vispruner.apply(model, k=K), torch.no_grad():
@@ -99,7 +99,7 @@ def test_two_decoding_loops_in_turns(tiny: Tiny) -> None:
 
 
 def test_rows_of_a_cache(tiny: Tiny) -> None:
-    """Its own operations are followed; what the cache does not know of is refused."""
+    """Operations of the cache also change the layout; other changes are refused."""
     model, inputs = tiny.build(), tiny.inputs(ROWS)
     token = torch.tensor([[30], [31]])
 
@@ -141,7 +141,7 @@ def test_later_turns_with_images_that_have_no_placeholder(tiny: Tiny) -> None:
         assert torch.equal(generate(model, call | same, **{CACHE: output[CACHE]}), expected)
 
 
-# ------------------------------------------------------------------------------- calls in calls
+# -------------------------------------------------------------------- threads and nested calls
 @pytest.mark.parametrize("family", [Llava(), LlavaNext(), Qwen25()], ids=lambda f: f.name)
 def test_threads(family: Tiny) -> None:
     model = family.build()
@@ -169,7 +169,7 @@ def test_threads(family: Tiny) -> None:
 
 
 def test_a_thread_that_encodes_without_pruning() -> None:
-    """Hooks of one thread's call do not touch what others ask of the same modules."""
+    """Hooks of one thread's call do not affect other threads' calls of the same modules."""
     tiny = Llava()
     model, ask = tiny.build(), tiny.inputs([[1, image(0), 10]])
     pixels = tiny.media([image(1)])["pixel_values"]
@@ -196,7 +196,7 @@ def test_a_thread_that_encodes_without_pruning() -> None:
 
 
 def test_a_forward_inside_generate_is_pruned(tiny: Tiny) -> None:
-    """A logits processor with questions of its own."""
+    """A logits processor that calls the same model."""
     model, inputs = tiny.build(), tiny.inputs([TWO])
     inner = tiny.inputs([[1, image(0), 10]])
     with vispruner.apply(model, k=K), torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_forward_inside_generate_is_pruned(tiny: Tiny) -> None:
     assert all(torch.equal(a, expected) and torch.equal(b, nested) for a, b in seen)
 
 
-def test_encoder_outputs_of_the_callers_own() -> None:
+def test_encoder_outputs_passed_by_the_caller() -> None:
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([TWO])
     if VERSION < (5, 18):
@@ -227,7 +227,7 @@ def test_encoder_outputs_of_the_callers_own() -> None:
         call["mm_encoder_outputs"] = {"image": encoded}
         want = model(**call).logits
         with vispruner.apply(model, k=K):
-            with pytest.warns(UserWarning, match="mm_encoder_outputs are used as they are"):
+            with pytest.warns(UserWarning, match="mm_encoder_outputs are used unpruned"):
                 assert torch.equal(model(**call).logits, want)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""A pruned model computes what the language model computes on the kept tokens, no more, no less."""
+"""A pruned model equals the language model on the retained tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def logits_of(output: Any) -> torch.Tensor:
     return torch.stack(output.logits, 1)
 
 
-def assert_hand_made(tiny: Tiny, rows: list[Row], inputs: dict[str, Any], output: Any) -> None:
+def assert_equals_separate_run(
+    tiny: Tiny, rows: list[Row], inputs: dict[str, Any], output: Any
+) -> None:
     plain = tiny.build()
     width = inputs["input_ids"].shape[1]
     torch.testing.assert_close(output.sequences[:, :width], inputs["input_ids"])
@@ -54,13 +56,13 @@ def assert_hand_made(tiny: Tiny, rows: list[Row], inputs: dict[str, Any], output
         torch.testing.assert_close(found, expected, atol=tiny.tolerance, rtol=0)
 
 
-def test_generate_equals_the_language_model_on_the_kept_tokens(tiny: Tiny) -> None:
+def test_generate_equals_the_language_model_on_the_retained_tokens(tiny: Tiny) -> None:
     rows = rows_of(tiny)
     model = tiny.build()
     inputs = tiny.inputs(rows)
     pruner = vispruner.apply(model, k=K, **tiny.options)
     output = answer(model, inputs)
-    assert_hand_made(tiny, rows, inputs, output)
+    assert_equals_separate_run(tiny, rows, inputs, output)
     assert pruner.last is not None
     assert pruner.last.prompt_before == inputs["input_ids"].shape[1]
     dropped = pruner.last.tokens_before - pruner.last.tokens_after
@@ -68,19 +70,19 @@ def test_generate_equals_the_language_model_on_the_kept_tokens(tiny: Tiny) -> No
     assert output.past_key_values.get_seq_length() == pruner.last.prompt_after + STEPS - 1
 
 
-def test_videos_equal_the_language_model_on_the_kept_tokens(tiny: Tiny) -> None:
+def test_videos_equal_the_language_model_on_the_retained_tokens(tiny: Tiny) -> None:
     if "video" not in tiny.kinds:
         pytest.skip("the family has no videos")
     rows: list[Row] = [[1, video(0), 10, 11], [1, image(0), 20, video(0), 21, 22]]
     model = tiny.build()
     inputs = tiny.inputs(rows)
     pruner = vispruner.apply(model, k=K, **tiny.options)
-    assert_hand_made(tiny, rows, inputs, answer(model, inputs))
+    assert_equals_separate_run(tiny, rows, inputs, answer(model, inputs))
     assert pruner.last is not None
     assert [item.modality for item in pruner.last.items] == ["image", "video", "video"]
 
 
-def test_each_row_equals_the_row_alone(tiny: Tiny) -> None:
+def test_each_row_of_a_batch_equals_a_separate_call(tiny: Tiny) -> None:
     rows = rows_of(tiny)
     model = tiny.build()
     with vispruner.apply(model, k=K, **tiny.options):
@@ -93,9 +95,9 @@ def test_each_row_equals_the_row_alone(tiny: Tiny) -> None:
             )
 
 
-def test_keeping_everything_changes_nothing(tiny: Tiny) -> None:
+def test_retaining_all_tokens_changes_nothing(tiny: Tiny) -> None:
     if tiny.options:
-        pytest.skip("this layout has no line ends: it never equals the unpruned prompt")
+        pytest.skip("this layout has no line ends, unlike the unpruned prompt")
     rows = rows_of(tiny)
     if "video" in tiny.kinds:
         rows[2] = [1, 30, video(0), 32]
@@ -120,7 +122,7 @@ def test_forward_logits_and_loss(tiny: Tiny, side: str) -> None:
     plain, model = tiny.build(), tiny.build()
     inputs = tiny.inputs(rows, side)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    text = mask.bool() & (ids < 190) & (ids != 1)  # nothing comes before the first token
+    text = mask.bool() & (ids < 190) & (ids != 1)  # no token precedes the first
     labels = ids.masked_fill(~text, -100)
     with vispruner.apply(model, k=K, logits="kept", **tiny.options):
         output = forward(model, inputs, labels=labels)
@@ -131,9 +133,8 @@ def test_forward_logits_and_loss(tiny: Tiny, side: str) -> None:
         length = len(expected)
         own = output.logits[number, -length:] if side == "left" else output.logits[number, :length]
         torch.testing.assert_close(own, expected, atol=tiny.tolerance, rtol=0)
-        # Text that follows text or a kept token: the label of column t is that of token t + 1.
-        kept = [t for t in tiny.ids(row) if t < 190]
-        tokens = torch.tensor(kept)
+        # Text after text or a retained token: the label of column t is that of token t + 1.
+        tokens = torch.tensor([t for t in tiny.ids(row) if t < 190])
         places = label_columns(tiny, row, length)
         for place, token in zip(places, tokens.tolist(), strict=True):
             if token != 1:
@@ -142,7 +143,7 @@ def test_forward_logits_and_loss(tiny: Tiny, side: str) -> None:
 
 
 def label_columns(tiny: Tiny, row: Row, length: int) -> list[int]:
-    """Columns of the text tokens in the kept prompt."""
+    """Columns of the text tokens in the shortened prompt."""
     columns, column = [], 0
     for part in row:
         if isinstance(part, int):
@@ -170,7 +171,7 @@ def test_prepare_feeds_the_language_model(tiny: Tiny) -> None:
     model = tiny.build()
     with vispruner.apply(model, k=K, **tiny.options), torch.no_grad():
         if tiny.name == "gemma3":
-            with pytest.raises(vispruner.UnsupportedModelError, match="see each other"):
+            with pytest.raises(vispruner.UnsupportedModelError, match="masks for image tokens"):
                 vispruner.prepare(model, inputs)
             return
         expected = model(**inputs).logits
@@ -179,7 +180,7 @@ def test_prepare_feeds_the_language_model(tiny: Tiny) -> None:
     torch.testing.assert_close(model.lm_head(hidden), expected, atol=tiny.tolerance, rtol=0)
 
 
-def test_after_remove_the_model_is_as_before(tiny: Tiny) -> None:
+def test_remove_restores_the_model(tiny: Tiny) -> None:
     inputs = tiny.inputs(rows_of(tiny))
     model = tiny.build()
     expected = answer(model, inputs)
@@ -218,7 +219,7 @@ def test_the_encoder_keeps_its_attention_and_no_hooks(
             part._attn_implementation for part in (model.config, model.config.vision_config)
         } == {"sdpa"}
     assert used == {"sdpa"}
-    # transformers adds hooks of its own the first time that hidden states are asked for
+    # transformers itself adds hooks when hidden states are first requested
     assert all(
         after[name] == before[name] for name in after if name.endswith(("q_proj", "k_proj", "qkv"))
     )

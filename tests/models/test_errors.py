@@ -1,4 +1,4 @@
-"""Bad input: a clear error before anything is computed, and a model that is as it was."""
+"""Invalid input: a clear error before anything is computed, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bad_layout_of_tiles() -> None:
 def test_twice() -> None:
     model = Llava().build()
     pruner = vispruner.apply(model, k=5)
-    with pytest.raises(ValueError, match="pruned already"):
+    with pytest.raises(ValueError, match="already pruned"):
         vispruner.apply(model, k=6)
     assert model._vispruner_pruner is pruner
     pruner.remove()
@@ -155,7 +155,7 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 
 
 def nothing_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test when a part of the model computes something."""
+    """Fails the test if a part of the model computes anything."""
 
     def run(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model ran")
@@ -166,7 +166,7 @@ def nothing_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("call", ["generate", "forward"])
-def test_placeholders_and_images_disagree(
+def test_placeholders_and_images_do_not_match(
     tiny: Tiny, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.build()
@@ -204,7 +204,7 @@ def test_images_in_the_wrong_rows(tiny: Tiny) -> None:
         model(**inputs | {"input_ids": ids})
 
 
-def test_other_arguments_that_do_not_fit() -> None:
+def test_other_inconsistent_arguments() -> None:
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([ROW])
     with vispruner.apply(model, k=5):
@@ -223,7 +223,7 @@ def test_other_arguments_that_do_not_fit() -> None:
         vispruner.prepare(model, inputs)
 
 
-def test_caches_that_do_not_fit() -> None:
+def test_caches_that_do_not_match() -> None:
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([ROW])
     settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "do_sample": False}
@@ -239,7 +239,7 @@ def test_caches_that_do_not_fit() -> None:
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
-def test_sizes_that_do_not_fit() -> None:
+def test_sizes_that_do_not_match() -> None:
     tiny = Qwen25()
     model, inputs = tiny.build(), tiny.inputs([ROW])
     with vispruner.apply(model, k=5):
@@ -250,7 +250,7 @@ def test_sizes_that_do_not_fit() -> None:
     tiny_next = LlavaNext()
     model, inputs = tiny_next.build(), tiny_next.inputs([ROW])
     with vispruner.apply(model, k=5):
-        with pytest.raises(ValueError, match="tiles that image_sizes ask for"):
+        with pytest.raises(ValueError, match="tiles that image_sizes require"):
             model(**inputs | {"pixel_values": inputs["pixel_values"][:, :2]})
         with pytest.raises(ValueError, match="image_sizes must come"):
             model(**{n: v for n, v in inputs.items() if n != "image_sizes"})
@@ -276,9 +276,9 @@ def test_an_error_in_the_encoder_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch
     untouched(model)
 
 
-def test_a_family_of_ones_own() -> None:
+def test_a_custom_family() -> None:
     class First(LlavaFamily):
-        """Keeps the first patches, whatever they show."""
+        """Records its calls."""
 
         def encode(self, modality: str, inputs: Any, clock: Any) -> Encoded:
             encoded = super().encode(modality, inputs, clock)

@@ -1,4 +1,4 @@
-"""Operations told from a configuration are those that torch counts."""
+"""Operations computed from a configuration equal those that torch counts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
     return request.param
 
 
-def test_costs_are_those_torch_counts(tiny: Tiny) -> None:
+def test_costs_equal_torchs_counts(tiny: Tiny) -> None:
     model = tiny.build(torch.float32, attention="eager")  # every attention as products
     inputs = tiny.inputs([[1, image(0), 10, 11, 12]])
     prompt = inputs["input_ids"].shape[1]
@@ -51,7 +51,7 @@ def test_costs_are_those_torch_counts(tiny: Tiny) -> None:
 
     vision = counted(model.model.get_image_features, **media)
     everything = counted(model, **inputs, logits_to_keep=1)
-    # The counter sees the products that make rotary embeddings, too: a few in ten thousand.
+    # The counter includes the products for rotary embeddings, a few in ten thousand.
     assert cost.vision == pytest.approx(vision, rel=2e-3)
     assert cost.prefill == pytest.approx(everything - vision, rel=2e-3)
 
@@ -115,13 +115,13 @@ def test_numbers_in_the_documentation() -> None:
     config = shapes.config_of("llava-1.5-7b")
     inputs = shapes.picture(config, 336, 336)
     whole = flops.cost(config, inputs, [576], text=64)
-    kept = flops.cost(config, inputs, [64], text=64, projected=64)
+    pruned = flops.cost(config, inputs, [64], text=64, projected=64)
     text = (Path(__file__).resolve().parents[2] / "docs" / "integration.md").read_text()
     for before, after in (
-        (whole.visual_only, kept.visual_only),
-        (whole.prefill, kept.prefill),
-        (whole.prefill + whole.vision, kept.prefill + kept.vision),
+        (whole.visual_only, pruned.visual_only),
+        (whole.prefill, pruned.prefill),
+        (whole.prefill + whole.vision, pruned.prefill + pruned.vision),
     ):
         less = 100 * (after / before - 1)
         assert f"| {before / 1e12:.2f} T | {after / 1e12:.2f} T | {less:.0f} % |" in text
-    assert f"{whole.cache_bytes >> 20} to {kept.cache_bytes >> 20} MiB" in text
+    assert f"{whole.cache_bytes >> 20} to {pruned.cache_bytes >> 20} MiB" in text

@@ -1,4 +1,4 @@
-"""What people do with generate and forward goes on as before on a pruned model."""
+"""All uses of generate and forward work unchanged on a pruned model."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_repeated_rows_of_several_images_on_a_version_that_mixes_them_up() -> No
 
 
 def takes_encoder_outputs(model: Any) -> bool:
-    """Since transformers 5.18; before, chunks of a prompt and pixels do not go together."""
+    """Since transformers 5.18; before, prefill in chunks does not work with pixels."""
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
 
 def embedded(tiny: Tiny, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The kept prompt as embeddings, for the unpruned model's generate."""
+    """The shortened prompt as embeddings, for the unpruned model's generate."""
     with vispruner.apply(model, k=K), torch.no_grad():
         ready = vispruner.prepare(model, inputs)
     return {name: ready[name] for name in ("inputs_embeds", "attention_mask")}
@@ -87,7 +87,7 @@ def embedded(tiny: Tiny, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=lambda mode: next(iter(mode)),
 )
-def test_other_ways_to_the_greedy_answer(tiny: Tiny, mode: dict[str, Any]) -> None:
+def test_other_modes_of_greedy_decoding(tiny: Tiny, mode: dict[str, Any]) -> None:
     rows = [TWO] if "prompt_lookup_num_tokens" in mode else ROWS
     model, inputs = tiny.build(), tiny.inputs(rows)
     with vispruner.apply(model, k=K):
@@ -132,7 +132,7 @@ def test_compiled_language_model(tiny: Tiny) -> None:
 
 
 def test_decoding_compiles_in_one_graph() -> None:
-    """generate compiles the whole model, its hooks included, where it has a static cache."""
+    """With a static cache, generate compiles the whole model, including its hooks."""
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([TWO])
     with vispruner.apply(model, k=K), torch.no_grad():
@@ -248,7 +248,7 @@ class Recorder:
         self.ended = True
 
 
-def test_streaming_shows_the_prompt_as_it_was(tiny: Tiny) -> None:
+def test_streaming_shows_the_full_prompt(tiny: Tiny) -> None:
     model, inputs = tiny.build(), tiny.inputs([TWO])
     streamer = Recorder()
     with vispruner.apply(model, k=K):
@@ -258,7 +258,7 @@ def test_streaming_shows_the_prompt_as_it_was(tiny: Tiny) -> None:
     assert streamer.ended
 
 
-def test_max_length_counts_the_prompt_as_it_was_passed(tiny: Tiny) -> None:
+def test_max_length_counts_the_full_prompt(tiny: Tiny) -> None:
     model, inputs = tiny.build(), tiny.inputs([TWO])
     length = inputs["input_ids"].shape[1] + 3
     config = transformers.GenerationConfig(max_length=length, pad_token_id=0)
@@ -280,13 +280,13 @@ def test_positional_and_masked_out_arguments() -> None:
         assert torch.equal(
             model.generate(ids, pixel_values=pixels, attention_mask=mask, **settings), expected
         )
-        # without a mask, padding is told by its token
+        # without a mask, padding is detected by its token
         assert torch.equal(model.generate(inputs=ids, pixel_values=pixels, **settings), expected)
         assert torch.equal(model(ids, pixels, mask).logits, model(**inputs).logits)
         assert isinstance(model(**inputs, return_dict=False), tuple)
 
 
-def test_text_only_prompts_are_left_alone(tiny: Tiny) -> None:
+def test_text_only_prompts_are_unchanged(tiny: Tiny) -> None:
     model = tiny.build()
     text = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4).long()}
     expected, logits = generate(model, text), model(**text).logits
@@ -316,8 +316,8 @@ def without_pixels(call: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in call.items() if not n.startswith(("pixel", "image", "video"))}
 
 
-@pytest.mark.parametrize("pixels", ["again", "left out"])
-def test_second_turn_on_the_kept_cache_equals_a_fresh_start(tiny: Tiny, pixels: str) -> None:
+@pytest.mark.parametrize("pixels", ["again", "omitted"])
+def test_second_turn_with_the_cache_equals_a_new_start(tiny: Tiny, pixels: str) -> None:
     model = tiny.build()
     with vispruner.apply(model, k=K):
         inputs, sequences, cache = first_turn(model, tiny, ROWS)
@@ -325,7 +325,7 @@ def test_second_turn_on_the_kept_cache_equals_a_fresh_start(tiny: Tiny, pixels: 
         call = whole(tiny, inputs, ids)
         expected = generate(model, call)
         again = call if pixels == "again" else without_pixels(call)
-        copied = copy.deepcopy(cache)  # the way to ask several questions about one image
+        copied = copy.deepcopy(cache)  # for several questions about one image
         found = generate(model, again, past_key_values=cache, return_dict_in_generate=True)
         assert torch.equal(found.sequences, expected)
         assert torch.equal(generate(model, again, past_key_values=copied), expected)
@@ -339,7 +339,7 @@ def test_second_turn_on_the_kept_cache_equals_a_fresh_start(tiny: Tiny, pixels: 
 def test_a_new_image_in_the_second_turn(tiny: Tiny) -> None:
     model = tiny.build()
     if tiny.name == "gemma3" and VERSION < (5, 23):
-        refused_behind_a_cache(model, tiny)
+        refused_after_a_cache(model, tiny)
         return
     with vispruner.apply(model, k=K) as pruner:
         _, sequences, cache = first_turn(model, tiny, ROWS)
@@ -368,19 +368,19 @@ def test_a_new_image_in_the_second_turn(tiny: Tiny) -> None:
         assert torch.equal(found, fresh)
 
 
-def refused_behind_a_cache(model: Any, tiny: Tiny) -> None:
+def refused_after_a_cache(model: Any, tiny: Tiny) -> None:
     with vispruner.apply(model, k=K):
         inputs, sequences, cache = first_turn(model, tiny, ROWS[:1])
         new = torch.tensor([[30, *tiny.tokens(image(3)), 31]])
         call = whole(tiny, inputs, torch.cat([sequences, new], 1))
-        with pytest.raises(ValueError, match="masks a new image behind a cache wrongly"):
+        with pytest.raises(ValueError, match="masks new images after a cache wrongly"):
             generate(model, call | tiny.media([image(3)]), past_key_values=cache)
 
 
 def test_an_image_after_a_cached_text(tiny: Tiny) -> None:
-    """The cached beginning of a conversation, a system prompt for instance."""
+    """The cached beginning of a conversation, such as a system prompt."""
     if tiny.name == "gemma3" and VERSION < (5, 23):
-        pytest.skip("refused, as in the test before")
+        pytest.skip("refused, as in the previous test")
     model = tiny.build()
     row = [1, 5, 6, 7, image(1), 8, 9]
     inputs = tiny.inputs([row])
@@ -392,7 +392,7 @@ def test_an_image_after_a_cached_text(tiny: Tiny) -> None:
         assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
 
 
-def test_a_decoding_loop_of_ones_own(tiny: Tiny) -> None:
+def test_a_custom_decoding_loop(tiny: Tiny) -> None:
     model, inputs = tiny.build(), tiny.inputs([TWO])
     with vispruner.apply(model, k=K), torch.no_grad():
         expected = generate(model, inputs)[0, -STEPS:].tolist()
@@ -408,7 +408,7 @@ def test_a_decoding_loop_of_ones_own(tiny: Tiny) -> None:
 
 
 def test_a_decoding_loop_with_padding() -> None:
-    """The caller's mask counts the columns of the prompt as it was."""
+    """The caller's mask has the columns of the full prompt."""
     tiny = Llava()
     model, inputs = tiny.build(), tiny.inputs([[1, 10, 11], TWO])
     with vispruner.apply(model, k=K), torch.no_grad():
@@ -427,7 +427,7 @@ def test_a_decoding_loop_with_padding() -> None:
 
 
 def test_a_decoding_loop_over_the_language_model(tiny: Tiny) -> None:
-    """The callers who prepare the prompt themselves may go on with the model."""
+    """Callers of prepare() may continue with the model."""
     if tiny.name == "gemma3":
         pytest.skip("its inputs cannot be prepared")
     model, inputs = tiny.build(), tiny.inputs(ROWS)
@@ -445,7 +445,7 @@ def test_a_decoding_loop_over_the_language_model(tiny: Tiny) -> None:
         assert cache.get_seq_length() == columns + 1
 
 
-def test_a_static_cache_of_the_callers(tiny: Tiny) -> None:
+def test_a_static_cache_passed_by_the_caller(tiny: Tiny) -> None:
     model, inputs = tiny.build(), tiny.inputs(ROWS)
     with vispruner.apply(model, k=K):
         expected = generate(model, inputs)
@@ -454,7 +454,7 @@ def test_a_static_cache_of_the_callers(tiny: Tiny) -> None:
 
 
 def test_training(tiny: Tiny) -> None:
-    """Gradients reach the projector through the kept tokens."""
+    """Gradients reach the projector through the retained tokens."""
     model, inputs = tiny.build(), tiny.inputs([TWO])
     ids = inputs["input_ids"]
     labels = ids.masked_fill(ids > 190, -100)
@@ -496,21 +496,21 @@ def test_the_report(tiny: Tiny) -> None:
         if item.before == cells:
             assert torch.equal(item.indices, keep.nonzero()[:, 0])
         assert len(item.scores) == cells == sum(item.lengths)
-        kept = torch.zeros(cells, dtype=torch.bool)
-        kept[item.indices[item.important]] = True
-        pictures = zip(item.scores.split(item.lengths), kept.split(item.lengths), strict=True)
+        important = torch.zeros(cells, dtype=torch.bool)
+        important[item.indices[item.important]] = True
+        pictures = zip(item.scores.split(item.lengths), important.split(item.lengths), strict=True)
         for (scores, best), count in zip(pictures, item.ranked, strict=True):
-            # (Of a padded tile, some of the best cells are not there to be kept.)
+            # In a padded tile, some of the best cells are padding.
             assert best.sum() <= count
             if item.before == cells:
                 assert torch.equal(scores[best].sort().values, scores.sort().values[-count:])
     family = pruner._family
     media = family.inputs_of("image", inputs)
     assert media is not None
-    foretold = family.kept("image", media)
-    assert all(item.after <= most for item, most in zip(report.items, foretold, strict=True))
-    if tiny.name != "llava-next":  # where padding is cut off
-        assert [item.after for item in report.items] == foretold
+    expected = family.kept("image", media)
+    assert all(item.after <= most for item, most in zip(report.items, expected, strict=True))
+    if tiny.name != "llava-next":  # which removes padding
+        assert [item.after for item in report.items] == expected
     phases = report.milliseconds
     assert set(phases) == {"vision", "score", "select", "rewrite", "prefill", "decode"}
     assert all(value > 0 for value in phases.values())
@@ -532,7 +532,7 @@ def test_phases_of_an_unpruned_model() -> None:
     assert clock.milliseconds() == {}
 
 
-def test_a_clock_forgets_what_is_taken() -> None:
+def test_a_clock_removes_taken_spans() -> None:
     clock = Clock(torch.device("cpu"))
     with clock("outer"), clock("inner"):
         pass

@@ -1,4 +1,4 @@
-"""Labels, losses and trainers: what belongs to dropped tokens goes with them, and nothing else."""
+"""Labels, losses and trainers: exactly the labels of dropped tokens are removed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 
 
 def loss_sum(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[float, int]:
-    """Of one row alone: the sum of its losses, and how many there are."""
+    """The sum of the losses of one row, and their number."""
     left = model(**inputs, labels=labels)
     count = int((model._vispruner_pruner.labels(labels)[:, 1:] != -100).sum())
     return float(left.loss) * count, count
 
 
 def test_rows_of_one_length_with_different_numbers_of_images(tiny: Tiny) -> None:
-    """Rows get padding that the caller's batch did not have; nothing is predicted from it."""
+    """Pruning adds padding to the batch; nothing is predicted from it."""
     model = tiny.build()
     short = [1, image(1), 12, image(2), 13]
     fill = len(tiny.ids(short)) - len(tiny.ids([1, image(1), 12]))
@@ -56,8 +56,8 @@ def test_rows_of_one_length_with_different_numbers_of_images(tiny: Tiny) -> None
     assert together == pytest.approx(expected, abs=1e-5)
 
 
-def test_padding_of_the_caller_keeps_its_loss(tiny: Tiny) -> None:
-    """Keeping everything is the unpruned loss, first tokens behind padding included."""
+def test_padding_by_the_caller_does_not_change_the_loss(tiny: Tiny) -> None:
+    """With all tokens retained, the loss is the unpruned one, even for tokens after padding."""
     model, inputs = tiny.build(), tiny.inputs([ONE, TWO])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] > 190, -100)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_count_of_the_whole_batch(tiny: Tiny) -> None:
         with pytest.warns(UserWarning, match="num_items_in_batch"):
             counted = model(**inputs, labels=labels, num_items_in_batch=count).loss
         torch.testing.assert_close(counted, mean)
-        # of two such batches, as when gradients are accumulated
+        # two such batches, as in gradient accumulation
         half = model(**inputs, labels=labels, num_items_in_batch=2 * int(count)).loss
         torch.testing.assert_close(half, mean / 2)
         text = labels.masked_fill(labels > 190, -100)
@@ -94,7 +94,7 @@ def test_shifted_labels(tiny: Tiny, side: str) -> None:
         want = model(**inputs, labels=labels).loss
         found = model(**inputs, labels=labels, shift_labels=shifted).loss
         torch.testing.assert_close(found, want)
-        # what comes after the end of the rows
+        # labels after the end of the rows
         beyond = shifted.clone()
         ends = inputs["attention_mask"].cumsum(1).argmax(1)
         beyond[torch.arange(3), ends] = 42
@@ -110,18 +110,18 @@ def test_shifted_labels(tiny: Tiny, side: str) -> None:
 
 
 def last_columns(tiny: Tiny, rows: list[Any], width: int, side: str) -> dict[int, int]:
-    """Row to the column of its last token, for rows whose last token was kept."""
+    """Row to the column of its last token, for rows whose last token is retained."""
     ends = {}
     for n, row in enumerate(rows):
-        kept = []
+        retained = []
         for part in row:
             if isinstance(part, int):
-                kept.append(True)
+                retained.append(True)
                 continue
             stays = iter(tiny.chosen(part, K)[0].tolist())
-            kept += [next(stays) if token > 197 else True for token in tiny.tokens(part)]
-        if kept[-1]:
-            ends[n] = width - 1 if side == "left" else sum(kept) - 1
+            retained += [next(stays) if token > 197 else True for token in tiny.tokens(part)]
+        if retained[-1]:
+            ends[n] = width - 1 if side == "left" else sum(retained) - 1
     return ends
 
 
@@ -134,7 +134,7 @@ def vispruner_labels(tiny: Tiny, labels: Tensor, inputs: dict[str, Any]) -> Tens
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_labels_of_the_logits(tiny: Tiny, side: str) -> None:
-    """A loss of one's own is that of the model."""
+    """A loss computed outside the model equals the model's."""
     model, inputs = tiny.build(), tiny.inputs([ONE, TWO], side)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     with vispruner.apply(model, k=K, logits="kept") as pruner, torch.no_grad():
@@ -183,7 +183,7 @@ def test_training_without_labels_in_the_call() -> None:
         model.train()
         with pytest.raises(ValueError, match="training without labels in the call"):
             model(**inputs)
-        model(**inputs, logits_to_keep=3)  # of the text at the end
+        model(**inputs, logits_to_keep=3)  # the text at the end
         model(input_ids=torch.tensor([[5, 6]]))
     with vispruner.apply(model, k=K, logits="kept"):
         model(**inputs)
@@ -210,7 +210,7 @@ def test_trainers_that_hold_the_labels(tmp_path: Path) -> None:
     model = tiny.build(torch.float32)
     with vispruner.apply(model, k=K), pytest.raises(ValueError, match="logits='prompt'"):
         trainer(model, inputs, tmp_path, label_smoothing_factor=0.1).train()
-    # (The trainer compares logits and labels of one column, as for any model that is not text.)
+    # The trainer compares logits and labels of the same column, as for all models but text models.
     with vispruner.apply(model, k=K, logits="kept") as pruner, torch.no_grad():
         output = model(**{n: v for n, v in inputs.items() if n != "labels"})
         expected = LabelSmoother(0.1)(output, pruner.labels(inputs["labels"]))
@@ -221,7 +221,7 @@ def test_trainers_that_hold_the_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("logits", [None, "prompt", "kept"])
 def test_metrics_of_a_trainer(tmp_path: Path, logits: str | None) -> None:
-    """compute_metrics gets logits in the columns of its labels, unless told that they are not."""
+    """compute_metrics gets logits in the columns of its labels, except with logits='kept'."""
     tiny = Llava()
     inputs = {n: v.float() if v.is_floating_point() else v for n, v in tiny.inputs([TWO]).items()}
     ids = inputs["input_ids"]
@@ -244,11 +244,11 @@ def test_metrics_of_a_trainer(tmp_path: Path, logits: str | None) -> None:
         run = trainer(model, inputs, tmp_path)
         run.compute_metrics = nats
         metrics = run.predict([0], ignore_keys=ignored).metrics
-        fitting = pruner.labels(inputs["labels"])
+        matching = pruner.labels(inputs["labels"])
         assert model.training is False
-        assert fitting.shape == seen["shapes"][0]
+        assert matching.shape == seen["shapes"][0]
         if logits != "kept":
-            assert fitting is inputs["labels"]
+            assert matching is inputs["labels"]
             assert seen["shapes"][0] == seen["shapes"][1]
             assert metrics["test_nats"] == pytest.approx(metrics["test_loss"], abs=1e-4)
 

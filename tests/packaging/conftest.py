@@ -1,4 +1,4 @@
-"""A copy of the sources, and an environment in which no CUDA compiler can be found."""
+"""A copy of the sources, and an environment without a CUDA compiler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Wheel(NamedTuple):
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> Path:
-    """The sources of the package, away from the build of the tree itself."""
+    """A copy of the package's sources, without build outputs."""
     return shutil.copytree(
         ROOT, tmp_path_factory.mktemp("sources") / "tree", ignore=shutil.ignore_patterns(*IGNORED)
     )
@@ -30,7 +30,7 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def without_nvcc(tmp_path_factory) -> dict[str, str]:
-    """Environment variables under which there is no nvcc, wherever this machine has one."""
+    """Environment variables that hide this machine's nvcc."""
     directory = tmp_path_factory.mktemp("bin")
     for entry in os.environ["PATH"].split(os.pathsep):
         for program in Path(entry).glob("*") if entry else ():
@@ -39,13 +39,13 @@ def without_nvcc(tmp_path_factory) -> dict[str, str]:
                 link.symlink_to(program)
     hidden = ("CUDACXX", "CUDA_PATH", "VISPRUNER_CUDA", "VISPRUNER_CUDA_ARCHS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    # A CUDA_HOME, even a bad one, is looked at instead of the usual places.
+    # An invalid CUDA_HOME is searched instead of the usual places.
     return {**environment, "PATH": str(directory), "CUDA_HOME": str(directory / "no-cuda")}
 
 
 @pytest.fixture(scope="session")
 def cpu_wheel(sources, without_nvcc, tmp_path_factory) -> Wheel:
-    """The wheel that pip builds, isolated, where there is no nvcc."""
+    """The wheel from an isolated build without nvcc."""
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, sources]
     done = subprocess.run(

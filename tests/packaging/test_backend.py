@@ -1,4 +1,4 @@
-"""What the build backend asks pip for: only what cannot be found."""
+"""The build backend requires only what is not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def backend(monkeypatch):
-    """The backend, on an imagined machine that has everything in the target environment."""
+    """The backend on a simulated machine with everything in the target environment."""
     path = ROOT / "build_backend" / "vispruner_backend.py"
     spec = importlib.util.spec_from_file_location("vispruner_backend", path)
     module = importlib.util.module_from_spec(spec)
@@ -30,14 +30,14 @@ def backend(monkeypatch):
     return module
 
 
-def test_nothing_where_all_is_there(backend):
+def test_no_requirements_if_everything_is_installed(backend):
     assert backend.get_requires_for_build_wheel() == []
     assert backend.get_requires_for_build_editable() == []
     assert backend.get_requires_for_build_sdist() == []
     assert backend.torch_dir() == "/env/torch"
 
 
-def test_torch_only_where_there_is_none(backend):
+def test_torch_is_required_only_if_missing(backend):
     del backend.packages["torch"]
     assert backend.get_requires_for_build_wheel() == ["torch>=2.10"]
     assert backend.get_requires_for_build_sdist() == []
@@ -53,7 +53,7 @@ def test_old_torch_is_refused(backend, tmp_path):
 
 def test_read_only_source_tree_is_refused(backend, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == ROOT and mode == os.W_OK))
-    monkeypatch.setenv(backend.TORCH_DIR, "")  # what the backend sets is taken back
+    monkeypatch.setenv(backend.TORCH_DIR, "")  # restores what the backend sets
     monkeypatch.setattr(backend, "index_compiler", lambda: None)
     hooks = (backend.build_wheel, backend.build_editable, backend.build_sdist,
              backend.prepare_metadata_for_build_wheel)  # fmt: skip
@@ -73,7 +73,7 @@ def test_too_old_setuptools_is_refused(backend, monkeypatch):
         backend.build_sdist("/nowhere")
 
 
-def test_old_setuptools_counts_as_none(backend):
+def test_old_setuptools_counts_as_missing(backend):
     backend.packages["setuptools"] = ("65.5.0", "/env/setuptools")
     assert backend.get_requires_for_build_wheel() == ["setuptools>=77.0"]
 
@@ -110,8 +110,8 @@ def test_build_without_torch_is_refused(backend, tmp_path):
         backend.build_wheel(str(tmp_path))
 
 
-def test_sees_through_the_isolation_of_pip(tmp_path):
-    # pip hides the target's packages from the build with a sitecustomize on PYTHONPATH.
+def test_finds_torch_despite_pips_isolation(tmp_path):
+    # pip hides the target's packages with a sitecustomize on PYTHONPATH.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"
     )
@@ -143,7 +143,7 @@ COMPILER = [
 
 @pytest.fixture
 def machine(backend, monkeypatch, tmp_path):
-    """Sets torch's CUDA version and the version of the nvcc on the PATH, each may be None."""
+    """Sets the CUDA version of torch and the version of nvcc; either may be None."""
 
     def has(torch_cuda, nvcc):
         monkeypatch.setattr(backend, "torch_dir", lambda: str(tmp_path))
@@ -153,7 +153,7 @@ def machine(backend, monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "_nvcc_version", lambda _: backend._version(nvcc))
 
     for name in ("VISPRUNER_CUDA", "VISPRUNER_NVCC", "CUDACXX", backend.TORCH_DIR):
-        monkeypatch.setenv(name, "")  # so that what the backend sets is taken back, too
+        monkeypatch.setenv(name, "")  # so that what the backend sets is restored as well
         monkeypatch.delenv(name)
     return has
 
@@ -162,18 +162,16 @@ def machine(backend, monkeypatch, tmp_path):
     ("torch_cuda", "nvcc", "compiler"),
     [
         ("13.0", None, "13.0"),
-        ("13.2", "12.8", "13.2"),  # nvcc of another major version does not fit
+        ("13.2", "12.8", "13.2"),  # nvcc of another major version is unsuitable
         ("13.4", None, "13.4"),
         ("13.0", "13.2", None),
-        ("12.8", None, None),  # the packages of CUDA 12 hold no nvcc
+        ("12.8", None, None),  # the packages of CUDA 12 contain no nvcc
         ("12.8", "12.4", None),
         (None, None, None),
         (None, "13.0", None),
     ],
 )
-def test_the_compiler_is_taken_from_the_index_where_it_must_be(
-    backend, machine, torch_cuda, nvcc, compiler
-):
+def test_when_the_compiler_comes_from_the_index(backend, machine, torch_cuda, nvcc, compiler):
     machine(torch_cuda, nvcc)
     expected = [f"{name}=={compiler}.*" for name in COMPILER] if compiler else []
     if compiler == "13.4":
@@ -193,7 +191,7 @@ def test_the_compiler_is_taken_from_the_index_where_it_must_be(
         ({"VISPRUNER_CUDA": "ON"}, "13.0"),
     ],
 )
-def test_the_compiler_that_is_asked_for(backend, machine, monkeypatch, variables, compiler):
+def test_the_requested_compiler(backend, machine, monkeypatch, variables, compiler):
     machine("13.0", None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -207,20 +205,22 @@ def test_the_compiler_that_is_asked_for(backend, machine, monkeypatch, variables
     ("torch_cuda", "variables", "message"),
     [
         (None, {"VISPRUNER_NVCC": "index"}, "this torch has no CUDA.*install a torch with CUDA"),
-        ("12.8", {"VISPRUNER_NVCC": "index"}, "packages of CUDA 12.8.*install the CUDA toolkit 12"),
+        (
+            "12.8",
+            {"VISPRUNER_NVCC": "index"},
+            "packages for CUDA 12.8.*install the CUDA toolkit 12",
+        ),
         (
             "13.0",
             {"VISPRUNER_NVCC": "pip"},
             "VISPRUNER_NVCC=pip: must be one of auto, system, index",
         ),
         ("13.0", {"VISPRUNER_CUDA": "yes"}, "VISPRUNER_CUDA=yes: must be one of AUTO, ON, OFF"),
-        ("13.0", {"VISPRUNER_NVCC": "index", "VISPRUNER_CUDA": "OFF"}, "leave one of them out"),
-        ("13.0", {"VISPRUNER_NVCC": "index", "CUDACXX": "/my/nvcc"}, "CUDACXX=/my/nvcc: leave one"),
+        ("13.0", {"VISPRUNER_NVCC": "index", "VISPRUNER_CUDA": "OFF"}, "unset one of them"),
+        ("13.0", {"VISPRUNER_NVCC": "index", "CUDACXX": "/my/nvcc"}, "CUDACXX=/my/nvcc: unset one"),
     ],
 )
-def test_compilers_that_cannot_be_had(
-    backend, machine, monkeypatch, torch_cuda, variables, message
-):
+def test_unavailable_compilers(backend, machine, monkeypatch, torch_cuda, variables, message):
     machine(torch_cuda, None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -239,7 +239,7 @@ def test_the_compiler_of_the_build_environment_is_used(backend, machine, monkeyp
     monkeypatch.setattr(backend, "_setuptools", lambda: None)
     monkeypatch.setenv("VISPRUNER_NVCC", "index")
     monkeypatch.setenv("LIBRARY_PATH", "/mine")
-    # No other nvcc of the package index: this environment may have the test extra's.
+    # Hides an nvcc from the test extra in this environment.
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(
         SystemExit, match=r"has no nvcc 13\.0.*pip install 'nvidia-cuda-nvcc==13\.0\.\*'"

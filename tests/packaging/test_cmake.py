@@ -1,4 +1,4 @@
-"""How CMake chooses the CUDA architectures, with compilers that are only imagined."""
+"""How CMake selects the CUDA architectures, with simulated compilers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# What `nvcc --list-gpu-code` knows, by release.
+# Output of `nvcc --list-gpu-code` by release.
 KNOWN = {
     "11.8": "35 37 50 52 53 60 61 62 70 72 75 80 86 87 89 90",
     "12.4": "50 52 53 60 61 62 70 72 75 80 86 87 89 90",
@@ -19,7 +19,7 @@ KNOWN = {
 
 @pytest.fixture
 def architectures(sources, tmp_path):
-    """Runs the part of CMakeLists.txt that chooses, with a compiler that knows so much."""
+    """Runs the selecting part of CMakeLists.txt with a simulated compiler."""
     text = (sources / "CMakeLists.txt").read_text()
     (function,) = re.findall(r"^function\(vp_setup_cuda\)\n.*?^endfunction\(\)", text, re.M | re.S)
     defaults = re.findall(r"^set\((?:VP_DEFAULT_ARCHS|VP_OLDEST_NVCC) .*\)$", text, re.M)
@@ -68,8 +68,8 @@ def test_spellings(architectures, asked):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("sm_80", "'sm_80' is no architecture"),
-        ("80 120", "this nvcc does not know '120'; it knows 50 52"),
+        ("sm_80", "'sm_80' is not an architecture"),
+        ("80 120", "this nvcc does not support '120'; it supports 50 52"),
     ],
 )
 def test_bad_architecture(architectures, asked, message):
@@ -81,7 +81,7 @@ def test_bad_architecture(architectures, asked, message):
 @pytest.mark.parametrize(
     ("release", "expected"), [("12.4", False), ("12.8", False), ("13.0", True)]
 )
-def test_compression_only_where_every_driver_reads_it(architectures, release, expected):
+def test_compression_only_where_all_drivers_support_it(architectures, release, expected):
     assert ("--compress-mode=size" in architectures(release).stderr) == expected
 
 
@@ -91,7 +91,7 @@ def test_compression_only_where_every_driver_reads_it(architectures, release, ex
         ("13.0", "12.8", True),
         ("13.0", "13.0", False),
         ("12.8", "13.0", False),
-        ("12.8", "12.4", False),  # minor versions go with any driver of the major one
+        ("12.8", "12.4", False),  # minor versions work with any driver of the major version
         ("13.0", "", False),  # a torch without CUDA
     ],
 )
@@ -106,7 +106,7 @@ def test_compiler_newer_than_the_cuda_of_torch(architectures, release, torch_cud
 
 
 def test_compiler_too_old(architectures):
-    """A distribution's own nvcc may be of CUDA 11: a CPU build that says so, or an error."""
+    """A distribution's nvcc may be of CUDA 11: a CPU build with a warning, or an error."""
     message = "is of CUDA 11.8, and at least 12.4 is needed"
     warned = architectures("11.8", torch_cuda="12.8")
     assert warned.returncode == 0

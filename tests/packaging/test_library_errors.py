@@ -1,4 +1,4 @@
-"""An unusable library is one clear line, at import."""
+"""An unusable library gives a one-line error at import."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vispruner_cuda import _library
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    """A copy of the installed package, to be damaged."""
+    """A copy of the installed package, for damaging."""
     return shutil.copytree(Path(_library.__file__).parent, tmp_path / "vispruner_cuda")
 
 
 def import_error(package: Path, before: str = "") -> str:
-    """The message of the ImportError that importing a package ends in."""
+    """The message of the ImportError from importing a package."""
     program = f"""
 import torch
 {before}
@@ -68,7 +68,7 @@ def test_library_of_another_machine(package):
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs...", b"MZ" + bytes(100)])
-def test_no_library_at_all(package, content):
+def test_a_file_that_is_not_a_library(package, content):
     (package / "libvispruner.so").write_bytes(content)
     assert "it is no Linux library" in import_error(package)
 
@@ -81,7 +81,7 @@ def test_truncated_library(package):
 
 def test_library_that_does_not_link(package):
     path = package / "libvispruner.so"
-    # A torch function that no torch has, by a name of the same length.
+    # A nonexistent torch function with a name of the same length.
     path.write_bytes(path.read_bytes().replace(b"torch_library_impl", b"torch_library_1mpl"))
     assert "undefined symbol: torch_library_1mpl" in import_error(package)
 
@@ -99,7 +99,7 @@ def test_library_of_another_version(package):
 
 @pytest.fixture
 def info() -> _library.BuildInfo:
-    """A library with CUDA kernels that has found the CUDA of its torch."""
+    """A library with CUDA kernels that works with torch's CUDA."""
     return dataclasses.replace(
         _library.load(),
         cuda=True,
@@ -126,7 +126,7 @@ def test_kernels_that_cannot_find_the_stream(info, monkeypatch):
         (None, 0, _library.NO_CUDA_TORCH, False),
     ],
 )
-def test_warning_where_a_gpu_stays_idle(info, monkeypatch, torch_cuda, gpus, state, expected):
+def test_warning_if_a_gpu_is_not_used(info, monkeypatch, torch_cuda, gpus, state, expected):
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with warnings.catch_warnings(record=True) as caught:

@@ -51,8 +51,8 @@ def test_bad_option(tmp_path):
     [
         ("80+PTX 86 90 120+PTX", (8, 0), "code"),
         ("80+PTX 86 90 120+PTX", (8, 6), "code"),
-        ("80+PTX 86 90 120+PTX", (8, 7), "code"),  # that of 8.6
-        ("80+PTX 86 90 120+PTX", (10, 0), "PTX"),  # that of 8.0
+        ("80+PTX 86 90 120+PTX", (8, 7), "code"),  # the code of 8.6
+        ("80+PTX 86 90 120+PTX", (10, 0), "PTX"),  # the PTX of 8.0
         ("80+PTX 86 90 120+PTX", (12, 1), "code"),
         ("80+PTX 86 90 120+PTX", (13, 0), "PTX"),
         ("80+PTX 86 90 120+PTX", (7, 5), "none"),
@@ -70,7 +70,7 @@ def test_coverage(archs, capability, expected):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """An imagined GPU of compute capability 9.0; returns how to imagine the library's state."""
+    """A simulated GPU of compute capability 9.0; returns a setter for the library's state."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Imagined")

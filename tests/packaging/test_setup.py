@@ -1,4 +1,4 @@
-"""How a build that cannot work ends: one line with the remedy, and no traceback."""
+"""Builds that cannot succeed end with a one-line solution and no traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ exec(compile(open({setup!r}).read(), {setup!r}, "exec"), namespace)
 
 @pytest.fixture
 def fails(sources, tmp_path):
-    """Calls a function of setup.py that must fail: the lines that it writes to stderr."""
+    """Calls a function of setup.py that must fail, and returns its lines on stderr."""
 
     def call(code: str, path: Path, **variables: str) -> list[str]:
         script = SCRIPT.format(tree=str(sources), setup=str(sources / "setup.py"), call=code)
@@ -51,10 +51,10 @@ def test_no_compiler(fails, tmp_path):
     assert line.startswith("vispruner: no C++ compiler: install one")
 
 
-def test_compiler_that_is_not_there(fails, tmp_path):
+def test_missing_compiler(fails, tmp_path):
     program(tmp_path, "g++")
     (line,) = fails("namespace['check_tools']()", tmp_path, CXX="g++-99 -O1")
-    assert line == "vispruner: CXX=g++-99 -O1: there is no program 'g++-99'"
+    assert line == "vispruner: CXX=g++-99 -O1: program 'g++-99' not found"
 
 
 def test_no_cmake(fails, tmp_path):
@@ -67,7 +67,7 @@ def test_failed_step(fails, tmp_path):
     program(tmp_path, "cmake", "echo the reason >&2; exit 3")
     reason, line = fails("namespace['run']('cmake', '--build')", tmp_path)
     assert reason == "the reason"
-    assert line.startswith("vispruner: cmake failed with exit status 3, the reason is above")
+    assert line.startswith("vispruner: cmake failed with exit status 3, see the output above")
 
 
 @pytest.mark.parametrize(("left", "said"), [(5, True), (500, False)])
@@ -76,4 +76,4 @@ def test_full_disk(fails, tmp_path, left, said):
     usage = f"type('U', (), {{'free': {left} << 20}})"
     call = f"namespace['shutil'].disk_usage = lambda _: {usage}\nnamespace['run']('cmake')"
     (line,) = fails(call, tmp_path)
-    assert (f"has {left} MiB left: free some of its disk" in line) == said
+    assert (f"has {left} MiB left: free some disk space" in line) == said

@@ -1,4 +1,4 @@
-"""The version is written once."""
+"""The version is written in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel that pip makes without a CUDA compiler, and the same installed."""
+"""The wheel from a build without a CUDA compiler, and its installation."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_missing_nvcc_can_be_an_error(sources, without_nvcc, tmp_path):
 
 
 def source_distribution(tree, target) -> Path:
-    """The archive that the backend of this tree makes, in `target`."""
+    """The source distribution of this tree, in `target`."""
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
         pytest.skip("this environment's setuptools is too old to build with")
     program = "import sys, vispruner_backend as b; print(b.build_sdist(sys.argv[1]))"
@@ -113,9 +113,9 @@ def test_source_distribution_can_build(sources, tmp_path):
 
 
 def test_source_distribution_has_what_its_tests_need(tmp_path):
-    """They import benchmarks and read docs, .ci and the constraints."""
-    left_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info")
-    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
+    """The tests import benchmarks and read docs, .ci and the constraints."""
+    excluded = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info")
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=excluded)
     with tarfile.open(source_distribution(tree, tmp_path)) as sdist:
         sdist.extractall(tmp_path / "unpacked", filter="data")
     tests = next((tmp_path / "unpacked").iterdir()) / "tests"

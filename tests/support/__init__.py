@@ -1,4 +1,4 @@
-"""What several test folders share: problems to solve, and the implementations that solve them."""
+"""Shared by several test directories: test problems, and implementations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """For a child interpreter that is to find these tests and the package under test."""
+    """For a child interpreter that needs these tests and the package under test."""
     path = [str(TESTS), str(Path(vispruner_cuda.__file__).parents[1])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}

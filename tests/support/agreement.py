@@ -1,4 +1,4 @@
-"""What the tests of the kernels would notice of a build, as quickly as possible."""
+"""Detects errors of a build of the kernels, as quickly as possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.compiled_kernels import A100, H100, Device, FindingsError, Kernels
 from support.problems import Problem, crowded, widest
 from vispruner_cuda import methods, reference
 
-#: The results differ from those of the reference, or an operator raises.
+#: The results differ from the reference, or an operator raises.
 RESULTS = "results"
 
 PROBLEMS = [
@@ -63,7 +63,7 @@ def _prune(kernels: Kernels, problem: Problem) -> bool:
 
 
 def _dedup(kernels: Kernels) -> bool:
-    feats = crowded(128)  # as many as a bucket may have
+    feats = crowded(128)  # the most that a bucket may have
     return torch.equal(kernels.dedup(feats, 200), reference.dedup(feats, 200))
 
 
@@ -93,7 +93,7 @@ def _attention(kernels: Kernels, dtype: torch.dtype) -> bool:
 
 
 def _refuses_to_depend(kernels: Kernels) -> bool:
-    """Code made of old PTX does not wait for the kernel before it."""
+    """Code from old PTX does not wait for the previous kernel."""
     kernels.device = Device(9, 0, H100.shared_bytes, newest_ptx=80)
     try:
         _planned(kernels, launch="dependent")
@@ -136,6 +136,6 @@ def _observed(probe: Callable[[], bool]) -> set[str]:
 
 
 def observations(kernels: Kernels) -> Iterator[str]:
-    """RESULTS, or the name of a checker, for whatever is noticed; nothing for good kernels."""
+    """RESULTS or the name of a checker for each detected error; nothing for correct kernels."""
     for probe in _probes(kernels):
         yield from _observed(probe)

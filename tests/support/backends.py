@@ -1,4 +1,4 @@
-"""The implementations that must agree, under one interface: CPU tensors in, CPU tensors out."""
+"""The implementations that must agree, with one interface: CPU tensors in, CPU tensors out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vispruner_cuda.verification import OPERATORS, machine
 
 
 class PlansOf:
-    """`vispruner_cuda.plans`, as far as the stages of a device go."""
+    """`vispruner_cuda.plans`, limited to the stages of a device."""
 
     use = staticmethod(plans.use)
     current = staticmethod(plans.current)

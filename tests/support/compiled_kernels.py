@@ -1,9 +1,8 @@
-"""The compiled CUDA kernels, run by the PTX executor (tests/ptx), under the functional API of
-`vispruner_cuda`.
+"""The compiled CUDA kernels in the PTX executor (tests/ptx), with the API of `vispruner_cuda`.
 
-The module holds the real host code of csrc/cuda and the PTX that nvcc makes of the kernels. It is
-built the first time it is asked for. `Kernels(path)` also loads modules built from changed copies
-of the sources: the mutation tests make such copies.
+The module contains the actual host code of csrc/cuda and nvcc's PTX of the kernels. It is built on
+first use. `Kernels(path)` also loads modules built from modified copies of the sources, as in the
+mutation tests.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ ROOT = Path(__file__).resolve().parents[2]
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_LIMIT = 1 << 40
 
-#: Findings that are known and harmless, as regular expressions, and why.
+#: Known harmless findings, as regular expressions, with the reason.
 ALLOWED: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as the fake CUDA runtime presents it.
+    """A GPU as simulated by the fake CUDA runtime.
 
     Attributes:
-        shared_bytes: shared memory that a block may ask for.
-        newest_ptx: leaves out newer PTX of the module, as a library built without it would.
-        driver: CUDA version of the driver; None: that of the runtime.
+        shared_bytes: shared memory available to a block.
+        newest_ptx: ignores newer PTX of the module, as in a library built without it.
+        driver: CUDA version of the driver, None for that of the runtime.
     """
 
     major: int
@@ -57,15 +56,15 @@ H100 = Device(9, 0, 227 * 1024)
 A100 = Device(8, 0, 163 * 1024)
 ADA = Device(8, 9, 99 * 1024)
 BLACKWELL = Device(12, 0, 99 * 1024)
-#: The PTX that the module holds; each device runs the newest that it can.
+#: The PTX in the module; each device runs the newest that it supports.
 TARGETS = (80, 90)
 
 
 class FindingsError(AssertionError):
-    """What the checkers found in a call that nothing was to be found in.
+    """Unexpected findings of the checkers in a call.
 
     Attributes:
-        findings: all of them; the message has the first few.
+        findings: all findings; the message has the first few.
     """
 
     def __init__(self, findings: Sequence[str]) -> None:
@@ -109,7 +108,7 @@ def _method(method: str, parameters: Mapping[str, float | None]) -> tuple[str | 
 
 @functools.cache
 def _function_at(file: str, line: int) -> str:
-    """The device function of csrc/cuda that a line is in, or the last one before it."""
+    """The device function of csrc/cuda at a line, or the last one before it."""
     name = ""
     (path,) = (ROOT / "csrc" / "cuda").rglob(file)
     lines = path.read_text().splitlines()
@@ -150,27 +149,27 @@ class Plans:
 
 @dataclass
 class Totals:
-    """What all calls of a session have run, for the summary."""
+    """Totals of all calls of a session, for the summary."""
 
     calls: int = 0
     launches: int = 0
     kernels: set[str] = field(default_factory=set)
-    targets: set[int] = field(default_factory=set)  # of the PTX that ran
-    failed: int = 0  # calls in which something was found
+    targets: set[int] = field(default_factory=set)  # of the executed PTX
+    failed: int = 0  # calls with findings
 
 
 TOTALS = Totals()
 
 
 class Kernels:
-    """The functional API on one compiled module; every call fails on what the checkers find.
+    """The functional API on one compiled module; every call fails on findings of the checkers.
 
     Attributes:
-        device: the GPU to be.
+        device: the simulated GPU.
         options: of the executor (tests/ptx/README.md): seed, lockstep, quantum, ...
         workspace_limit: bytes; small values force several waves.
-        plans: as `vispruner_cuda.plans`.
-        allowed: more findings that a test provokes, as regular expressions.
+        plans: like `vispruner_cuda.plans`.
+        allowed: further findings that a test provokes, as regular expressions.
         launches: the kernels that the latest call launched, with grid, block and shared memory.
     """
 
@@ -189,7 +188,7 @@ class Kernels:
         self.plans.select(**dict.fromkeys(self.plans.choices(), "auto"))
 
     def functions_run(self, kernel: str) -> set[str]:
-        """The functions of the .cu files that a kernel has run since the counters were cleared."""
+        """Functions of the .cu files that a kernel has executed since the counters were cleared."""
         spaced = kernel.replace(">>", "> >")
         executed = self.module.counters()[spaced]["executed"]
         ran = set()
@@ -199,7 +198,7 @@ class Kernels:
         return {_function_at(file, int(line)) for file, line in ran}
 
     def times_run(self, kernel: str, instruction: str) -> int:
-        """How often warps have run an instruction since the counters were cleared."""
+        """Executions of an instruction by warps since the counters were cleared."""
         spaced = kernel.replace(">>", "> >")
         executed = self.module.counters()[spaced]["executed"]
         return sum(
@@ -209,7 +208,7 @@ class Kernels:
         )
 
     def kernel_names(self) -> list[str]:
-        """Of the latest call, in order: "rank_kernel<Half, 8>" and so on."""
+        """The kernels of the latest call, in order: "rank_kernel<Half, 8>" and so on."""
         return [launch["kernel"] for launch in self.launches]
 
     def _call(self, function: str, *arguments: Any) -> None:
@@ -390,19 +389,19 @@ class Kernels:
 
 
 def not_tested() -> str | None:
-    """Why the compiled kernels are not tested on the host here; None if they are.
+    """The reason for not testing the compiled kernels on the host, None if they are tested.
 
-    VISPRUNER_TEST_COMPILED_KERNELS=1 or 0 decides. Otherwise they are left out where there is a
-    GPU, which runs them a thousand times faster.
+    VISPRUNER_TEST_COMPILED_KERNELS=1 or 0 decides. Otherwise they are skipped if there is a GPU,
+    which runs them a thousand times faster.
 
     Raises:
-        BuildError: in CI, where they must be.
+        BuildError: in CI, where they must be tested.
     """
     wanted = os.environ.get("VISPRUNER_TEST_COMPILED_KERNELS")
     if wanted == "0":
-        return "left out by VISPRUNER_TEST_COMPILED_KERNELS=0"
+        return "skipped by VISPRUNER_TEST_COMPILED_KERNELS=0"
     if torch.cuda.is_available() and wanted != "1":
-        return "they run on the GPU (VISPRUNER_TEST_COMPILED_KERNELS=1 runs them on the host, too)"
+        return "they run on the GPU (VISPRUNER_TEST_COMPILED_KERNELS=1 also runs them on the host)"
     builder = build()
     try:
         builder.find_nvcc()
@@ -414,7 +413,7 @@ def not_tested() -> str | None:
 
 
 def build_directory() -> Path:
-    """Shared by test runs, so that only changed sources are compiled again."""
+    """Shared by test runs, so that only changed sources are recompiled."""
     return Path(os.environ.get("VISPRUNER_PTX_BUILD", ROOT / "build" / "ptx"))
 
 

@@ -1,4 +1,4 @@
-"""Mixed traffic: text and images, every k, broken pictures, and clients that leave."""
+"""Mixed traffic: text and images, every k, broken images, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import openai
 from .engine_requests import smooth_picture
 from .engine_traffic import chat, image_part
 
-LONGER = 20  # times the answer that a client asks for and does not wait for
-PICTURES = 24  # fewer than requests, so that the same picture is asked about with another k
+LONGER = 20  # factor of the answer's length for clients that disconnect
+PICTURES = 24  # fewer than requests, so that requests share images with different k
 
 _DATA = "data:image/png;base64,"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request, and how it goes.
+    """A request and the behaviour of its client.
 
     Attributes:
-        kind: "text", "image", "broken" (a picture that is none) or "refused" (k above the cap).
-        images: numbers of pictures, odd ones noise and even ones smooth; k: what it asks for, None
-            for the engine's; text: the question.
-        leaves: None, "streaming" (the client goes after the first token) or a number of seconds
-            after which it goes, whatever has come by then.
+        kind: "text", "image", "broken" (an invalid image) or "refused" (k above the cap).
+        images: numbers of images, odd ones noise and even ones smooth; k: of the request, None for
+            the engine's; text: the question.
+        leaves: None, "streaming" (the client disconnects after the first token) or the seconds
+            after which it disconnects.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Job:
     leaves: str | float | None = None
 
     def call(self, length: int) -> dict[str, Any]:
-        """Arguments of the chat completion, for an answer of so many tokens."""
+        """Arguments of the chat completion, for an answer of `length` tokens."""
         pictures = [smooth_picture(n) if n % 2 == 0 else n for n in self.images]
         parts = []
         if self.kind == "broken":
@@ -53,7 +53,7 @@ class Job:
 
 
 def _broken(number: int) -> str:
-    """Something in the place of a picture."""
+    """An invalid image."""
     url: str = image_part(number)["image_url"]["url"]
     whole = base64.b64decode(url.removeprefix(_DATA))
     cut = base64.b64encode(whole[: len(whole) // 2]).decode()
@@ -63,12 +63,12 @@ def _broken(number: int) -> str:
 
 
 def mix(count: int, most: int, pictures: int = PICTURES) -> list[Job]:
-    """The jobs of a run: the same ones every time.
+    """The jobs of a run, equal in every run.
 
     Args:
-        most: the engine's cap. Clients that leave at any time have a k of their own each, so that
-            counters by k show which of them the engine had taken.
-        pictures: how many different ones.
+        most: the engine's cap. Each client that disconnects at a random time has a different k, so
+            that counters by k show which requests the engine had accepted.
+        pictures: number of different images.
     """
     random = np.random.default_rng(0)
     early = count // 20
@@ -97,10 +97,10 @@ def mix(count: int, most: int, pictures: int = PICTURES) -> list[Job]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job.
+    """The outcome of a job.
 
     Attributes:
-        status: of the HTTP answer, 0 if the client left before there was one.
+        status: of the HTTP answer, 0 if the client disconnected before it.
         text: of a complete answer; message: of an error.
         prompt: tokens of the prompt as the server counts them; first: seconds to the first token.
     """
@@ -113,7 +113,7 @@ class Outcome:
 
 
 async def ask(client: openai.AsyncOpenAI, job: Job, length: int) -> Outcome:
-    """One job, to the end that it is to have."""
+    """Runs one job."""
     start = time.perf_counter()
     call = client.chat.completions.create(**job.call(length))
     try:
@@ -128,7 +128,7 @@ async def ask(client: openai.AsyncOpenAI, job: Job, length: int) -> Outcome:
         return Outcome(error.status_code, message=str(error))
     text, prompt, first = "", 0, 0.0
     async for chunk in stream:
-        if chunk.choices and not first:  # sent with the first token, be its text empty
+        if chunk.choices and not first:  # sent with the first token, even if its text is empty
             first = time.perf_counter() - start
             if job.leaves:
                 await stream.close()
@@ -143,7 +143,7 @@ async def ask(client: openai.AsyncOpenAI, job: Job, length: int) -> Outcome:
 async def ask_all(
     client: openai.AsyncOpenAI, jobs: Sequence[Job], length: int, concurrency: int
 ) -> list[Outcome]:
-    """All jobs, so many at a time."""
+    """Runs all jobs, `concurrency` at a time."""
     gate = asyncio.Semaphore(concurrency)
 
     async def one(job: Job) -> Outcome:

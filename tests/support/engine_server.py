@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server in a process of its own, for tests and benchmarks."""
+"""vLLM's OpenAI server in a separate process, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import openai
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it listens."""
+    """A running server and its address."""
 
     url: str
 
@@ -30,19 +30,19 @@ class Server:
         )
 
     def metrics(self) -> str:
-        """What it says on /metrics."""
+        """The content of /metrics."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             text: str = response.read().decode()
         return text
 
     def post(self, path: str) -> None:
-        """An endpoint without arguments; raises if it does not answer with success."""
+        """Posts to an endpoint without arguments; raises unless it succeeds."""
         call = urllib.request.Request(f"{self.url}{path}", method="POST")
         with urllib.request.urlopen(call, timeout=30):
             pass
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of all samples of a metric that have these labels, 0 if there are none."""
+        """The sum of all samples of a metric with these labels, 0 if there are none."""
         from prometheus_client.parser import text_string_to_metric_families
 
         return sum(
@@ -64,16 +64,16 @@ class Server:
 def running(
     options: Sequence[str], log: Path, environment: Mapping[str, str], patience: float
 ) -> Iterator[Server]:
-    """Serves on a free port for the duration of the block.
+    """Runs a server on a free port inside the block.
 
     Args:
-        options: of the server, the model among them.
-        log: file for all that it prints.
+        options: of the server, including the model.
+        log: file for its output.
         environment: of its process.
-        patience: seconds that it may take to start.
+        patience: maximum seconds for its start.
 
     Raises:
-        RuntimeError: it did not start; the message ends with the end of the log.
+        RuntimeError: it did not start; the message includes the end of the log.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Chat completions about numbered pictures and videos, for a server of the tests' models."""
+"""Chat completions about numbered images and videos, for a server with the tests' models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _base64(image: Image.Image, kind: str) -> str:
 
 
 def image_part(image: int | Image.Image) -> dict[str, Any]:
-    """A picture, by its number or as it is, as a part of a message."""
+    """An image, given directly or by its number, as a part of a message."""
     image = picture(image) if isinstance(image, int) else image
     return {
         "type": "image_url",
@@ -30,7 +30,7 @@ def image_part(image: int | Image.Image) -> dict[str, Any]:
 
 
 def video_part(number: int) -> dict[str, Any]:
-    """The frames of a video, in the form in which vLLM takes them without a container."""
+    """The frames of a video, in vLLM's format without a container."""
     frames, _ = clip_of_frames(number)
     encoded = ",".join(_base64(Image.fromarray(frame), "JPEG") for frame in frames)
     return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{encoded}"}}
@@ -47,8 +47,8 @@ def chat(
     """Arguments of a chat completion.
 
     Args:
-        images: that it is about; parts: of its message beside them.
-        k: what it asks to keep, None for what the engine keeps.
+        images: in the message; parts: further parts of the message.
+        k: of the request, None for the engine's.
         length: tokens of the answer; more: other arguments.
     """
     content = [*map(image_part, images), *parts, {"type": "text", "text": text}]

@@ -1,4 +1,4 @@
-"""For the conftest.py of packages whose models are too small for threads to pay."""
+"""For the conftest.py of packages whose models are too small for threads."""
 
 from __future__ import annotations
 

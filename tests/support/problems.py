@@ -1,7 +1,7 @@
-"""Pruning problems: features and attention of every kind that has ever caused a difference.
+"""Pruning problems, with every kind of features and attention that has caused a difference.
 
-A problem is made from a few small numbers, so that hypothesis can shrink it and a failure can be
-reproduced from its printed form.
+A problem is generated from a few small numbers, so that hypothesis can shrink it and a failure can
+be reproduced from its printed form.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEATURE_KINDS = (
     "normal",  # independent tokens
     "clustered",  # many near-duplicates
-    "smooth",  # neighbours alike, as in images
+    "smooth",  # similar neighbours, as in images
     "duplicates",  # exact copies
     "few_values",  # small integers: exact ties of cosines everywhere
-    "constant",  # every token the same
-    "zeros",  # some tokens all zero
+    "constant",  # all tokens equal
+    "zeros",  # some tokens are zero
     "non_finite",  # some tokens with NaN or Inf
     "outliers",  # a few channels a thousand times larger
-    "tiny",  # magnitudes about the 1e-30 limit and subnormal
+    "tiny",  # magnitudes near the 1e-30 limit, and subnormal
     "huge",  # near the largest finite number
     "signed",  # one direction and its negative
 )
@@ -95,7 +95,7 @@ def attention(kind: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values under other strides or alignment."""
+    """The same values with other strides or alignment."""
     batch, n, c = x.shape
     if layout == "cls_dropped":
         return torch.cat([x.new_zeros((batch, 1, c)), x], dim=1)[:, 1:]
@@ -113,8 +113,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def crowded(identical: int) -> Tensor:
     """(1, N, 256) float32 features that fill one bucket of the dedup kernel's first round.
 
-    So many tokens of A are identical, and six are a little different: theirs are the buckets next
-    to the full one.
+    This many tokens of A are identical, and six differ slightly, so that their buckets are next to
+    the full one.
     """
     g = torch.Generator().manual_seed(0)
     token = torch.randn(256, generator=g)
@@ -126,10 +126,10 @@ def crowded(identical: int) -> Tensor:
 
 
 def widest() -> Tensor:
-    """(1, 4, C) float32 features with as many channels as there may be and the largest sums.
+    """(1, 4, C) float32 features with the most channels and the largest sums.
 
-    Quantized, their channels are 2047, 2015 (both digits and their sum are largest then), -2047 and
-    alternating.
+    Quantized, their channels are 2047, 2015 (which has the largest digits and sum of digits),
+    -2047, and alternating.
     """
     x = torch.empty(1, 4, MAX_CHANNELS)
     x[0, 0], x[0, 1], x[0, 2] = 1.0, 2015 / 2047, -1.0
@@ -174,14 +174,14 @@ class Problem:
         return {"method": self.method, **dict.fromkeys(names, self.parameter)}
 
 
-# Sizes about the tiles, warps and vectors of the kernels, beside any small number.
+# Sizes near those of the kernels' tiles, warps and vectors, in addition to any small number.
 _EDGES = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129)
 _CHANNEL_EDGES = (1, 2, 3, 4, 7, 8, 16, 31, 33, 63, 64, 65, 128, 130)
 
 
 @st.composite
 def problems(draw: st.DrawFn, most_tokens: int = 80) -> Problem:
-    """Random problems, small enough to run thousands of."""
+    """Random problems, small enough for thousands of runs."""
     tokens = draw(st.one_of(st.integers(1, most_tokens), st.sampled_from(_EDGES)))
     near_n = st.sampled_from([max(1, tokens - 1), tokens, tokens + 1])
     return Problem(
@@ -245,9 +245,9 @@ def _golden_keywords(data: Any, case: int) -> dict[str, Any]:
 def golden_cases(file: str) -> list[GoldenCase]:
     """The cases of tests/data/<file>.npz.
 
-    `upstream_exact` holds int16 features, which quantize without loss, and the indices that the
-    authors' code returns for them in float64; `v1` holds cases of canonical numerics v1 itself, and
-    `methods` such cases of the other methods.
+    `upstream_exact` has int16 features, which quantize without loss, and the indices from the
+    authors' code in float64; `v1` has cases of canonical numerics v1, and `methods` such cases of
+    the other methods.
     """
     data = np.load(DATA / f"{file}.npz")
     cases = []

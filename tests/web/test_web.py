@@ -1,4 +1,4 @@
-"""`vispruner web` in a browser without a screen: upload, slide, ask, a broken file."""
+"""`vispruner web` in a headless browser: upload, slider, question, invalid file."""
 
 from __future__ import annotations
 
@@ -71,22 +71,24 @@ def browser() -> Iterator[Any]:
 def page(address: str, browser: Any) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.set_default_timeout(120_000)
-    page.elsewhere = []
-    page.on("request", lambda r: r.url.startswith("http") and page.elsewhere.append(r.url))
+    page.other_hosts = []
+    page.on("request", lambda r: r.url.startswith("http") and page.other_hosts.append(r.url))
     page.goto(address)
-    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are kept')")
+    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are retained')")
     yield page
-    assert all(url.startswith(address) for url in page.elsewhere), "the page asks other hosts"
+    assert all(url.startswith(address) for url in page.other_hosts), (
+        "the page sends requests to other hosts"
+    )
     page.close()
 
 
-def kept(page: Any) -> str:
-    """Where the picture of the kept tokens is."""
+def drawing(page: Any) -> str:
+    """Address of the drawing of the retained tokens."""
     return str(page.get_attribute("#kept img", "src"))
 
 
-def test_sliding_draws_anew(page: Any) -> None:
-    before = kept(page)
+def test_the_slider_updates_the_drawing(page: Any) -> None:
+    before = drawing(page)
     box = page.locator("#k input[type=range]").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_function(
@@ -105,9 +107,9 @@ def test_both_models_answer(page: Any) -> None:
     assert cells[cells.index("pruned") + 2] == "22"
 
 
-def test_a_picture_of_ones_own(page: Any, tmp_path: Path) -> None:
+def test_an_uploaded_image(page: Any, tmp_path: Path) -> None:
     scenes.draw(3).image.save(tmp_path / "scene.png")
-    before = kept(page)
+    before = drawing(page)
     page.set_input_files("#picture input[type=file]", tmp_path / "scene.png")
     page.wait_for_function("src => document.querySelector('#kept img').src != src", arg=before)
     assert "22 of 196" in page.inner_text("#counts")
@@ -116,15 +118,13 @@ def test_a_picture_of_ones_own(page: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"), [("broken.png", b"\x89PNG\r\n\x1a\nno"), ("large.png", b"\0" * (2 << 20))]
 )
-def test_a_file_that_is_no_picture_is_refused(
-    page: Any, tmp_path: Path, name: str, content: bytes
-) -> None:
+def test_an_invalid_file_is_refused(page: Any, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     page.set_input_files("#picture input[type=file]", tmp_path / name)
     page.wait_for_selector("[data-testid=toast-body]")
     assert "Traceback" not in page.inner_text("body")
-    page.reload()  # the server goes on
-    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are kept')")
+    page.reload()  # the server still works
+    page.wait_for_selector("#counts:has-text('22 of 196 visual tokens are retained')")
 
 
 def test_port_in_use(address: str) -> None:

@@ -1,4 +1,4 @@
-"""The `vispruner` command: one module for each of its subcommands."""
+"""The `vispruner` command: one module per subcommand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Version(argparse.Action):
 
 
 def _remedy(error: ImportError) -> str:
-    """How to install what is missing, wherever this package came from: an extra's requirements."""
+    """The command that installs what is missing: the requirements of an extra of this package."""
     missing = str(error.name).partition(".")[0].replace("_", "-")
     extras: dict[str, list[str]] = {}
     chosen = "transformers"
@@ -47,20 +47,20 @@ def _remedy(error: ImportError) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; a subcommand's `run` is in the namespace."""
+    """The parser of the command; it puts the subcommand's `run` into the namespace."""
     from rich_argparse import ArgumentDefaultsRichHelpFormatter
 
     class Formatter(ArgumentDefaultsRichHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str | None:
-            """A default that says nothing is not shown."""
+            """Hides uninformative defaults."""
             if action.default in (None, False, argparse.SUPPRESS):
                 return action.help
             return super()._get_help_string(action)
 
     top = _Parser(
         prog="vispruner",
-        description="Visual token pruning for vision-language models: ask a pruned model, see "
-        "which tokens it keeps, and count what that saves.",
+        description="Visual token pruning for vision-language models: ask a pruned model, draw "
+        "the retained tokens, and count what pruning saves.",
         formatter_class=Formatter,
     )
     top.add_argument("--version", action=_Version, help="print the version and exit")
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 2 for input that it cannot use."""
+    """Runs a command and returns its exit status, 2 for invalid input."""
     try:
         options = parser().parse_args(arguments)
     except ImportError as error:  # of rich, transformers, ...

@@ -1,7 +1,7 @@
 """Ask a model about an image, with its visual tokens pruned.
 
-Prints the answer, the tokens kept and the milliseconds of each phase. With --compare the unpruned
-model answers as well, in turn.
+Prints the answer, the number of retained tokens and the milliseconds per phase. With --compare, the
+unpruned model answers as well.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="IMAGE",
-        help="an image file (default: the scene that comes with the package)",
+        help="an image file (default: the bundled scene)",
     )
     add(
         "question",
         nargs="?",
         metavar="QUESTION",
-        help="a question about it (default: one about that scene)",
+        help="a question about the image (default: one about the bundled scene)",
     )
-    add("--compare", action="store_true", help="answer without pruning, too")
+    add("--compare", action="store_true", help="also answer without pruning")
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add(
         "--runs",
         type=positive,
         default=1,
-        help="timed runs after one to warm up; the table shows medians",
+        help="timed runs after one warm-up run; the table shows medians",
     )
     add(
         "--no-warmup",
         action="store_true",
-        help="time the first run, too (for models that take minutes)",
+        help="no warm-up run (for models that take minutes)",
     )
     add_model(parser)
     add_budget(parser)
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     budget = budget_of(options)
     device = device_of(options)
     if options.image is not None and options.question is None:
-        raise CommandError("argument QUESTION: give one with IMAGE")
+        raise CommandError("argument QUESTION: IMAGE needs a question")
     path, question = options.image, options.question
     if path is None:
         example = embedded.example()
@@ -97,21 +97,21 @@ def run(options: argparse.Namespace) -> int:
             text = answer(*call)
             return text, phases_of(clock.milliseconds()), None
 
-    # In turn, so that a busy machine slows both alike.
+    # Alternating, so that a busy machine slows both equally.
     ways = {"pruned": pruned} | ({"unpruned": whole} if options.compare else {})
     times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     answers: dict[str, str] = {}
     report = None
     warmups = 0 if options.no_warmup else 1
     with Progress(console=console, transient=True) as bar:
-        for turn in bar.track(range(warmups + options.runs), description="answering"):
+        for number in bar.track(range(warmups + options.runs), description="answering"):
             for way, ask in ways.items():
                 try:
                     answers[way], spent, seen = ask()
                 except (ValueError, TypeError, RuntimeError) as error:
                     raise CommandError(one_line(error)) from error
                 report = seen or report
-                if turn >= warmups:
+                if number >= warmups:
                     times[way].append(spent)
     assert report is not None
 
@@ -142,7 +142,7 @@ def _table(
     for way in ("unpruned", "pruned") if compare else ("pruned",):
         table.add_column(way, justify="right")
     if compare:
-        table.add_column("less", justify="right")
+        table.add_column("saved", justify="right")
 
     def add(name: str, before: float, after: float, unit: str = "", digits: int = 0) -> None:
         cells = [f"{after:.{digits}f}{unit}"]

@@ -1,4 +1,4 @@
-"""What several commands do alike: arguments of a budget, reading images, loading models."""
+"""Shared by the commands: arguments of a budget, reading images, loading models."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from ..hf import Pruner
     from ..selection import Budget
 
-# torch takes seconds to import, so it is imported by what computes, not for --help.
+# torch takes seconds to import, so it is imported only where it is used, and not for --help.
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 class CommandError(Exception):
-    """Input that a command cannot use; the message is the one line that the user sees."""
+    """Invalid input; the message is the one line that the user sees."""
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """The message of an error, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -37,7 +37,7 @@ def positive(text: str) -> int:
     return value
 
 
-positive.__name__ = "whole number"  # argparse names it in its complaint about "3.5"
+positive.__name__ = "whole number"  # argparse uses it in its error for "3.5"
 
 
 # ------------------------------------------------------------------------------------ the budget
@@ -45,25 +45,25 @@ def add_budget(parser: argparse.ArgumentParser, *, k: int = 64) -> None:
     """--k or --ratio, --important-ratio, --step."""
     group = parser.add_argument_group("pruning")
     how_many = group.add_mutually_exclusive_group()
-    # (A default of argparse's own would be there beside --ratio.)
+    # No default of argparse: it would be set together with --ratio.
     how_many.add_argument(
-        "--k", type=int, default=None, help=f"visual tokens to keep of each picture (default: {k})"
+        "--k", type=int, default=None, help=f"visual tokens to retain per picture (default: {k})"
     )
     how_many.add_argument(
         "--ratio",
         type=float,
         default=None,
-        help="or the share of them to keep, where pictures differ in size",
+        help="or the share of them to retain, where pictures differ in size",
     )
     group.add_argument(
         "--important-ratio",
         type=float,
         default=0.5,
         metavar="RATIO",
-        help="share of the kept tokens chosen by attention; the rest is chosen by diversity",
+        help="share of the retained tokens selected by attention, the others for diversity",
     )
     group.add_argument(
-        "--step", type=int, default=8, help="tokens that the deduplication drops a round"
+        "--step", type=int, default=8, help="tokens that the deduplication drops per round"
     )
     parser.set_defaults(default_k=k)
 
@@ -84,8 +84,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device",
-        help="cpu, cuda, cuda:N, or auto to spread the model over all devices (default: cuda where "
-        "there is one)",
+        help="cpu, cuda, cuda:N, or auto to spread the model over all devices (default: cuda if "
+        "available)",
     )
     group.add_argument(
         "--dtype",
@@ -129,7 +129,7 @@ def dtype_of(options: argparse.Namespace, device: torch.device) -> Any:
 
 # -------------------------------------------------------------------------------------- the image
 def read_image(path: Path) -> Image.Image:
-    """An RGB image, upright. Pillow's guard against decompression bombs stays on."""
+    """An RGB image, upright. Pillow's check for decompression bombs stays enabled."""
     import warnings
 
     from PIL import Image, ImageOps
@@ -147,11 +147,11 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of wider grey levels at 8 bits; others as they are.
+    """Converts images with more than 8 bits per pixel to 8 bits; others are unchanged.
 
-    Pillow clips such levels to 0..255, which makes 16-bit pictures white and fractions black.
-    Integers of more than 8 bits count from 0 to 65535; others (float, or beyond that) go from their
-    least to their greatest value.
+    Pillow clips such pixels to 0..255, which makes 16-bit images white and fractions black.
+    Integers of more than 8 bits are scaled from 0..65535; others (float, or beyond that range) from
+    their minimum to their maximum.
     """
     import numpy as np
     from PIL import Image
@@ -171,7 +171,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def check_picture_path(path: Path) -> None:
-    """Whether Pillow can write there: said before the work, not after it."""
+    """Raises CommandError, before any work is done, if Pillow cannot write to the path."""
     from PIL import Image
 
     if path.is_dir() or not path.parent.is_dir():
@@ -199,17 +199,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME_OR_PATH",
         help="a directory, or a name on the Hugging Face hub such as llava-hf/llava-1.5-7b-hf "
-        "(default: the small model that comes with the package)",
+        "(default: the small bundled model)",
     )
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the checkpoint: only for publishers you trust",
+        help="run Python code from the checkpoint: only for publishers you trust",
     )
 
 
 def quiet() -> None:
-    """What goes wrong is said in one line, by a CommandError."""
+    """Silences transformers: errors are reported in one line, by a CommandError."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -227,7 +227,7 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
     from .. import embedded
 
     quiet()
-    # Loosely typed in transformers, in ways that change from version to version.
+    # Loosely typed in transformers, differently in each release.
     auto: Any = transformers.AutoModelForImageTextToText
     name = options.model or embedded.path()
     common = {"trust_remote_code": options.trust_remote_code}
@@ -255,7 +255,7 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
 
 
 def apply_budget(model: Any, budget: Budget) -> Pruner:
-    """`vispruner.apply` with what the command line asked for."""
+    """`vispruner.apply` with the budget of the command line."""
     from ..hf import apply
 
     return apply(model, budget)
@@ -274,9 +274,9 @@ def phases_of(milliseconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def model_inputs(processor: Any, image: Image.Image, question: str, device: torch.device) -> Any:
-    """What a model takes for one image and a question, by its chat template if it has one.
+    """The model's inputs for one image and a question, from its chat template if it has one.
 
-    Without a template it is LLaVA-1.5's form, "USER: <image>\\n... ASSISTANT:".
+    Without a template, the prompt has LLaVA-1.5's form, "USER: <image>\\n... ASSISTANT:".
     """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -289,7 +289,7 @@ def model_inputs(processor: Any, image: Image.Image, question: str, device: torc
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
-    """What a model says, chosen greedily."""
+    """The model's answer, decoded greedily."""
     sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = sequences[:, inputs["input_ids"].shape[1] :]
     return str(processor.batch_decode(new, skip_special_tokens=True)[0]).strip()

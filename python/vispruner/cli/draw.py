@@ -10,14 +10,14 @@ from .common import check_picture_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="the scene's number: the same seed, the same scene")
+    add("--seed", type=int, default=0, help="seed of the scene; equal seeds give equal scenes")
     add(
         "-o",
         "--output",
         type=Path,
         metavar="OUT",
         default=Path("scene.png"),
-        help="the picture; its suffix gives the format",
+        help="output image; the suffix sets the format",
     )
 
 

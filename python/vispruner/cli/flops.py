@@ -1,8 +1,8 @@
 """Count what pruning saves: floating-point operations and KV cache.
 
-From sizes alone, without weights: of a published model by its short name, or of a checkpoint's
-configuration. The last column is the count that papers on token pruning use: visual tokens in the
-language model only, 4nd^2 + 2n^2d + 2ndm a layer.
+Needs only the sizes of a model, no weights: a published model by its short name, or a checkpoint's
+configuration. The last column is the count in papers on token pruning: visual tokens in the
+language model only, 4nd^2 + 2n^2d + 2ndm per layer.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         default=None,
-        help="visual tokens to keep of each picture (default: 192 128 64 32)",
+        help="visual tokens to retain per picture (default: 192 128 64 32)",
     )
-    add("--ratio", type=float, nargs="+", default=None, help="or the shares of them to keep")
-    add("--image-size", type=_size, default="672x672", metavar="WxH", help="pixels of a picture")
-    add("--images", type=positive, default=1, help="pictures in the prompt")
-    add("--text-tokens", type=positive, default=64, help="all other tokens of the prompt")
-    add("--new-tokens", type=positive, default=64, help="tokens of the answer")
+    add("--ratio", type=float, nargs="+", default=None, help="or the shares of them to retain")
+    add("--image-size", type=_size, default="672x672", metavar="WxH", help="pixels of an image")
+    add("--images", type=positive, default=1, help="images in the prompt")
+    add("--text-tokens", type=positive, default=64, help="other tokens in the prompt")
+    add("--new-tokens", type=positive, default=64, help="tokens in the answer")
     add(
         "--cache-bytes",
         type=positive,
         default=2,
         choices=(1, 2, 4),
         metavar="BYTES",
-        help="bytes of an element of the KV cache",
+        help="bytes per element of the KV cache",
     )
 
 
@@ -74,7 +74,7 @@ def _config(name: str) -> Any:
 
 def _budgets(options: argparse.Namespace) -> list[Budget]:
     if options.k is not None and options.ratio is not None:
-        raise CommandError("argument --ratio: give it or --k, not both")
+        raise CommandError("argument --ratio: not allowed with --k")
     ks = options.k if options.k or options.ratio else [192, 128, 64, 32]
     pairs = [(k, None) for k in ks] if ks else [(None, ratio) for ratio in options.ratio]
     common = {"important_ratio": 0.5, "step": 8, "default_k": None}
@@ -115,10 +115,10 @@ def run(options: argparse.Namespace) -> int:
 
     whole = cost(before)
     table = Table(
-        title=f"{options.model}: {options.images} picture(s) of {width} x {height}, "
+        title=f"{options.model}: {options.images} image(s) of {width} x {height}, "
         f"{options.text_tokens} other tokens, {options.new_tokens} new",
         caption="vision: encoder and projector. prefill, decode: language model. "
-        "visual only: 4nd² + 2n²d + 2ndm a layer.",
+        "visual only: 4nd² + 2n²d + 2ndm per layer.",
     )
     headings = ("", "visual tokens", "vision", "prefill", "decode", "KV cache", "visual only")
     for heading in headings:
@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _with_share(text: str, value: float, whole: float) -> str:
-    """The value, and how much less than the whole it is."""
+    """The value, and its difference from the whole in percent."""
     if value == whole:
         return text
     return f"{text}\n{100 * (value / whole - 1):+.1f} %"

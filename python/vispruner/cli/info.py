@@ -1,4 +1,4 @@
-"""Print what is installed: operators, devices, transformers, model families."""
+"""Print the installed operators, devices, transformers release and model families."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """This command has no arguments."""
 
 
 def _version(*names: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of what was kept, drawn over the photograph."""
+"""Drawings of the retained tokens over the image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Color = tuple[int, int, int]
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# Okabe and Ito's palette: distinguishable with any kind of colour vision.
 IMPORTANT: Color = (230, 159, 0)
 DIVERSE: Color = (86, 180, 233)
 
@@ -16,7 +16,7 @@ _INK: Color = (40, 40, 40)
 _PAPER: Color = (255, 255, 255)
 _DIMMED: Color = (24, 24, 28)
 _DIMMING = 0.65  # share of _DIMMED in a dropped patch
-# Anchors of the heat map, low to high: dark violet to yellow, of rising lightness throughout.
+# Anchors of the heat map, low to high: dark violet to yellow, with increasing lightness.
 _HEAT: tuple[Color, ...] = (
     (68, 1, 84),
     (59, 82, 139),
@@ -27,25 +27,23 @@ _HEAT: tuple[Color, ...] = (
 
 
 def _cells(grid: tuple[int, int], indices: Iterable[int], name: str) -> list[tuple[int, int]]:
-    """(row, column) of token indices, which count along the rows."""
+    """(row, column) of token indices in row-major order."""
     rows, columns = grid
     cells = []
     for index in indices:
         if not 0 <= index < rows * columns:
-            raise ValueError(
-                f"{name} holds {index}, which is no patch of a {rows} x {columns} grid"
-            )
+            raise ValueError(f"{name} holds {index}, which is outside the {rows} x {columns} grid")
         cells.append(divmod(int(index), columns))
     return cells
 
 
 def fit(image: Image.Image, grid: tuple[int, int], cell: int) -> Image.Image:
-    """The image at `cell` pixels a patch."""
+    """The image with `cell` pixels per patch."""
     rows, columns = grid
     return image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
 
 
-def draw_kept(
+def draw_retained(
     image: Image.Image,
     grid: tuple[int, int],
     important: Iterable[int],
@@ -53,14 +51,14 @@ def draw_kept(
     *,
     cell: int = 20,
 ) -> Image.Image:
-    """The image with dropped patches dimmed and kept patches framed.
+    """The image with dropped patches dimmed and retained patches framed.
 
     Args:
-        image: what the encoder saw: the patch grid covers all of it.
+        image: the encoder's input; the patch grid covers all of it.
         grid: rows and columns of patches.
-        important: indices of tokens kept for their score, framed in `IMPORTANT`.
-        diverse: indices of tokens kept for their diversity, framed in `DIVERSE`.
-        cell: side of a patch in the picture, in pixels.
+        important: indices of tokens retained for their score, framed in `IMPORTANT`.
+        diverse: indices of tokens retained for their diversity, framed in `DIVERSE`.
+        cell: side of a patch in the result, in pixels.
 
     Returns:
         An RGB image of (columns * cell) x (rows * cell) pixels.
@@ -100,17 +98,17 @@ def draw_scores(
     *,
     cell: int = 20,
 ) -> Image.Image:
-    """Heat map of the scores over the image, a patch a cell.
+    """Heat map of the scores over the image, one cell per patch.
 
-    Colours go by rank, not by value: [CLS] attention has a few peaks that would leave all other
-    patches one colour. NaN ranks last, as it does in pruning.
+    Colours show ranks, not values: [CLS] attention has a few peaks, next to which all other patches
+    would have the same colour. NaN ranks last, as in pruning.
 
     Args:
-        image, grid, cell: as in :func:`draw_kept`.
-        scores: one for each patch.
+        image, grid, cell: as in :func:`draw_retained`.
+        scores: one per patch.
 
     Raises:
-        ValueError: the number of scores is not that of the patches.
+        ValueError: the numbers of scores and patches differ.
     """
     rows, columns = grid
     if len(scores) != rows * columns:
@@ -127,7 +125,7 @@ def draw_scores(
 
 
 def _swatch(color: Color, side: int) -> Image.Image:
-    """A framed patch, as `draw_kept` frames them."""
+    """A framed patch, as in `draw_retained`."""
     swatch = Image.new("RGB", (side, side), _PAPER)
     ImageDraw.Draw(swatch).rectangle((0, 0, side - 1, side - 1), outline=color, width=side // 4)
     return swatch
@@ -140,12 +138,12 @@ def montage(
     *,
     gap: int = 12,
 ) -> Image.Image:
-    """Panels of equal size in rows, a heading over each column and a legend below.
+    """Rows of panels of equal size, with a heading over each column and a legend below.
 
     Args:
         rows: the panels; every row as long as `headings`.
-        headings: one for each column.
-        legend: (colour, text) entries; without a colour, a line of text of its own.
+        headings: one per column.
+        legend: (colour, text) entries; an entry without a colour is a separate line of text.
         gap: space around panels, in pixels.
     """
     if any(len(row) != len(headings) for row in rows):

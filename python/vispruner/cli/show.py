@@ -1,7 +1,7 @@
-"""Draw which visual tokens of an image are kept.
+"""Draw the retained visual tokens of an image.
 
-Beside what the encoder sees: a heat map of the scores, and the patches that stay, those kept for
-their score and those kept for their diversity in two colours.
+The drawing has three panels: the encoder's input, a heat map of the scores, and the retained
+patches, with important and diverse patches in two colours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ..selection import Budget
 
-PANEL = 480  # pixels of the longer side of a panel, about
+PANEL = 480  # approximate length of a panel's longer side, in pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files (default: the scene that comes with the package)",
+        help="image files (default: the bundled scene)",
     )
     add(
         "-o",
@@ -53,14 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="OUT",
         default=Path("vispruner.png"),
-        help="the picture; its suffix gives the format",
+        help="output image; the suffix sets the format",
     )
     add(
         "--tower",
         metavar="NAME_OR_PATH",
-        help="a CLIP tower alone instead of a model, such as "
-        "openai/clip-vit-large-patch14-336; 'random' for LLaVA-1.5's shape with random weights, "
-        "whose attention carries no meaning",
+        help="a CLIP tower instead of a whole model, such as openai/clip-vit-large-patch14-336; "
+        "'random' is LLaVA-1.5's shape with random weights, whose attention has no meaning",
     )
     add_model(parser)
     add_budget(parser)
@@ -69,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as the encoder sees it, and what was kept of it.
+    """A picture as the encoder's input, and its retained tokens.
 
     Attributes:
         seen: the pixels; the grid of patches covers them.
         grid: rows and columns of tokens.
-        scores: (cells,); important, diverse: kept cells.
+        scores: (cells,); important, diverse: retained cells.
     """
 
     seen: Image.Image
@@ -85,7 +84,7 @@ class Picture:
 
 
 def _pixels_as_image(pixels: Tensor, processor: Any) -> Image.Image:
-    """(3, H, W) of a processor's output as an image, its normalization undone."""
+    """(3, H, W) of a processor's output as an image, without the normalization."""
     import torch
     from PIL import Image
 
@@ -98,11 +97,11 @@ def _pixels_as_image(pixels: Tensor, processor: Any) -> Image.Image:
 
 
 def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> list[Picture]:
-    """The pictures that an image was encoded as: itself, or its tiles.
+    """The pictures that an image was encoded as: one, or its tiles.
 
     Args:
-        item: what was kept of it (a `Kept`); image: the file's.
-        inputs: what the processor made of the image; processor: of images.
+        item: the `Kept` of the report; image: from the file.
+        inputs: of the model; processor: the image processor.
     """
     import torch
 
@@ -131,10 +130,10 @@ def pictures_of(item: Any, image: Image.Image, inputs: Any, processor: Any) -> l
     return found
 
 
-def kept_by(
+def retained_by(
     model: Any, processor: Any, budget: Budget, device: torch.device, images: list[Image.Image]
 ) -> list[Picture]:
-    """What a model keeps of each image; raises CommandError where it cannot be pruned."""
+    """The pictures of all images with their retained tokens; CommandError if pruning fails."""
     import torch
 
     from .. import prepare
@@ -156,7 +155,7 @@ def kept_by(
 def _by_model(
     options: argparse.Namespace, budget: Budget, device: torch.device, images: list[Image.Image]
 ) -> list[Picture]:
-    return kept_by(*load_model(options, device), budget, device, images)
+    return retained_by(*load_model(options, device), budget, device, images)
 
 
 def _by_tower(
@@ -206,10 +205,10 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options)
     check_picture_path(options.output)
     if options.tower is not None and options.model is not None:
-        raise CommandError("argument --tower: give it or --model, not both")
+        raise CommandError("argument --tower: not allowed with --model")
     images = [read_image(path) for path in options.images or [Path(embedded.example().image)]]
     console = Console()
-    with console.status("choosing tokens"):
+    with console.status("selecting tokens"):
         choose = _by_model if options.tower is None else _by_tower
         found = choose(options, budget, device, images)
         montage(found, random_weights=options.tower == "random").save(options.output)
@@ -226,7 +225,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def montage(found: list[Picture], *, random_weights: bool = False) -> Image.Image:
-    """A row per picture: what the encoder sees, its scores, and the tokens that are kept."""
+    """One row per picture: the encoder's input, the scores, and the retained tokens."""
     from . import pictures
 
     rows = []
@@ -237,7 +236,7 @@ def montage(found: list[Picture], *, random_weights: bool = False) -> Image.Imag
             [
                 pictures.fit(picture.seen, grid, cell),
                 pictures.draw_scores(picture.seen, grid, picture.scores.tolist(), cell=cell),
-                pictures.draw_kept(
+                pictures.draw_retained(
                     picture.seen, grid, picture.important, picture.diverse, cell=cell
                 ),
             ]
@@ -246,14 +245,14 @@ def montage(found: list[Picture], *, random_weights: bool = False) -> Image.Imag
     important = sum(len(picture.important) for picture in found)
     diverse = sum(len(picture.diverse) for picture in found)
     headings = (
-        "What the encoder sees",
+        "Encoder input",
         "Attention, by rank",
-        f"{important + diverse} of {before} tokens kept",
+        f"{important + diverse} of {before} tokens retained",
     )
     legend: list[tuple[pictures.Color | None, str]] = [
         (pictures.IMPORTANT, f"{important} important: highest attention"),
-        (pictures.DIVERSE, f"{diverse} diverse: what deduplication leaves"),
+        (pictures.DIVERSE, f"{diverse} diverse: left by deduplication"),
     ]
     if random_weights:
-        legend.append((None, "Random weights: the attention carries no meaning."))
+        legend.append((None, "Random weights: the attention has no meaning."))
     return pictures.montage(rows, headings, legend)

@@ -1,7 +1,7 @@
-"""Look at pruning in a browser: a picture, the tokens it keeps, and both answers.
+"""Show pruning in a browser: an image, its retained tokens, and both answers.
 
-Serves a page for this machine. Drop a picture, move the slider, and ask: the pruned and the
-unpruned model answer side by side. Needs the extra `web` (gradio).
+Serves a page on this machine. Upload an image, move the slider, and ask a question: the pruned and
+the unpruned model answer side by side. Needs the extra `web` (gradio).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines")
     add("--port", type=positive, default=7860)
-    add("--max-upload", type=positive, default=20, metavar="MB", help="largest picture file")
+    add("--max-upload", type=positive, default=20, metavar="MB", help="largest image file")
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add_model(parser)
     add_device(parser)
 
 
 class Viewer:
-    """A model behind one lock: what the page shows of it."""
+    """Computes the content of the page, with one model behind one lock."""
 
     def __init__(
         self, model: Any, processor: Any, device: torch.device, max_new_tokens: int
@@ -57,20 +57,20 @@ class Viewer:
     def draw(
         self, image: Image.Image, k: int, important_ratio: float, step: int
     ) -> tuple[Image.Image, str, int]:
-        """What `vispruner show` draws, how many tokens are kept, and those of the largest tile."""
-        from .show import kept_by, montage
+        """The drawing of `vispruner show`, the token counts as text, and the largest useful k."""
+        from .show import montage, retained_by
 
         budget = self._budget(k, important_ratio, step)
         with self._lock:
-            found = kept_by(self.model, self.processor, budget, self.device, [image])
+            found = retained_by(self.model, self.processor, budget, self.device, [image])
         cells = [one.grid[0] * one.grid[1] for one in found]
         kept = sum(len(one.important) + len(one.diverse) for one in found)
-        return montage(found), f"{kept} of {sum(cells)} visual tokens are kept", max(cells)
+        return montage(found), f"{kept} of {sum(cells)} visual tokens are retained", max(cells)
 
     def ask(
         self, image: Image.Image, question: str, k: int, important_ratio: float, step: int
     ) -> list[list[str]]:
-        """A row per way: name, answer, visual tokens, milliseconds of prefill and in all."""
+        """Rows of both models: name, answer, visual tokens, prefill and total milliseconds."""
         import torch
 
         from ..phases import unpruned
@@ -87,7 +87,7 @@ class Viewer:
 
         with self._lock, torch.no_grad():
             try:
-                if not self._warm:  # the first run pays for what later ones find ready
+                if not self._warm:  # the first run is slower than later ones
                     answer(*call)
                     self._warm = True
                 with unpruned(self.model) as clock:
@@ -116,7 +116,7 @@ class Viewer:
 
 
 def page(viewer: Viewer) -> Any:
-    """The page, a `gradio.Blocks`; it calls nothing but the viewer."""
+    """The page, a `gradio.Blocks`; it calls only the viewer."""
     import gradio as gr
 
     from .. import embedded
@@ -128,11 +128,11 @@ def page(viewer: Viewer) -> Any:
 
     def shown(path: str | None) -> Image.Image:
         if not path:
-            raise CommandError("choose a picture first")
+            raise CommandError("upload an image first")
         return read_image(Path(path))
 
     def draw(path: str | None, k: int, ratio: float, step: int) -> tuple[Any, Any, str]:
-        """The slider, which ends at the tokens of this picture, the drawing and the counts."""
+        """The slider with the image's largest k, the drawing and the token counts."""
         if not path:
             return gr.update(), None, ""
         try:
@@ -148,18 +148,21 @@ def page(viewer: Viewer) -> Any:
             raise refuse(error) from error
 
     with gr.Blocks(title="vispruner", analytics_enabled=False) as blocks:
-        gr.Markdown("## Visual token pruning\nDrop a picture, choose how many tokens to keep, ask.")
+        gr.Markdown(
+            "## Visual token pruning\n"
+            "Upload an image, set the number of retained tokens, and ask a question."
+        )
         with gr.Row():
             picture = gr.Image(
                 example.image,
                 type="filepath",
                 sources=["upload", "clipboard"],
-                label="Picture",
+                label="Image",
                 elem_id="picture",
                 scale=1,
             )
             kept = gr.Image(
-                label="Kept tokens",
+                label="Retained tokens",
                 show_label=False,
                 elem_id="kept",
                 scale=3,
@@ -168,8 +171,8 @@ def page(viewer: Viewer) -> Any:
             )
         text = gr.Markdown(elem_id="counts")
         with gr.Row():
-            k = gr.Slider(1, 196, value=22, step=1, label="k: tokens to keep", elem_id="k")
-            ratio = gr.Slider(0, 1, value=0.5, step=0.05, label="share chosen by attention")
+            k = gr.Slider(1, 196, value=22, step=1, label="k: retained tokens", elem_id="k")
+            ratio = gr.Slider(0, 1, value=0.5, step=0.05, label="share selected by attention")
             step = gr.Slider(1, 64, value=8, step=1, label="tokens dropped per round")
         with gr.Row():
             question = gr.Textbox(example.questions[0][0], label="Question", scale=4)
@@ -180,7 +183,7 @@ def page(viewer: Viewer) -> Any:
             elem_id="answers",
         )
         settings = [k, ratio, step]
-        # One call at a time: the model is one.
+        # One call at a time: there is only one model.
         once = {"concurrency_limit": 1, "concurrency_id": "model"}
         sliders = [slider.release for slider in settings]
         gr.on(
@@ -203,7 +206,7 @@ def page(viewer: Viewer) -> Any:
 def run(options: argparse.Namespace) -> int:
     import os
 
-    # The page reports nothing to anybody, and works without a network.
+    # No telemetry; the page works without a network.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 

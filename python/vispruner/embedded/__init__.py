@@ -1,4 +1,4 @@
-"""The embedded model: a small LLaVA, trained by this project, that answers questions about scenes.
+"""The embedded model: a small LLaVA, trained by this project, for questions about drawn scenes.
 
     from transformers import AutoProcessor, LlavaForConditionalGeneration
     from vispruner import embedded
@@ -7,9 +7,9 @@
     processor = AutoProcessor.from_pretrained(embedded.path())
     example = embedded.example()
 
-The directory is in Hugging Face format, so it loads as a model of the hub does. `scenes.draw` makes
-more of the pictures that it understands; its model card (`README.md` there) says what it was
-trained on, how well it answers and where it ends.
+The directory is in Hugging Face format and loads like a model from the hub. `scenes.draw` draws
+more scenes for it. The model card (`README.md` in the directory) describes its training, accuracy
+and limits.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and questions about it.
+    """An image and questions about it.
 
     Attributes:
         image: path of a PNG file.
-        questions: pairs of a question and its answer.
+        questions: (question, answer) pairs.
     """
 
     image: str
@@ -35,11 +35,11 @@ class Example:
 
 
 def path() -> str:
-    """The directory to give to `from_pretrained`."""
+    """The directory, for `from_pretrained`."""
     return str(_HERE / "model")
 
 
 def example() -> Example:
-    """The bundled scene; its image and answers were not part of the training."""
+    """The bundled scene, which was not used in training."""
     questions = json.loads((_HERE / "example.json").read_text())["questions"]
     return Example(str(_HERE / "example.png"), [(asked, answer) for asked, answer in questions])

@@ -1,15 +1,15 @@
-"""Drawn scenes with questions whose answers are known: the world of the embedded model.
+"""Drawn scenes with questions and answers: the data of the embedded model.
 
     from vispruner.embedded import scenes
     scene = scenes.draw(seed=7)
     scene.image                               # a PIL image
     scene.questions                           # [("what color is the star?", "red"), ...]
 
-A scene is a background, unlabelled distractors and one to six objects, each a shape of a colour,
-placed apart from each other. Answers follow from the list of objects. The same arguments give the
-same scene: training draws from splits ("train/0", ...) that no other use draws from.
+A scene has a background, unlabelled distractors, and one to six objects that do not overlap, each
+with a shape and a colour. Answers follow from the list of objects. Equal arguments give equal
+scenes. Training uses separate splits ("train/0", ...).
 
-Needs Pillow and NumPy, which the extra `transformers` of this package brings.
+Needs Pillow and NumPy, which the extra `transformers` installs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _WORDS_OF_QUESTIONS = (
 # fmt: on
 
 _GAP = 3  # pixels between the boxes of two objects
-_PLACEMENTS = 25  # attempts to place an object before it is left out
+_PLACEMENTS = 25  # attempts to place an object before it is omitted
 _SUPERSAMPLING = 4
 
 
@@ -60,18 +60,19 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-# ------------------------------------------------------------------------------------- what it is
+# ------------------------------------------------------------------------------------------ types
 @dataclass(frozen=True)
 class Style:
-    """What scenes may contain.
+    """Possible content of scenes.
 
     Attributes:
-        image_size: pixels of a side.
+        image_size: side in pixels.
         shapes: names of SHAPES, DIGITS and WORDS; digits and words are drawn as text.
         backgrounds: names of BACKGROUNDS.
-        max_objects: a scene has 1 to so many.
+        max_objects: a scene has between 1 and this many.
         object_sizes: smallest and largest height of an object in pixels.
-        max_distractors: in half of the scenes, 1 to so many unlabelled blobs lie below the objects.
+        max_distractors: half of the scenes have between 1 and this many unlabelled blobs below the
+            objects.
     """
 
     image_size: int = 112
@@ -92,7 +93,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Object:
-    """A shape of a colour; x and y are the top left pixel of its box."""
+    """A shape with a colour; x and y are the top left pixel of its box."""
 
     color: str
     shape: str
@@ -119,7 +120,7 @@ class Question:
     """A question of one of KINDS.
 
     Attributes:
-        target: index of the object that it is about; None where it is not about one.
+        target: index of the object that it is about, None if it is not about one object.
     """
 
     text: str
@@ -135,10 +136,10 @@ class Scene:
     Attributes:
         pixels: (side, side, 3) uint8.
         owner: (side, side) uint8, 1 + the index of the object that covers the pixel, 0 for none.
-        objects: what was drawn, largest first.
+        objects: the drawn objects, largest first.
         background: its name.
-        distractors: how many unlabelled blobs were drawn.
-        asked: questions with all that is known about them.
+        distractors: number of unlabelled blobs.
+        asked: questions with their metadata.
     """
 
     pixels: NDArray[np.uint8]
@@ -162,7 +163,7 @@ class Scene:
 
 # ------------------------------------------------------------------------------------ backgrounds
 class _Brush:
-    """Random numbers of one scene: Python's for single decisions, NumPy's for whole pictures."""
+    """Random numbers for one scene: Python's for single values, NumPy's for arrays."""
 
     def __init__(self, key: str) -> None:
         self.one = random.Random(key)
@@ -172,7 +173,7 @@ class _Brush:
         return self.many.standard_normal(shape, dtype=np.float32)
 
     def pale(self, low: int = 150, high: int = 245, tint: int = 12) -> tuple[int, int, int]:
-        """A light colour with little hue, which no object has."""
+        """A light colour of low saturation, unlike that of any object."""
         light = self.one.uniform(low, high)
         r, g, b = (round(min(255, light + self.one.uniform(-tint, tint))) for _ in range(3))
         return r, g, b
@@ -200,7 +201,7 @@ def _noise(brush: _Brush, side: int) -> NDArray[np.float32]:
 
 
 def _strokes(brush: _Brush, side: int) -> NDArray[np.float32]:
-    """Pale rectangles and thin lines of any colour, which are no objects."""
+    """Pale rectangles and thin lines of any colour."""
     from PIL import Image, ImageDraw
 
     one = brush.one
@@ -220,7 +221,7 @@ def _strokes(brush: _Brush, side: int) -> NDArray[np.float32]:
 
 
 def _clouds(brush: _Brush, side: int) -> NDArray[np.float32]:
-    """Noise of all scales, as in photographs out of focus."""
+    """Noise at all scales, similar to blurred photographs."""
     from PIL import Image
 
     light = np.zeros((side, side), np.float32)
@@ -234,7 +235,7 @@ def _clouds(brush: _Brush, side: int) -> NDArray[np.float32]:
 
 
 def _leaves(brush: _Brush, side: int) -> NDArray[np.float32]:
-    """Pale shapes of all sizes that hide each other: the edges of photographs ("dead leaves")."""
+    """Pale overlapping shapes of all sizes, with edges like photographs ("dead leaves")."""
     from PIL import Image, ImageDraw
 
     one = brush.one
@@ -260,7 +261,7 @@ def _photographs() -> tuple[Any, ...]:
 
 
 def _photo(brush: _Brush, side: int) -> NDArray[np.float32]:
-    """A piece of a photograph of scikit-image, faded so that the objects stand out."""
+    """A crop of a photograph from scikit-image, faded so that the objects stand out."""
     from PIL import Image
 
     photo = brush.one.choice(_photographs())
@@ -283,7 +284,7 @@ BACKGROUNDS: dict[str, Callable[[_Brush, int], NDArray[np.float32]]] = {
 
 
 def _blob(brush: _Brush, pixels: NDArray[np.float32]) -> None:
-    """Draws a distractor: an irregular polygon of a colour without hue."""
+    """Draws a distractor: an irregular polygon of low saturation."""
     from PIL import Image, ImageDraw
 
     one = brush.one
@@ -342,7 +343,7 @@ def _mask(shape: str, height: int) -> NDArray[np.float32]:
 def _text_mask(text: str, height: int) -> NDArray[np.float32]:
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(size=1.3 * height)  # so that a capital fills the height
+    font = ImageFont.load_default(size=1.3 * height)  # so that a capital letter fills the height
     left, top, right, bottom = (round(edge) for edge in font.getbbox(text.upper()))
     image = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(image).text((-left, -top), text.upper(), fill=255, font=font)
@@ -352,7 +353,7 @@ def _text_mask(text: str, height: int) -> NDArray[np.float32]:
 def _place(
     brush: _Brush, style: Style, shape: str, color: str, height: int, placed: Sequence[Object]
 ) -> Object | None:
-    """An object apart from the others, or None where there is no room."""
+    """An object that does not overlap the others, or None if there is no room."""
     rows, columns = _mask(shape, height).shape
     if columns > style.image_size or rows > style.image_size:
         return None
@@ -404,12 +405,12 @@ def _paint(brush: _Brush, style: Style, background: str) -> tuple[Any, Any, list
 
 # -------------------------------------------------------------------------------------- questions
 def _single(names: Sequence[str]) -> list[int]:
-    """Places of the names that occur once."""
+    """Indices of the names that occur once."""
     return [i for i, name in enumerate(names) if names.count(name) == 1]
 
 
 def _ask(one: random.Random, kind: str, style: Style, objects: Sequence[Object]) -> Question | None:
-    """A question of a kind, or None where this scene (or this try) has none without doubt."""
+    """A question of a kind, or None if this scene (or this attempt) has no unambiguous one."""
     shapes = [thing.shape for thing in objects]
     colors = [thing.color for thing in objects]
     names = [thing.name for thing in objects]
@@ -424,7 +425,7 @@ def _ask(one: random.Random, kind: str, style: Style, objects: Sequence[Object])
         if one.random() < 0.5:
             target = one.randrange(len(objects))
             return Question(f"is there a {names[target]}?", "yes", kind, target)
-        # Mostly a colour and a shape that are there, but not together.
+        # Mostly a colour and a shape that both occur, but not together.
         color = one.choice(colors if one.random() < 0.6 else tuple(COLORS))
         shape = one.choice(shapes if one.random() < 0.6 else style.shapes)
         if f"{color} {shape}" not in names:
@@ -450,7 +451,7 @@ def _ask(one: random.Random, kind: str, style: Style, objects: Sequence[Object])
             return Question(f"where is the {names[target]}?", answer, kind, target)
     if kind == "size" and len(objects) > 1:
         which = one.choice(("largest", "smallest"))
-        # Objects are in order of their height, the size that shapes and texts have in common.
+        # Objects are sorted by height, which is defined for shapes and for texts.
         order = range(len(objects)) if which == "largest" else range(len(objects) - 1, -1, -1)
         first, second = (objects[i].height for i in order[:2])
         if max(first, second) >= 1.3 * min(first, second):
@@ -480,14 +481,14 @@ def draw(
     background: str | None = None,
     questions: int = 6,
 ) -> Scene:
-    """Draws a scene; the same arguments give the same one.
+    """Draws a scene; equal arguments give equal scenes.
 
     Args:
         seed: any int.
-        style: what scenes may contain.
-        split: a name; scenes of different splits have nothing in common.
-        background: one of BACKGROUNDS, instead of a random one of the style's.
-        questions: at most so many; a scene of few objects has fewer.
+        style: possible content.
+        split: a name; scenes of different splits are unrelated.
+        background: one of BACKGROUNDS; the default is a random one of the style.
+        questions: maximum number; scenes with few objects have fewer.
     """
     brush = _Brush(f"{split}:{seed}")
     chosen = brush.one.choice(style.backgrounds)
@@ -498,7 +499,7 @@ def draw(
 
 
 def vocabulary(style: Style = Style()) -> tuple[str, ...]:
-    """Every word that questions and answers can have."""
+    """Every word that can occur in questions and answers."""
     numbers = (str(count) for count in range(style.max_objects + 1))
     plurals = (plural(shape) for shape in style.shapes if shape in SHAPES)
     return tuple(dict.fromkeys((*_WORDS_OF_QUESTIONS, *style.shapes, *plurals, *COLORS, *numbers)))

@@ -1,10 +1,10 @@
 """Pruning in transformers, at the boundary of a model's `forward` and `generate`.
 
-The path of a picture, top to bottom: a call comes in (`api`, `pruner`, `generation`),
-`prompt` splits it into what the cache holds and what is new (`past`), has the family encode the new
-pictures and choose tokens, takes the columns of the others out (`layout`, `positions`, `labels`),
-and the unmodified model gets the shorter prompt with the kept features (`encoder_outputs`). What
-the prompt was stays on its cache (`cache`) for the turns after it.
+Data flow: `api`, `pruner` and `generation` intercept a call. `prompt` splits it into the columns
+that the cache holds and the new ones (`past`), has the family encode the new pictures and select
+tokens, and removes the columns of the other tokens (`layout`, `positions`, `labels`). The
+unmodified model gets the shorter prompt with the retained features (`encoder_outputs`). The layout
+of the prompt is stored on its cache (`cache`) for later turns.
 """
 
 from .api import apply, prepare

@@ -1,4 +1,4 @@
-"""What a call may look like for its images to be pruned."""
+"""Checks of the arguments of a call with images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models import Family
 
 
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """A call's arguments by the names of `releases.canonical`, without those that are None."""
+    """A call's arguments under the names of `releases.canonical`, without None values."""
     if not args:
         return releases.canonical(kwargs)
     names = [name for name in inspect.signature(function).parameters if name != "self"]
@@ -27,7 +27,7 @@ def mask_of(call: Mapping[str, Any]) -> Tensor | None:
     """(B, M) bool of the attention mask, None if there is none.
 
     Raises:
-        ValueError: it is something else than zeros and ones of two dimensions.
+        ValueError: it is not two-dimensional, or has values other than 0 and 1.
     """
     mask = call.get("attention_mask")
     if mask is None:
@@ -41,17 +41,17 @@ def mask_of(call: Mapping[str, Any]) -> Tensor | None:
         raise ValueError(
             f"attention_mask must have shape (B, L) to be pruned, got {tuple(mask.shape)}"
         )
-    kept = mask != 0
-    if mask.is_floating_point() and not torch.equal(kept.to(mask), mask):
+    attended = mask != 0
+    if mask.is_floating_point() and not torch.equal(attended.to(mask), mask):
         raise ValueError(
             "attention_mask of shape (B, L) must hold 0 (padding) and 1, got other values of "
             f"{mask.dtype}: pass the mask that the processor made"
         )
-    return kept
+    return attended
 
 
 def check_pixels(family: Family, modality: str, inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError where pixels are no tensor."""
+    """Raises ValueError if the pixels are not a tensor."""
     name = str(family.pixels_name(modality, inputs))
     if not isinstance(inputs[name], Tensor):
         raise ValueError(
@@ -61,10 +61,10 @@ def check_pixels(family: Family, modality: str, inputs: Mapping[str, Any]) -> No
 
 
 def visual_inputs(family: Family, call: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Modality to the arguments of its encoder, for those that the call has pixels of.
+    """Modality to the arguments of its encoder, for modalities with pixels in the call.
 
     Raises:
-        ValueError: pixels that are no tensor, or that come with inputs_embeds.
+        ValueError: pixels are not a tensor, or come with inputs_embeds.
     """
     visual = {}
     for modality in family.encoders:
@@ -74,15 +74,15 @@ def visual_inputs(family: Family, call: Mapping[str, Any]) -> dict[str, dict[str
             visual[modality] = inputs
     if visual and call.get("inputs_embeds") is not None:
         raise ValueError(
-            "pruning needs input_ids beside the pixels, got inputs_embeds: call "
-            "vispruner.prepare, or leave the pixels out"
+            "pruning needs input_ids with the pixels, got inputs_embeds: call vispruner.prepare, "
+            "or omit the pixels"
         )
     return visual
 
 
 def check_no_placeholders(family: Family, ids: Tensor) -> None:
-    """Raises ValueError where a fresh prompt without pixels has placeholders."""
-    if torch.compiler.is_compiling():  # looking would break the graph
+    """Raises ValueError if a new prompt without pixels has placeholders."""
+    if torch.compiler.is_compiling():  # reading values would break the graph
         return
     for modality in family.encoders:
         slots = int((ids == family.token_id(modality)).sum())

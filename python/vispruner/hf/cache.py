@@ -1,7 +1,7 @@
-"""The layout of a pruned prompt, kept on the cache that holds it.
+"""Stores the layout of a pruned prompt on its cache.
 
-It is an attribute of the cache, so a deep copy of the cache has it, and it follows the operations
-of the cache that change its rows.
+The layout is an attribute of the cache, so a deep copy has it as well, and operations that change
+the rows of the cache also change the layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROW_OPERATIONS = ("batch_repeat_interleave", "batch_select_indices", "reorder_c
 
 
 class _RowOperation:
-    """A method of a cache that does the same to the layout."""
+    """A method of a cache that also applies to the layout."""
 
     def __init__(self, cache: Any, name: str) -> None:
         self._cache, self._name = cache, name
@@ -36,12 +36,12 @@ class _RowOperation:
 
 
 def layout_of(cache: Any) -> Layout | None:
-    """What a pruner noted about the prompt in a cache, None if it was not pruned."""
+    """The layout of the prompt in a cache, None if the prompt was not pruned."""
     return getattr(cache, _ATTRIBUTE, None)
 
 
 def remember(cache: Any, layout: Layout) -> None:
-    """Notes the layout of the prompt that a cache holds the beginning of."""
+    """Stores the layout of the prompt whose beginning a cache holds."""
     setattr(cache, _ATTRIBUTE, layout)
     for name in _ROW_OPERATIONS:
         if hasattr(type(cache), name):
@@ -49,6 +49,6 @@ def remember(cache: Any, layout: Layout) -> None:
 
 
 def forget(cache: Any) -> None:
-    """The cache is an ordinary one from here on."""
+    """Removes the layout, which makes the cache an ordinary one."""
     if layout_of(cache) is not None:
         delattr(cache, _ATTRIBUTE)

@@ -1,8 +1,8 @@
-"""Hands encoded images to the unmodified model, in the way its release of transformers takes them.
+"""Passes encoder outputs to the unmodified model, in the way of its transformers release.
 
-From transformers 5.18 on, `forward` and `generate` take `mm_encoder_outputs`. Before, the model
-encodes what it is given: there, while a pruner is applied, the methods that encode return what was
-handed over, to the thread that handed it over.
+From transformers 5.18 on, `forward` and `generate` take `mm_encoder_outputs`. In earlier releases
+the model always calls its encoders. There, while a pruner is applied, the encoding methods are
+replaced and return the outputs that the same thread has set.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..methods import Replacement
 from ..models import Family
 from .threads import PerThread
 
-#: modality to (tokens kept of each item, row of each item)
+#: modality to (retained tokens of each item, row of each item)
 Counts = Mapping[str, tuple[list[int], list[int]]]
 
 
 class EncoderOutputs:
-    """The way into one model.
+    """Encoder outputs for one model.
 
     Args:
         model: the model; family: its family.
@@ -57,7 +57,7 @@ class EncoderOutputs:
         return held
 
     def repeated(self, outputs: Mapping[str, Any], counts: Counts, times: int) -> dict[str, Any]:
-        """The outputs as generate will need them, which repeats each row `times` times.
+        """The outputs for `generate`, which repeats each row `times` times.
 
         Raises:
             ValueError: this release of transformers would mix up the images of a row.
@@ -79,11 +79,11 @@ class EncoderOutputs:
     def given(
         self, outputs: Mapping[str, Any], encoder_inputs: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        """Arguments for the model that carry the encoded images, good inside the block.
+        """Arguments that pass the outputs to the model, valid inside the block.
 
         Args:
             outputs: modality to the pruned output of its encoder.
-            encoder_inputs: what was encoded, for releases in which the model asks for it.
+            encoder_inputs: the encoders' arguments, for releases in which the model needs them.
         """
         if self.by_argument:
             yield {"mm_encoder_outputs": dict(outputs)} if outputs else {}
@@ -93,13 +93,13 @@ class EncoderOutputs:
 
     @contextmanager
     def withheld(self) -> Iterator[None]:
-        """Inside the block nothing is handed over: a call inside another one encodes its own."""
+        """Inside the block no outputs are set, so that a nested call encodes its own images."""
         with self._held.set({}):
             yield
 
 
 def _repeated(output: Any, counts: list[int], rows: list[int], times: int) -> Any:
-    """The output for rows repeated in place: the images of a row stay together."""
+    """The output for rows repeated in place; the images of a row stay together."""
     if times == 1:
         return output
     order = [

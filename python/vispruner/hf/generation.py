@@ -1,4 +1,4 @@
-"""Arguments of `generate` that count, show or hide the prompt."""
+"""Arguments of `generate` that depend on the length or content of the prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..clock import Clock, Prefill
 
 
 class PromptStreamer:
-    """Shows a streamer the prompt that the caller passed instead of the shortened one."""
+    """Passes the full prompt to a streamer instead of the shortened one."""
 
     def __init__(self, streamer: Any, prompt: Tensor) -> None:
         self._streamer, self._prompt = streamer, prompt
@@ -26,13 +26,13 @@ class PromptStreamer:
 
 
 class Generation:
-    """A call of generate while it runs.
+    """A running call of generate.
 
     Args:
-        clock: has the phase "prefill" open; None where nothing is pruned.
+        clock: with the phase "prefill" open; None if nothing is pruned.
         columns: columns of the prompt that the cache does not hold yet.
-        pixels: whether generate itself will pass pixels to `forward`, as it does where encoded
-            images cannot be handed over by an argument.
+        pixels: whether generate itself passes pixels to `forward`, as in releases without
+            `mm_encoder_outputs`.
     """
 
     def __init__(self, clock: Clock | None, columns: int, *, pixels: bool) -> None:
@@ -41,9 +41,9 @@ class Generation:
         self._pixels: Any = None
 
     def owns(self, pixels: Any) -> bool:
-        """Whether a forward is generate's own, told from its pixels (None without).
+        """Whether a forward belongs to this call, by its pixels (None without).
 
-        generate passes the same tensor again where it keeps no cache.
+        Without a cache, generate passes the same tensor again.
         """
         if pixels is None:
             return True
@@ -52,7 +52,7 @@ class Generation:
         return pixels is self._pixels
 
     def read(self, call: Mapping[str, Any]) -> None:
-        """Called with every forward of its own that has ended."""
+        """Called after every forward of this call."""
         if self._prefill is not None and self._prefill.read(call):
             self._prefill = None
 
@@ -68,13 +68,13 @@ def setting(model: Any, call: Mapping[str, Any], name: str) -> Any:
 
 
 def expansion(model: Any, call: Mapping[str, Any]) -> int:
-    """How often generate repeats each row."""
+    """Number of repetitions of each row in generate."""
     names = ("num_beams", "num_return_sequences")
     return max(int(setting(model, call, name) or 1) for name in names)
 
 
 def infer_mask(model: Any, call: dict[str, Any]) -> None:
-    """Tells padding by the token where no mask is given, as generate itself does."""
+    """Derives a missing mask from the padding token, as generate itself does."""
     ids = call.get("input_ids")
     if ids is None or call.get("attention_mask") is not None:
         return
@@ -85,7 +85,7 @@ def infer_mask(model: Any, call: dict[str, Any]) -> None:
 
 
 def shift_lengths(model: Any, call: dict[str, Any], shift: int) -> None:
-    """Lengths that count the prompt are meant for the prompt that the caller passed."""
+    """Adjusts lengths that include the prompt, which refer to the full prompt."""
     for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if setting(model, call, new) is not None:
             continue

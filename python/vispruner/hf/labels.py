@@ -1,4 +1,4 @@
-"""From the columns of the caller's prompt to those of the logits, and back."""
+"""Maps between the columns of the full prompt and those of the logits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from .layout import Layout
 
-IGNORED = -100  # the label that losses leave out
+IGNORED = -100  # the label that losses ignore
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one call before and after tokens were dropped.
+    """The columns of one call before and after pruning.
 
     Attributes:
-        layout: the columns that were left.
-        mask: (B, L) bool, False where the caller's prompt is padding.
-        dropped: (B, L) bool, placeholders that were taken out.
+        layout: the remaining columns.
+        mask: (B, L) bool, False where the full prompt is padding.
+        dropped: (B, L) bool, the removed placeholders.
     """
 
     layout: Layout
@@ -28,23 +28,23 @@ class Columns:
     dropped: Tensor
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Labels (B, L) of the caller's columns to those of the logits, (B, W).
+        """Labels (B, L) for the full prompt to labels (B, W) for the logits.
 
-        Label t belongs to token t, as the `labels` of transformers do. Labels of dropped tokens go
-        with them. A token that only padding of the shorter prompt comes before has no label:
-        nothing predicts it, as nothing did where it was the first column.
+        Label t belongs to token t, as in the `labels` of transformers. Labels of dropped tokens are
+        removed. A token with only padding of the shorter prompt before it has no label: nothing
+        predicts it, just as nothing predicts the first column.
         """
         mine = self.dropped.to(labels.device)
         taken = self.layout.take(labels.masked_fill(mine, IGNORED))
         return taken.masked_fill(self._after_own_padding().to(labels.device), IGNORED)
 
     def shift_labels(self, shifted: Tensor) -> Tensor:
-        """The same of `shift_labels`, where label t belongs to token t + 1."""
+        """The same for `shift_labels`, where label t belongs to token t + 1."""
         batch = len(shifted)
         none = shifted.new_full((batch, 1), IGNORED)
         labels = self.labels(torch.cat([none, shifted[:, :-1]], 1))
         taken = torch.cat([labels[:, 1:], none], 1)
-        # The last token predicts what comes after the prompt, if the caller knows it.
+        # The last token predicts the token after the prompt, if the caller has a label for it.
         index, mask = self.layout.index.to(shifted.device), self.layout.mask.to(shifted.device)
         count = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         end = (mask * count).argmax(1, keepdim=True)
@@ -56,7 +56,7 @@ class Columns:
         return taken.scatter(1, end, torch.where(stayed, after, none))
 
     def _after_own_padding(self) -> Tensor:
-        """(B, W) bool: first tokens behind padding that the caller's prompt did not have."""
+        """(B, W) bool: first tokens after padding that the full prompt does not have."""
         mask, index = self.layout.mask, self.layout.index
         first = mask & (mask.long().cumsum(1) == 1)
         first[:, 0] = False
@@ -64,23 +64,23 @@ class Columns:
         return first & (before | (index == 0))
 
     def restore(self, x: Tensor) -> Tensor:
-        """Something of each logit's column, (B, W, ...), at the caller's columns, (B, L, ...).
+        """Values (B, W, ...) in the logits' columns to the full prompt's columns, (B, L, ...).
 
-        A dropped column has what the last kept one before it has, so that column t still predicts
+        A dropped column repeats the last retained column before it, so that column t still predicts
         token t + 1.
         """
         mask = self.layout.mask.to(x.device)
         index = self.layout.index.to(x.device)
-        kept = torch.zeros(self.mask.shape, dtype=torch.bool, device=x.device)
-        kept.scatter_(1, index, mask)
+        retained = torch.zeros(self.mask.shape, dtype=torch.bool, device=x.device)
+        retained.scatter_(1, index, mask)
         places = torch.argsort((~mask).int(), dim=1, stable=True)
-        rank = (kept.long().cumsum(1) - 1).clamp(min=0)
+        rank = (retained.long().cumsum(1) - 1).clamp(min=0)
         rows = torch.arange(len(x), device=x.device).unsqueeze(1)
         return x[rows, places.gather(1, rank)]
 
 
 def with_restored_logits(output: Any, columns: Columns, keep: int) -> Any:
-    """An output of `forward` whose logits are in the columns of the caller's prompt."""
+    """An output of `forward` with the logits in the columns of the full prompt."""
 
     def restore(logits: Tensor) -> Tensor:
         return columns.restore(logits)[:, -keep if keep else 0 :]
@@ -95,11 +95,11 @@ def with_restored_logits(output: Any, columns: Columns, keep: int) -> Any:
 
 
 def share_of_labels(before: Tensor, after: Tensor, *, shifted: bool) -> Tensor:
-    """The share of the labels that count for a loss which are left, a float scalar.
+    """The share of the labels used by a loss that remain, a float scalar.
 
     Args:
-        before, after: labels (B, L) of the whole prompt, (B, W) of the shortened one.
-        shifted: they are `shift_labels`; else the first column predicts nothing.
+        before, after: labels (B, L) of the full prompt, (B, W) of the shortened one.
+        shifted: they are `shift_labels`; otherwise the first column is not predicted.
     """
     first = 0 if shifted else 1
     counted = (before[:, first:] != IGNORED).sum()

@@ -1,4 +1,4 @@
-"""Which columns of a prompt are left when the placeholders of dropped tokens are taken out."""
+"""The columns of a prompt that remain after removing the placeholders of dropped tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Layout:
         index: (B, W) int64, the original column of each column.
         mask: (B, W) bool, False where a column is padding.
         width: columns of the original prompt.
-        dropped: (B,) int64, tokens of each row that were taken out, padding not counted.
+        dropped: (B,) int64, removed tokens of each row, without padding.
         next_position: (B,) int64, the position after the prompt, for models whose positions are not
-            counted from the columns; else None.
-        padded: whether a column may be padding (known without looking at the mask).
+            consecutive; otherwise None.
+        padded: whether a column may be padding (known without reading the mask).
     """
 
     index: Tensor
@@ -41,7 +41,7 @@ class Layout:
         return self.index.shape[0]
 
     def take(self, x: Tensor) -> Tensor:
-        """The columns of x, (..., B, width) to (..., B, W)."""
+        """The remaining columns of x, (..., B, width) to (..., B, W)."""
         index = self.index.to(x.device).expand(*x.shape[:-1], -1)
         return x.gather(-1, index)
 
@@ -58,13 +58,13 @@ class Layout:
         )
 
     def repeat(self, times: int) -> Layout:
-        """The layout of a batch whose rows were repeated in place, as generate does for beams."""
+        """The layout after repeating the rows in place, as generate does for beams."""
         if times == 1:
             return self
         return self.select(torch.arange(self.rows).repeat_interleave(times))
 
     def append(self, other: Layout, gap: int) -> Layout:
-        """This layout, then `gap` columns kept as they are, then another layout."""
+        """This layout, then `gap` unchanged columns, then another layout."""
         start = self.width + gap
         between = torch.arange(self.width, start, device=self.index.device)
         between = between.expand(self.rows, -1)
@@ -79,21 +79,21 @@ class Layout:
 
 
 def whole_prompt(mask: Tensor) -> Layout:
-    """Every column stays: mask (B, W) bool."""
+    """The layout in which every column remains: mask (B, W) bool."""
     index = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     none = torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device)
     return Layout(index, mask, mask.shape[1], none)
 
 
 def shorten(mask: Tensor, dropped: Tensor, columns: int, *, left: bool) -> Layout:
-    """Takes columns out of a padded batch.
+    """Removes columns from a padded batch.
 
     Args:
         mask: (B, L) bool, False for padding.
-        dropped: (B, L) bool, placeholders to take out; at most `columns` others a row.
+        dropped: (B, L) bool, placeholders to remove; at most `columns` others remain per row.
         columns: width of the result.
-        left: where the padding of the result goes; columns that stay keep their order. A prompt
-            that loses nothing comes out as it was.
+        left: whether padding goes to the left; the order of the columns does not change. A prompt
+            without dropped columns is unchanged.
     """
     keep = mask & ~dropped
     if left:
@@ -110,7 +110,7 @@ def rows_of_items(counts: Sequence[int], placeholders: Sequence[int], modality: 
         counts: tokens of each item, in order; placeholders: placeholders in each row.
 
     Raises:
-        ValueError: they do not add up, row by row.
+        ValueError: the numbers do not match in every row.
     """
     rows: list[int] = []
     row, room = -1, 0
@@ -121,14 +121,14 @@ def rows_of_items(counts: Sequence[int], placeholders: Sequence[int], modality: 
             raise ValueError(
                 f"{modality} {item} has {count} tokens but row {row} of the prompt has {room} "
                 f"{modality} placeholders left for it: {sum(placeholders)} placeholders "
-                f"({list(placeholders)} a row) for {sum(counts)} tokens of {len(counts)} "
+                f"({list(placeholders)} per row) for {sum(counts)} tokens of {len(counts)} "
                 f"{modality}s"
             )
         room -= count
         rows.append(row)
     if sum(counts) != sum(placeholders):
         raise ValueError(
-            f"the prompt has {sum(placeholders)} {modality} placeholders ({list(placeholders)} a "
-            f"row), its {len(counts)} {modality}s have {sum(counts)} tokens"
+            f"the prompt has {sum(placeholders)} {modality} placeholders ({list(placeholders)} "
+            f"per row), its {len(counts)} {modality}s have {sum(counts)} tokens"
         )
     return rows

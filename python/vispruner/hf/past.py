@@ -1,4 +1,4 @@
-"""What a cache holds of the conversation that the caller sees, and what of a call is new."""
+"""Splits a call into the columns that the cache holds and the new ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .layout import Layout, whole_prompt
 
 @dataclass(frozen=True)
 class Past:
-    """What the cache holds of a prompt.
+    """The part of a prompt that the cache holds.
 
     Attributes:
         layout: columns of the last shortened prompt, none for an empty cache.
         gap: columns after it, one token each.
         mask: (B, P) bool attention mask of the cache's columns.
-        full_ids: input_ids begin with what the cache holds.
-        mask_is_short: the caller's mask counts the cache's columns, not those of the prompt.
+        full_ids: input_ids include the cached part.
+        mask_is_short: the caller's mask has the cache's columns, not those of the full prompt.
     """
 
     layout: Layout
@@ -33,7 +33,7 @@ class Past:
 
     @property
     def columns(self) -> int:
-        """Columns of the unpruned conversation that the cache stands for."""
+        """Columns of the unpruned conversation that the cache represents."""
         return self.layout.width + self.gap
 
     @classmethod
@@ -45,13 +45,13 @@ class Past:
         Args:
             cache: of transformers, or None.
             ids: (B, L) input_ids of the call; mask: (B, M) bool of its attention mask.
-            whole: input_ids may begin with what the cache holds (generate), instead of holding new
-                tokens only (forward).
-            rope_delta: (B, 1), how far positions are ahead of the number of tokens in a cache that
-                was not pruned, where the model knows.
+            whole: input_ids may include the cached part (generate), instead of new tokens only
+                (forward).
+            rope_delta: (B, 1), the RoPE delta of a cache that was not pruned, if the model has
+                one.
 
         Raises:
-            ValueError: input_ids or the mask do not fit the cache.
+            ValueError: input_ids or the mask do not match the cache.
         """
         batch, length = ids.shape
         cached = releases.cached_columns(cache)
@@ -61,7 +61,7 @@ class Past:
             raise ValueError(
                 f"the cache has {rows} rows now and had {layout.rows} when its prompt was pruned: "
                 "change its rows with its own methods (batch_repeat_interleave, "
-                "batch_select_indices, reorder_cache), or start anew"
+                "batch_select_indices, reorder_cache), or start a new conversation"
             )
         if rows != batch:
             raise ValueError(f"the cache holds a batch of {rows}, input_ids one of {batch}")
@@ -79,7 +79,7 @@ class Past:
         if gap < 0:
             raise ValueError(
                 f"the cache was cut to {cached} columns, inside its pruned prompt of "
-                f"{layout.columns}: cut it after the prompt or start anew"
+                f"{layout.columns}: cut it after the prompt, or start a new conversation"
             )
         columns = layout.width + gap
         full = whole and (mask is None or mask.shape[1] == length)
@@ -106,7 +106,7 @@ class Past:
         return cls(layout, gap, past, full, short)
 
     def new(self, x: Tensor) -> Tensor:
-        """The new columns of something shaped like input_ids."""
+        """The new columns of a tensor shaped like input_ids."""
         return x[..., self.columns :] if self.full_ids else x
 
     def new_mask(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -116,7 +116,7 @@ class Past:
         return mask[:, mask.shape[1] - self.new(ids).shape[1] :]
 
     def old(self, x: Tensor) -> Tensor:
-        """The columns of x that the cache stands for; none if x does not hold them."""
+        """The columns of x that are cached; none if x does not include them."""
         return x[..., : self.columns] if self.full_ids else x[..., :0]
 
     def shorten(self, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Past:
         )
 
     def next_position(self) -> Tensor | None:
-        """(B,) the position of the first new token, None where positions are counted."""
+        """(B,) position of the first new token, None where positions are consecutive."""
         if self.layout.next_position is None:
             return None
         return self.layout.next_position + self.mask[:, self.layout.columns :].sum(1)

@@ -14,16 +14,16 @@ from .past import Past
 
 
 def without_dropped(positions: Tensor, dropped: Tensor) -> Tensor:
-    """Counts tokens anew in every run of consecutive positions.
+    """Renumbers tokens within every run of consecutive positions.
 
-    transformers reads a jump in the positions of an unmasked prompt as the border of two packed
-    sequences, so dropped tokens must not leave one, and a border must stay one.
+    In an unmasked prompt, transformers treats a gap in the positions as the border of two packed
+    sequences. So dropped tokens must not leave a gap, and existing borders must remain.
 
     Args:
         positions: (B, L) of the unpruned prompt; dropped: (B, L) bool.
 
     Returns:
-        (B, L) of the tokens that stay; of the others, nothing of use.
+        (B, L), meaningful for the remaining tokens only.
     """
     border = torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1
     before = dropped.long().cumsum(1) - dropped.long()
@@ -32,17 +32,19 @@ def without_dropped(positions: Tensor, dropped: Tensor) -> Tensor:
 
 
 def check_packing(call: Mapping[str, Any], layout: Layout) -> None:
-    """Several prompts in one row, told from position ids that restart, in a batch that got padding.
+    """Checks rows that pack several prompts, which are detected by position ids that restart.
 
     Raises:
-        ValueError: the mask that padding needs would hide where one prompt ends, or a prompt does
-            not begin at 0, where dropped tokens could join it to the one before.
+        ValueError: the batch needs padding, whose mask would hide the borders of the prompts; or a
+            prompt does not begin at 0, so that dropped tokens could join it to the previous one.
     """
     given: Tensor | None = call.get("position_ids")
     if given is None or call.get("attention_mask") is not None or call.get("cache") is not None:
         return
     text = given if given.dim() == 2 else given[0]
-    if given.dim() == 3 and given.shape[0] != 4:  # time, height and width jump by themselves
+    if (
+        given.dim() == 3 and given.shape[0] != 4
+    ):  # time, height and width are not consecutive anyway
         return
     starts = text[:, 1:][torch.diff(text, dim=-1) != 1]
     if not starts.numel():
@@ -61,7 +63,7 @@ def check_packing(call: Mapping[str, Any], layout: Layout) -> None:
 
 
 def _counted(given: Tensor, past: Past, new: Layout, dropped: Tensor, mask: Tensor) -> Tensor:
-    """Positions (B, L) of the caller's, counted without the tokens that were dropped."""
+    """The caller's positions (B, L), renumbered without the dropped tokens."""
     own = past.new(given)
     if past.columns and not past.full_ids:
         own = own - _ahead(own, past, mask)
@@ -71,10 +73,10 @@ def _counted(given: Tensor, past: Past, new: Layout, dropped: Tensor, mask: Tens
 
 
 def _ahead(own: Tensor, past: Past, mask: Tensor) -> Tensor:
-    """(B, 1): what the caller's positions of new tokens count that the cache does not hold.
+    """(B, 1): dropped tokens that the caller's positions of new tokens include.
 
     Raises:
-        ValueError: they go on neither from the prompt nor from the cache.
+        ValueError: the positions continue neither the prompt nor the cache.
     """
     dropped = past.layout.dropped.unsqueeze(1)
     held = past.mask.sum(1, keepdim=True)
@@ -85,23 +87,23 @@ def _ahead(own: Tensor, past: Past, mask: Tensor) -> Tensor:
     if bool(of_prompt):
         return dropped
     raise ValueError(
-        f"position_ids go on at {first[:, 0].tolist()}, the prompt ended before "
-        f"{(held + dropped)[:, 0].tolist()} and its cache before {held[:, 0].tolist()}: leave "
-        "position_ids out, or count on from one of them"
+        f"position_ids continue at {first[:, 0].tolist()}, the prompt ended before "
+        f"{(held + dropped)[:, 0].tolist()} and its cache before {held[:, 0].tolist()}: omit "
+        "position_ids, or continue from one of them"
     )
 
 
 def step_positions(
     family: Family, call: Mapping[str, Any], past: Past, mask: Tensor
 ) -> Tensor | None:
-    """Positions of new text after a pruned prompt, where leaving them to the model is not enough.
+    """Positions of new text after a pruned prompt, where the model would compute wrong ones.
 
     Args:
         call: the arguments; past: of its cache; mask: (B, S) bool of the new tokens.
 
     Returns:
-        (4, B, S) for models with rows for time, height and width; (B, S) where the caller's own
-        were to be counted anew; None if there is nothing to say.
+        (4, B, S) for models with rows for time, height and width; (B, S) where the caller's
+        positions are renumbered; None if no change is needed.
     """
     given: Tensor | None = call.get("position_ids")
     start = past.next_position() if family.has_grid_positions else None
@@ -126,11 +128,11 @@ def shortened_positions(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Position ids of the shortened prompt's new columns, and the position after them.
 
-    Where the model has rows for time, height and width, a first row counts the tokens that are
-    there: transformers reads a gap in it as the border of two packed sequences.
+    For models with rows for time, height and width, an additional first row counts the remaining
+    tokens: transformers treats a gap in it as the border of two packed sequences.
 
     Args:
-        call: the caller's arguments with those of the encoded pictures.
+        call: the caller's arguments, with those of the encoded pictures.
         ids, mask, dropped: (B, L) of the new columns of the unpruned prompt.
     """
     given: Tensor | None = call.get("position_ids")

@@ -1,8 +1,8 @@
-"""Rewrites a call: its pictures are encoded and pruned, its prompt is shortened.
+"""Rewrites a call: encodes and prunes its pictures, and shortens its prompt.
 
-In four steps: `_read` tells what the cache holds and what is new, `_place` which picture belongs to
-which row (before anything is computed), `_encode` runs the encoders, and `_shorten` takes the
-columns of dropped tokens out of everything that has the prompt's columns.
+There are four steps: `_read` separates cached and new columns, `_place` assigns pictures to rows
+(before anything is computed), `_encode` runs the encoders, and `_shorten` removes the columns of
+dropped tokens from all arguments that have the prompt's columns.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Prepared:
     Attributes:
         inputs: the call's arguments for the unmodified model, without those of the encoders.
         outputs: modality to the pruned output of its encoder.
-        layout: the columns of the whole shortened prompt, those in the cache included; None where
-            the cache's own layout goes on being true.
+        layout: the columns of the shortened prompt, including cached ones; None where the cache's
+            layout does not change.
         columns: of the new part of the prompt, before and after.
-        encoder_inputs: the encoders' arguments, as they were encoded.
-        counts: modality to (tokens kept of each item, row of each item).
-        report: what was kept, None if nothing was encoded.
+        encoder_inputs: the encoders' arguments.
+        counts: modality to (retained tokens of each item, row of each item).
+        report: the retained tokens, None if nothing was encoded.
         clock: the phases so far.
     """
 
@@ -55,14 +55,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A call, split into what its cache holds and what is new.
+class _SplitCall:
+    """A call, split into cached and new columns.
 
     Attributes:
         call: arguments by their canonical names.
-        whole: input_ids may begin with what the cache holds (generate).
+        whole: input_ids may include the cached part (generate).
         visual: modality to the arguments of its encoder.
-        past: what the cache holds.
+        past: the cached part.
         ids, mask: (B, S) of the new columns, int64 and bool.
     """
 
@@ -76,13 +76,13 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Placed:
-    """Where the new pictures are in the new columns.
+    """The places of the new pictures in the new columns.
 
     Attributes:
-        visual: modality to the arguments of its encoder, of new pictures alone.
+        visual: modality to the arguments of its encoder, for new pictures only.
         slots: modality to (B, S) bool, its placeholders.
         rows: modality to the row of each new picture.
-        valid: tokens of each row, padding not counted.
+        valid: tokens of each row, without padding.
         left: whether no row ends with padding.
     """
 
@@ -109,16 +109,16 @@ class Rewriter:
 
         Args:
             call: arguments by their canonical names.
-            whole: input_ids may begin with what the cache holds (generate), instead of holding
-                new tokens only (forward).
+            whole: input_ids may include the cached part (generate), instead of new tokens only
+                (forward).
 
         Raises:
-            ValueError: arguments do not fit together, or cannot be pruned; nothing has run.
+            ValueError: arguments are inconsistent or cannot be pruned; nothing has been computed.
         """
         turn = self._read(call, whole=whole)
         if turn is None:
             return None
-        if not turn.visual and not whole and self._knows_the_cache(turn):
+        if not turn.visual and not whole and self._mask_matches_cache(turn):
             return self._step(turn)
         if isinstance(call.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep must be an int when images are pruned, got a tensor")
@@ -128,8 +128,8 @@ class Rewriter:
         with clock("rewrite"):
             return self._shorten(turn, placed, encoded, clock)
 
-    # ------------------------------------------------------------------ 1. what is new in the call
-    def _read(self, call: dict[str, Any], *, whole: bool) -> _Turn | None:
+    # ---------------------------------------------------------------------- 1. cached, new columns
+    def _read(self, call: dict[str, Any], *, whole: bool) -> _SplitCall | None:
         visual = arguments.visual_inputs(self._family, call)
         ids: Tensor | None = call.get("input_ids")
         if ids is None:
@@ -141,23 +141,23 @@ class Rewriter:
             return None
         mask = arguments.mask_of(call)
         past = Past.of(cache, ids, mask, whole=whole, rope_delta=self._family.rope_delta())
-        return _Turn(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
+        return _SplitCall(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
 
     @staticmethod
-    def _knows_the_cache(turn: _Turn) -> bool:
-        """A step of somebody's own decoding loop whose mask, if any, is that of the cache."""
+    def _mask_matches_cache(turn: _SplitCall) -> bool:
+        """Whether it is a step of a custom decoding loop whose mask, if any, matches the cache."""
         if turn.call.get("attention_mask") is not None:
             return turn.past.mask_is_short
         return not turn.past.layout.padded
 
-    def _step(self, turn: _Turn) -> Prepared | None:
+    def _step(self, turn: _SplitCall) -> Prepared | None:
         positions = step_positions(self._family, turn.call, turn.past, turn.mask)
         if positions is None:
             return None
         return Prepared(turn.call | {"position_ids": positions}, Clock(self._model.device))
 
-    # ---------------------------------------------------------- 2. which picture is in which row
-    def _place(self, turn: _Turn) -> _Placed:
+    # ------------------------------------------------------------------------ 2. pictures and rows
+    def _place(self, turn: _SplitCall) -> _Placed:
         family, modalities = self._family, list(self._family.encoders)
         slots = {m: turn.ids == family.token_id(m) for m in modalities}
         old_ids = turn.past.old(turn.call["input_ids"])
@@ -165,22 +165,22 @@ class Rewriter:
         for m in modalities:
             hidden = (slots[m] & ~turn.mask).sum(1)
             stats += [slots[m].sum(1), (old_ids == family.token_id(m)).sum(1), hidden]
-        valid, last, *found = torch.stack(stats).tolist()  # the one time that the host waits
+        valid, last, *found = torch.stack(stats).tolist()  # the only synchronization
         visual, rows = {}, {}
         for i, modality in enumerate(modalities):
             here, before, hidden = found[3 * i : 3 * i + 3]
             if modality in turn.visual:
                 if sum(hidden):
                     raise ValueError(
-                        f"attention_mask hides {sum(hidden)} {modality} placeholders: leave the "
-                        f"{modality}, and its placeholders, out of the prompt"
+                        f"attention_mask hides {sum(hidden)} {modality} placeholders: remove the "
+                        f"{modality} and its placeholders from the prompt"
                     )
                 inputs, rows[modality] = self._assign(modality, turn.visual[modality], here, before)
                 if rows[modality]:
                     visual[modality] = inputs
                     if turn.past.columns:
                         self._family.check_continued()
-            # (In a decoding loop the model itself may have said one.)
+            # In a decoding loop, the model itself may have generated a placeholder.
             elif sum(here) and (turn.whole or not turn.past.columns):
                 raise ValueError(
                     f"the prompt has {sum(here)} {modality} placeholders but no {modality}s "
@@ -191,19 +191,19 @@ class Rewriter:
     def _assign(
         self, modality: str, inputs: dict[str, Any], here: list[int], before: list[int]
     ) -> tuple[dict[str, Any], list[int]]:
-        """The images that need encoding, and the row that each of them belongs to.
+        """The images that need encoding, and the row of each.
 
         Args:
             inputs: the encoder's arguments.
             here: placeholders in the new columns of each row; before: in those of the cache.
 
         Raises:
-            ValueError: placeholders and images disagree.
+            ValueError: placeholders and images do not match.
         """
         sizes = self._family.placeholders(modality, inputs)
         if not sum(before) or sum(sizes) != sum(before) + sum(here):
             return inputs, rows_of_items(sizes, here, modality)
-        # All images of the conversation: those in the cache need no encoding.
+        # These are all images of the conversation; the cached ones need no encoding.
         every = [a + b for a, b in zip(before, here, strict=True)]
         fresh = _fresh_items(sizes, rows_of_items(sizes, every, modality), before)
         sizes = [sizes[item] for item in fresh]
@@ -215,21 +215,21 @@ class Rewriter:
         with releases.loaded(self._family.base):
             return {m: self._family.encode(m, inputs, clock) for m, inputs in placed.visual.items()}
 
-    # --------------------------------------------------------------------- 4. the columns that stay
+    # ------------------------------------------------------------------- 4. the remaining columns
     def _shorten(
-        self, turn: _Turn, placed: _Placed, encoded: Mapping[str, Encoded], clock: Clock
+        self, turn: _SplitCall, placed: _Placed, encoded: Mapping[str, Encoded], clock: Clock
     ) -> Prepared:
         past = turn.past
         dropped = torch.zeros_like(turn.ids, dtype=torch.bool)
-        kept = list(placed.valid)
+        remaining = list(placed.valid)
         for modality, part in encoded.items():
             away = ~part.keep.to(turn.ids.device)
             dropped |= torch.zeros_like(dropped).masked_scatter_(placed.slots[modality], away)
             for item, row in zip(part.items, placed.rows[modality], strict=True):
-                kept[row] -= item.before - item.after
-        width = max(kept) + turn.ids.shape[1] - max(placed.valid)
+                remaining[row] -= item.before - item.after
+        width = max(remaining) + turn.ids.shape[1] - max(placed.valid)
         new = shorten(turn.mask, dropped, width, left=placed.left)
-        new = replace(new, padded=min(kept) < width)
+        new = replace(new, padded=min(remaining) < width)
         check_packing(turn.call, new)
         columns = Columns(new, turn.mask, dropped)
         inputs = self._arranged(turn, columns)
@@ -260,8 +260,8 @@ class Rewriter:
             else None,
         )
 
-    def _arranged(self, turn: _Turn, columns: Columns) -> dict[str, Any]:
-        """The call's arguments with their columns taken out."""
+    def _arranged(self, turn: _SplitCall, columns: Columns) -> dict[str, Any]:
+        """The call's arguments without the dropped columns."""
         call, past, new, dropped = turn.call, turn.past, columns.layout, columns.dropped
         inputs, pad = dict(call), self._pad_id()
         continued = turn.whole and past.full_ids
@@ -269,7 +269,7 @@ class Rewriter:
         if continued:
             old = past.old(call["input_ids"])
             for modality in self._family.encoders:
-                # They are in the cache; a placeholder is to be filled.
+                # They are cached, and the model would fill a placeholder.
                 old = old.masked_fill(old == self._family.token_id(modality), pad)
             short = torch.cat([past.shorten(old), short], 1)
         inputs["input_ids"] = short
@@ -288,7 +288,7 @@ class Rewriter:
         return inputs
 
     def _arrange_labels(self, inputs: dict[str, Any], columns: Columns) -> None:
-        """Labels, and how many of them a trainer counted in the whole batch."""
+        """Shortens labels, and scales a trainer's count of them in the whole batch."""
         counted = None
         for name, shorter in (("labels", columns.labels), ("shift_labels", columns.shift_labels)):
             value = inputs.get(name)
@@ -307,9 +307,9 @@ class Rewriter:
         if not self._warned_of_count and bool(counted < 1):
             self._warned_of_count = True
             warnings.warn(
-                "tokens that were pruned have labels, which num_items_in_batch counts: it is "
-                "scaled by the share of this batch's labels that is left; give image "
-                f"placeholders the label {labels.IGNORED}, and the count is exact",
+                "num_items_in_batch counts labels of dropped tokens: it is scaled by the share of "
+                "this batch's labels that remain; it is exact if image placeholders have the label "
+                f"{labels.IGNORED}",
                 stacklevel=2,
             )
         device = count.device if isinstance(count, Tensor) else counted.device
@@ -323,7 +323,7 @@ class Rewriter:
 
 
 def _fresh_items(sizes: list[int], rows: list[int], cached: list[int]) -> list[int]:
-    """Items whose placeholders come after the `cached` ones of their row."""
+    """Items whose placeholders come after the first `cached` ones of their row."""
     seen = dict.fromkeys(rows, 0)
     fresh = []
     for item, (size, row) in enumerate(zip(sizes, rows, strict=True)):

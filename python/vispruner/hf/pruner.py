@@ -1,7 +1,7 @@
 """Prunes the images of a transformers model at the boundary of its forward and generate.
 
-The encoder runs, the kept tokens are chosen, the placeholders of the others are taken out of the
-prompt, and the unmodified model gets the shorter prompt with the kept features. Nothing inside the
+The encoder runs, tokens are selected, the placeholders of the others are removed from the prompt,
+and the unmodified model gets the shorter prompt with the retained features. Nothing inside the
 model changes: caches, beams, sampling and attention kernels see an ordinary, shorter prompt.
 """
 
@@ -33,15 +33,14 @@ _LOGITS = ("kept", "prompt")
 
 
 class Pruner:
-    """Pruning applied to one model; made by `vispruner.apply`.
+    """Pruning applied to one model; created by `vispruner.apply`.
 
-    Threads may call the model at the same time, as they may without pruning.
+    Several threads may call the model at the same time, as without pruning.
 
     Attributes:
         model: the model.
-        budget: how much is kept.
-        last: what the last call with images did, None before there was one; of whichever thread
-            ended last.
+        budget: the number of tokens to retain.
+        last: report of the last completed call with images, in any thread; None before the first.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Pruner:
             raise ValueError(f"logits must be one of {', '.join(_LOGITS)}, got {logits!r}")
         model = whole_model(model)
         if getattr(model, MODEL_ATTRIBUTE, None) is not None:
-            raise ValueError("this model is pruned already: call remove() on its pruner first")
+            raise ValueError("this model is already pruned: call remove() on its pruner first")
         family = family_of(model)(model, budget, **options)
         if check:
             check_scores(family)
@@ -71,7 +70,7 @@ class Pruner:
         self._generation: PerThread[Generation] = PerThread()
         self._columns: PerThread[Columns] = PerThread()
         self._warned: set[str] = set()
-        # From here on nothing can fail.
+        # The code below cannot fail.
         self._replacements = [
             Replacement(model, "generate", self._pruned_generate),
             Replacement(model, "forward", self._pruned_forward),
@@ -82,7 +81,7 @@ class Pruner:
         setattr(model, MODEL_ATTRIBUTE, self)
 
     def remove(self) -> None:
-        """Gives the model back as it was. Harmless the second time."""
+        """Restores the model. Further calls have no effect."""
         if getattr(self.model, MODEL_ATTRIBUTE, None) is not self:
             return
         for replacement in self._replacements:
@@ -102,7 +101,7 @@ class Pruner:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A saved pruner goes on with the saved model; what the last call did stays behind."""
+        """A pruner is saved with its model, without the last report."""
         return vars(self) | {"last": None}
 
     @staticmethod
@@ -112,7 +111,7 @@ class Pruner:
             "one device (CUDA_VISIBLE_DEVICES=0)"
         )
 
-    # ------------------------------------------------------------------------------- the surface
+    # ---------------------------------------------------------------------------- the public API
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See `vispruner.prepare`."""
         if self._family.not_prepared is not None:
@@ -135,20 +134,20 @@ class Pruner:
             return ready | self._family.embeddings_of(ids, prepared.outputs)
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Labels of a prompt as it was passed to those of the logits that came back.
+        """Converts labels of the full prompt to labels for the returned logits.
 
-        For losses and metrics outside the model. Labels of dropped tokens go with them.
+        For losses and metrics outside the model. Labels of dropped tokens are removed.
 
         Args:
-            labels: (B, L) int64 of the last `forward` or `prepare` of this thread; label t belongs
+            labels: (B, L) int64 for the last `forward` or `prepare` of this thread; label t belongs
                 to token t.
 
         Returns:
-            (B, W) int64, W columns of logits; labels itself where nothing was pruned, or the
-            logits came back in the columns of the prompt.
+            (B, W) int64 for W columns of logits; labels itself if nothing was pruned, or if the
+            logits have the columns of the full prompt.
 
         Raises:
-            ValueError: labels has another shape than the input_ids of that call.
+            ValueError: labels and the input_ids of that call differ in shape.
         """
         columns = self._columns.value
         if columns is None:
@@ -161,7 +160,7 @@ class Pruner:
         return columns.labels(labels)
 
     def _rewrite(self, call: dict[str, Any], *, whole: bool) -> Prepared | None:
-        with self._outputs.withheld():  # the encoders run, even inside a call that holds outputs
+        with self._outputs.withheld():  # the encoders run even inside a call with encoder outputs
             return self._rewriter.rewrite(call, whole=whole)
 
     def _note(self, prepared: Prepared | None) -> None:
@@ -183,11 +182,11 @@ class Pruner:
             if running is not None:
                 running.read(call)
             return output
-        with self._generation.set(None), self._outputs.withheld():  # what is around it waits
+        with self._generation.set(None), self._outputs.withheld():  # not those of an outer call
             return self._prune_and_forward(args, kwargs, call)
 
     def _is_plain(self, call: Mapping[str, Any], running: Generation | None) -> bool:
-        """A step of generate, or of a compiled graph: text that goes on in an unpruned cache."""
+        """Whether it is a step of generate or of a compiled graph, without pruning."""
         if layout_of(call.get("cache")) is not None:
             return False
         if torch.compiler.is_compiling() or running is not None:
@@ -213,7 +212,7 @@ class Pruner:
         restored = in_prompt and prepared.columns is not None
         self._note(prepared)
         if restored:
-            self._columns.value = None  # labels fit as they are
+            self._columns.value = None  # labels match without conversion
         inputs = prepared.inputs
         if restored and keep:
             inputs = inputs | {"logits_to_keep": 0}
@@ -229,32 +228,30 @@ class Pruner:
         return output
 
     def _logits_in_prompt(self, call: Mapping[str, Any], keep: int, *, pruned: bool) -> bool:
-        """Whether logits come back in the columns of the caller's prompt.
+        """Whether logits are returned in the columns of the full prompt.
 
-        If `apply` was given no `logits`, they do in evaluation with labels, so that a `Trainer`'s
+        Without `logits` in `apply`, they are in evaluation with labels, so that a `Trainer`'s
         `predict` and `compute_metrics` compare the same columns. In training the model computes
         the loss, and logits of dropped columns would only cost memory.
 
         Raises:
-            ValueError: training on pictures without labels in the call, with `logits` not
-                given: a loss outside the model would compare different columns.
+            ValueError: training on pictures without labels in the call and without `logits`: a
+                loss outside the model would compare different columns.
         """
         if self._logits is not None or keep:
             return self._logits == "prompt"
         has_labels = any(call.get(name) is not None for name in ("labels", "shift_labels"))
         if pruned and self.model.training and torch.is_grad_enabled() and not has_labels:
             raise ValueError(
-                "training without labels in the call: logits come back in the shortened prompt, so "
-                "a loss outside the model would not fit them; pass logits='prompt' to "
+                "training without labels in the call: logits have the columns of the shortened "
+                "prompt, which a loss outside the model does not expect; pass logits='prompt' to "
                 "vispruner.apply for logits in the columns of input_ids, or logits='kept' and "
                 "shorten the labels with pruner.labels(labels)"
             )
         return has_labels and not self.model.training
 
     def _warn_of_encoder_outputs(self) -> None:
-        self._warn_once(
-            "mm_encoder_outputs are used as they are, unpruned: pass the pixels to have them pruned"
-        )
+        self._warn_once("mm_encoder_outputs are used unpruned: pass the pixels to prune them")
 
     # -------------------------------------------------------------------------------- generate
     def _pruned_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -280,7 +277,7 @@ class Pruner:
             pixels=bool(outputs) and not self._outputs.by_argument,
         )
         before = layout_of(cache)
-        forget(cache)  # inside generate it is an ordinary cache
+        forget(cache)  # an ordinary cache inside generate
         try:
             with (
                 self._outputs.given(outputs, prepared.encoder_inputs) as given,
@@ -293,7 +290,7 @@ class Pruner:
                 remember(cache, before)
             raise
         self._note(prepared)
-        return self._in_the_callers_prompt(output, ids, columns, prepared, cache)
+        return self._with_full_prompt(output, ids, columns, prepared, cache)
 
     def _prepare_generate(self, call: dict[str, Any]) -> Prepared | None:
         generation.infer_mask(self.model, call)
@@ -307,14 +304,14 @@ class Pruner:
         return self._rewrite(call, whole=True)
 
     @staticmethod
-    def _in_the_callers_prompt(
+    def _with_full_prompt(
         output: Any, ids: Tensor, columns: int, prepared: Prepared, cache: Any
     ) -> Any:
-        """What generate returned, its sequences beginning with the prompt as it was passed."""
+        """The output of generate, with sequences that begin with the full prompt."""
         sequences = output if isinstance(output, Tensor) else output.sequences
         times = sequences.shape[0] // ids.shape[0]
         prompt = ids.to(sequences.device).repeat_interleave(times, 0)
-        # Callers cut the prompt off by the length that they passed.
+        # Callers cut off the prompt by the length of their input.
         whole = torch.cat([prompt, sequences[:, columns:]], 1)
         filled = releases.cache_in(output)
         filled = cache if filled is None else filled

@@ -1,4 +1,4 @@
-"""State that belongs to one call: each thread has its own, and a call inside another its own."""
+"""State of one call, separate for each thread and each nested call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class PerThread(Generic[T]):
-    """A value that each thread has its own of, None until it is set.
+    """A separate value per thread, None until it is set.
 
-    A copy, and what was pickled and loaded, begins empty.
+    Copies, and objects loaded from a pickle, start empty.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class PerThread(Generic[T]):
 
     @contextmanager
     def set(self, value: T | None) -> Iterator[None]:
-        """Inside the block it is `value`, afterwards what it was before."""
+        """Sets the value inside the block, and restores it afterwards."""
         before, self.value = self.value, value
         try:
             yield

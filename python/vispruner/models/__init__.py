@@ -1,4 +1,4 @@
-"""The model families that pruning knows: every module here that defines one, by its model types."""
+"""The supported model families: every module here that defines one, by its model types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _registered: dict[str, type[Family]] = {}
 
 @functools.cache
 def _own() -> dict[str, type[Family]]:
-    """Model type to the family that a module of this package has for it."""
+    """Model type to its family in this package."""
     families = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
@@ -28,7 +28,7 @@ def _own() -> dict[str, type[Family]]:
 
 
 def families() -> dict[str, type[Family]]:
-    """Model type to its family, those of `register` included."""
+    """Model type to its family, including registered ones."""
     return _own() | _registered
 
 
@@ -38,7 +38,7 @@ def supported() -> list[str]:
 
 
 def register(model_type: str, family: type[Family]) -> None:
-    """Adds a family of your own, or replaces one.
+    """Adds or replaces a family.
 
     Args:
         model_type: `model.config.model_type` of the models.
@@ -65,7 +65,7 @@ def family_of(model: Any) -> type[Family]:
     """The family of a transformers model.
 
     Raises:
-        UnsupportedModelError: there is none; the message names those there are, or the reason.
+        UnsupportedModelError: there is none; the message lists the families, or gives the reason.
     """
     return family_for(getattr(model, "config", None), type(model).__name__)
 

@@ -1,4 +1,4 @@
-"""What a model family has to say for its images to be pruned."""
+"""The interface of a model family."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Images or videos of one call, encoded and pruned.
+    """Encoded and pruned images or videos of one call.
 
     Attributes:
-        output: what the model's `get_image_features` or `get_video_features` returned, with only
-            the kept tokens in `pooler_output` (and in `deepstack_features`).
+        output: of the model's `get_image_features` or `get_video_features`, with only the retained
+            tokens in `pooler_output` (and in `deepstack_features`).
         keep: (T,) bool over the placeholders of all items, in the order of the prompt.
-        items: what was kept of each item.
+        items: the retained tokens of each item.
     """
 
     output: Any
@@ -39,14 +39,14 @@ class Encoded:
     items: tuple[Kept, ...]
 
 
-class Places(NamedTuple):
+class PromptPositions(NamedTuple):
     """Positions in an unpruned prompt.
 
     Attributes:
         positions: (3, B, L) of each column.
-        following: (B,) of the token that comes after the prompt.
-        rope_end: (B,) where the model itself goes on in a decoding loop without position ids, which
-            for videos may be another place.
+        following: (B,) of the token after the prompt.
+        rope_end: (B,) at which the model itself continues in a decoding loop without position ids;
+            this may differ for videos.
     """
 
     positions: Tensor
@@ -55,31 +55,31 @@ class Places(NamedTuple):
 
 
 class Family(ABC):
-    """How one family of models encodes pictures and lays their tokens out in the prompt.
+    """How a family of models encodes pictures and places their tokens in the prompt.
 
-    The pruner calls, in this order: `inputs_of` to split the arguments of a call, `placeholders` to
-    check the prompt before anything is computed, `encode`, and `positions`. Everything else is the
-    same for all families. A subclass is added with `vispruner.register`.
+    The pruner calls `inputs_of` to split the arguments of a call, `placeholders` to check the
+    prompt before anything is computed, `encode`, and `positions`, in this order. Everything else is
+    the same for all families. Register a subclass with `vispruner.register`.
 
     Args:
         model: the `...ForConditionalGeneration` model.
-        budget: how much to keep.
+        budget: how many tokens to retain.
 
     Raises:
-        UnsupportedModelError: the model has a setting that pruning cannot serve.
+        UnsupportedModelError: the model has a setting that pruning does not support.
     """
 
     #: `config.model_type` of the models of this family
     model_types: ClassVar[tuple[str, ...]] = ()
-    #: classes of lmms-eval that load them: module, class, interfaces
+    #: classes of lmms-eval that load these models: module, class, interfaces
     harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
-    #: architecture in vLLM to the class of vispruner.vllm that takes its place, "module:class"
+    #: architecture in vLLM to the class of vispruner.vllm that replaces it, "module:class"
     vllm: ClassVar[Mapping[str, str]] = {}
     #: modality to the name of the base model's method that encodes it
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
-    #: options of `apply` beyond the budget, with their allowed values, the default first
+    #: additional options of `apply` with their allowed values, the default first
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    #: why `vispruner.prepare` is refused, None where it is not
+    #: reason why `vispruner.prepare` is refused, None if it is supported
     not_prepared: ClassVar[str | None] = None
     #: whether tokens have a time, height and width (then `positions` is not None)
     has_grid_positions: ClassVar[bool] = False
@@ -106,8 +106,8 @@ class Family(ABC):
             for modality, method in self.encoders.items()
         }
 
-        # Some releases name the pixels of a video "pixel_values" in its encoder, as those of an
-        # image; the model has another name for them.
+        # In some releases the encoders of videos and images both name the pixels "pixel_values";
+        # the model has another name for those of videos.
         self._own_names = {}
         if "video" in self.parameters and "image" in self.parameters:
             first, *rest = self.parameters["video"]
@@ -116,7 +116,7 @@ class Family(ABC):
                 self._own_names = {VIDEO_PIXELS: first}
 
     def encoder_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the model as the method that encodes names them."""
+        """Arguments of the model under the names of the encoding method."""
         return {self._own_names.get(name, name): value for name, value in inputs.items()}
 
     # ----------------------------------------------------------------------- the call's arguments
@@ -128,14 +128,14 @@ class Family(ABC):
         return None
 
     def inputs_of(self, modality: str, call: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The arguments of a call that belong to the encoder of a modality, None without pixels."""
+        """The arguments of a call for the encoder of a modality, None without pixels."""
         if self.pixels_name(modality, call) is None:
             return None
         names = self.parameters[modality]
         return {name: call[name] for name in names if call.get(name) is not None}
 
-    def check_continued(self) -> None:  # noqa: B027 (most have nothing to say)
-        """Raises ValueError where new pictures behind a cache would be read wrongly."""
+    def check_continued(self) -> None:  # noqa: B027 (most need no check)
+        """Raises ValueError if the model would read new pictures after a cache wrongly."""
 
     def token_id(self, modality: str) -> int:
         """The placeholder of a modality in the prompt."""
@@ -155,7 +155,7 @@ class Family(ABC):
 
     @property
     def arguments(self) -> set[str]:
-        """Names of all arguments that belong to an encoder."""
+        """Names of all arguments of the encoders."""
         return {name for names in self.parameters.values() for name in names}
 
     @property
@@ -164,11 +164,11 @@ class Family(ABC):
         return self.base.language_model
 
     def attention_config(self) -> Any:
-        """The configuration that tells the encoder's layers how to attend."""
+        """The configuration with the attention implementation of the encoder's layers."""
         return self.config.vision_config
 
     def sample(self, height: int, width: int) -> dict[str, Any]:
-        """The encoder's arguments for a picture of random pixels of that size."""
+        """The encoder's arguments for a picture of this size with random pixels."""
         reference = next(self.base.parameters())
         dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
         generator = torch.Generator().manual_seed(0)
@@ -183,7 +183,7 @@ class Family(ABC):
     # ------------------------------------------------------------------- from a configuration alone
     @classmethod
     def picture(cls, config: Any, height: int, width: int) -> dict[str, Any]:
-        """What the model's processor makes of one picture, its pixels on the meta device.
+        """The processor's output for one picture, with pixels on the meta device.
 
         Args:
             config: of the model; height, width: pixels of the picture.
@@ -191,7 +191,7 @@ class Family(ABC):
         Raises:
             ValueError: the picture is too small or narrow for the model.
         """
-        raise NotImplementedError(f"{cls.__name__} does not tell the shapes of a picture")
+        raise NotImplementedError(f"{cls.__name__} does not implement picture()")
 
     @classmethod
     def vision_flops(cls, config: Any, inputs: Mapping[str, Any], projected: int) -> int:
@@ -201,11 +201,11 @@ class Family(ABC):
             config: of the model; inputs: of its encoder, as from `picture`.
             projected: patches that reach the projector.
         """
-        raise NotImplementedError(f"{cls.__name__} does not count its operations")
+        raise NotImplementedError(f"{cls.__name__} does not implement vision_flops()")
 
     @classmethod
     def projected_patches(cls, config: Any, inputs: Mapping[str, Any]) -> int:
-        """Patches that reach the projector unpruned, 0 where `vision_flops` knows."""
+        """Patches that reach the projector unpruned, 0 if `vision_flops` does not need it."""
         return 0
 
     # ------------------------------------------------------------------------------- the encoding
@@ -214,54 +214,55 @@ class Family(ABC):
         """Placeholders of each image or video in an unpruned prompt, from shapes alone.
 
         Raises:
-            ValueError: the inputs do not fit the model or the budget.
+            ValueError: the inputs do not match the model or the budget.
         """
 
     @abstractmethod
     def kept(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
-        """Placeholders of each image or video that stay, from shapes alone.
+        """Retained placeholders of each image or video, from shapes alone.
 
-        An upper bound where the number depends on which tokens are kept.
+        An upper bound if the number depends on which tokens are retained.
         """
 
     def projected(self, modality: str, inputs: Mapping[str, Any]) -> int | None:
-        """Patches that reach the projector, None where pruning comes after it."""
+        """Patches that reach the projector, None if pruning comes after it."""
         return None
 
     @abstractmethod
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
-        """Runs the encoder and keeps the tokens that the budget allows.
+        """Runs the encoder and selects tokens by the budget.
 
-        The clock is told about the phases "vision", "score" and "select".
+        Times the phases "vision", "score" and "select" with the clock.
         """
 
     # ------------------------------------------------------------------------------ the positions
-    def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> Places | None:
-        """Positions in the unpruned prompt, for models where they are more than a count of columns.
+    def positions(
+        self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]
+    ) -> PromptPositions | None:
+        """Positions in the unpruned prompt, for models where they are not consecutive.
 
         Args:
             ids: (B, L) prompt with all its placeholders; mask: (B, L) its attention mask.
-            call: the arguments that belong to it.
+            call: the call's arguments.
 
         Returns:
-            The positions, or None: the tokens of the shortened prompt are then counted anew, which
-            is what the method does for LLaVA.
+            The positions, or None: the tokens of the shortened prompt then get consecutive
+            positions, as in the method for LLaVA.
         """
         return None
 
-    def set_rope_delta(self, delta: Tensor) -> None:  # noqa: B027 (most have nothing to do)
-        """Called with (B, 1), how far positions are ahead of the number of tokens kept.
+    def set_rope_delta(self, delta: Tensor) -> None:  # noqa: B027 (most models have none)
+        """Called with the RoPE delta (B, 1), which the model adds to the number of cached tokens.
 
-        For those who go on with the cache after `remove()`: the model adds it to the number of
-        cached tokens.
+        Calls that continue with the cache after `remove()` depend on it.
         """
 
     def rope_delta(self) -> Tensor | None:
-        """(B, 1): how far positions are ahead of the number of tokens, as the model has it now."""
+        """The model's current RoPE delta (B, 1): position minus number of tokens."""
         return None
 
     def embeddings_of(self, ids: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the language model: the shortened prompt with its visual tokens filled in.
+        """Arguments of the language model: the shortened prompt with its visual features.
 
         Args:
             ids: (B, W) shortened prompt; outputs: modality to the pruned output of its encoder.
@@ -275,7 +276,7 @@ class Family(ABC):
 
 
 def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """(T, C) of the features of all items, as one tensor or one an item."""
+    """(T, C) from the features of all items, as one tensor or one per item."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
     return torch.cat(list(features), dim=0)

@@ -1,4 +1,4 @@
-"""Whether a model can be pruned, and whether its scores are those of its attention."""
+"""Checks that a model can be pruned, and that its scores match its attention."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..taps import observed
 from .base import Family, UnsupportedModelError
 
 _NAME = "vispruner_check"
-_SIDE = 448  # pixels of the picture that is tried
+_SIDE = 448  # side of the test picture in pixels
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside PEFT's wrapper; others as they are.
+    """The model inside PEFT's wrapper; other models are returned unchanged.
 
     Raises:
-        UnsupportedModelError: a wrapper that runs a copy, or another program, of the model.
+        UnsupportedModelError: the wrapper runs a copy, or a compiled program, of the model.
     """
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         model = model.get_base_model()
@@ -40,7 +40,7 @@ def _modules(model: Any) -> Any:
 
 
 def check_model(model: Any) -> None:
-    """Raises UnsupportedModelError for a part of a model, or one that packs requests by itself."""
+    """Raises UnsupportedModelError for a part of a model, or for one that packs requests."""
     if not callable(getattr(model, "generate", None)) or model.base_model is model:
         raise UnsupportedModelError(
             f"pass the whole ...ForConditionalGeneration model, not a {type(model).__name__}"
@@ -49,17 +49,17 @@ def check_model(model: Any) -> None:
         attention = str(getattr(part, "_attn_implementation", None))
         if attention.startswith("paged"):
             raise UnsupportedModelError(
-                f"attention implementation {attention!r} packs requests by itself: use sdpa, "
+                f"attention implementation {attention!r} packs requests: use sdpa, "
                 "eager or flash_attention_2"
             )
 
 
 class _Eager:
-    """An attention implementation that notes the weights, and leaves the output to SDPA's.
+    """An attention implementation that records the weights and calls SDPA for the output.
 
     Attributes:
-        cls, received: for each layer, the attention of its first token to the others, and the
-            attention that each token receives; of all pictures, flattened.
+        cls, received: per layer, the attention of the first token to the others, and the attention
+            that each token receives; flattened over all pictures.
     """
 
     def __init__(self, sdpa: Any) -> None:
@@ -91,7 +91,7 @@ class _Eager:
 
 @contextmanager
 def _attending_with(config: Any, implementation: _Eager) -> Iterator[None]:
-    """While open, the layers of an encoder attend with that implementation."""
+    """Sets the attention implementation of an encoder inside the block."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = config._attn_implementation
@@ -107,8 +107,8 @@ def _attending_with(config: Any, implementation: _Eager) -> Iterator[None]:
 def check_scores(family: Family) -> None:
     """Compares the scores of a random picture with the weights of eager attention.
 
-    A layer that scales or normalizes queries in a way that its family does not know, as a new
-    release might bring, is found here instead of in wrong tokens.
+    This detects layers that scale or normalize queries in a way that the family does not handle,
+    for example in a new release.
 
     Raises:
         UnsupportedModelError: they differ.
@@ -126,19 +126,21 @@ def check_scores(family: Family) -> None:
     ):
         family.encode("image", inputs, Clock(torch.device("cpu")))
     if not seen:
-        raise UnsupportedModelError(f"{type(family).__name__} reads no attention to be checked")
+        raise UnsupportedModelError(
+            f"{type(family).__name__} reads no attention that could be checked"
+        )
     for attention, has_cls, scores in seen:
         weights = (eager.cls if has_cls else eager.received).get(id(attention))
         if weights is None:
             raise UnsupportedModelError(
-                f"{type(attention).__name__} attends in a way of its own: its scores cannot be "
-                "checked (leave check=True out to prune nevertheless)"
+                f"{type(attention).__name__} does not use the configured attention function: its "
+                "scores cannot be checked (omit check=True to prune anyway)"
             )
         want, found = torch.cat(weights), scores.detach().flatten().to(weights[0])
         spread = (want.max() - want.min()).item()
         tolerance = 1e-3 * spread + 1e-5 * want.mean().item()
         if found.shape != want.shape or (found - want).abs().max().item() > tolerance:
             raise UnsupportedModelError(
-                f"the scores of {type(attention).__name__} are not those of its attention in this "
+                f"the scores of {type(attention).__name__} do not match its attention in this "
                 "release of transformers: use a tested release, and please report it"
             )

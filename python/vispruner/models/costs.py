@@ -1,6 +1,6 @@
 """Floating-point operations of vision encoders, from a configuration and shapes alone.
 
-A multiplication with its addition counts as two operations.
+A multiply-add counts as two operations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def encoder_layer(tokens: int, attended: int, width: int, inner: int, matrices: int) -> int:
-    """One layer of a vision encoder, with two matrices in its MLP, or three if it is gated."""
+    """One layer of a vision encoder, with two matrices in its MLP, or three if gated."""
     return tokens * (8 * width**2 + 4 * attended * width + 2 * matrices * width * inner)
 
 
@@ -41,7 +41,7 @@ def projector(config: Any, rows: int) -> int:
 
 
 def merged_patches(config: Any, inputs: Mapping[str, Any]) -> int:
-    """Qwen's vision transformer on packed patches, mergers included."""
+    """Qwen's vision transformer on packed patches, including the mergers."""
     vision = config.vision_config
     merge = int(vision.spatial_merge_size)
     width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
@@ -72,7 +72,7 @@ def merged_patches(config: Any, inputs: Mapping[str, Any]) -> int:
 
 
 def patches_of(config: Any, inputs: Mapping[str, Any]) -> int:
-    """Patches that a tower makes of pixels (..., S, S)."""
+    """Number of patches in pixels (..., S, S)."""
     pixels = pixels_of(inputs)
     patch = int(config.vision_config.patch_size)
     cells = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)

@@ -1,4 +1,4 @@
-"""Gemma 3: patches of a SigLIP tower are averaged to 16 x 16 tokens a picture."""
+"""Gemma 3: patches of a SigLIP tower are averaged to 16 x 16 tokens per picture."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .pooled import PooledFamily
 
 
 class Gemma3(PooledFamily):
-    """`Gemma3ForConditionalGeneration`; its kept tokens go on attending to each other both ways."""
+    """`Gemma3ForConditionalGeneration`; its retained tokens attend to each other both ways."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
 
-    not_prepared = "the masks that let the tokens of an image see each other are made in the model"
+    not_prepared = "its bidirectional masks for image tokens are made inside the model"
 
     def check_continued(self) -> None:
         if not releases.masks_images_behind_a_cache():
             raise ValueError(
-                "this release of transformers masks a new image behind a cache wrongly in gemma3, "
+                "this release of transformers masks new images after a cache wrongly in gemma3, "
                 "pruned or not: pass the whole conversation without the cache, or use 5.23 or newer"
             )
 

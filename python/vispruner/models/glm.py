@@ -12,7 +12,7 @@ from .qwen_vl import QwenVL
 class Glm(QwenVL):
     """`Glm4v...`, `Glm4vMoe...`, `Glm46V...` and `GlmOcrForConditionalGeneration`, images only.
 
-    A video's frames have the placeholders of images in these models, so that a prompt does not say
+    In these models, frames of videos have the placeholders of images, so the prompt does not show
     which of the two a placeholder is.
     """
 
@@ -34,8 +34,8 @@ class Glm(QwenVL):
         merge, width = int(vision.spatial_merge_size), int(vision.hidden_size)
         out, inner = int(vision.out_hidden_size), int(vision.intermediate_size)
         pixels = inputs["pixel_values"]
-        # The layers' MLP and the merger's: as wide as the output, and as configured, or the other
-        # way round.
+        # Widths of the layers' and the merger's MLPs: the output's and the configured one, or the
+        # reverse.
         ocr = config.model_type == "glm_ocr"
         mlp, context = (inner, out * int(vision.in_channels)) if ocr else (out, inner)
         total = 2 * pixels.shape[0] * pixels.shape[1] * width

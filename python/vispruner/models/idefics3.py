@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: patches of a SigLIP-like tower are folded into tokens of s x s of them."""
+"""Idefics3 and SmolVLM: blocks of s x s patches of a SigLIP-like tower become one token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .pooled import PooledFamily
 class Idefics3(PooledFamily):
     """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`.
 
-    Every part that the processor cuts an image into is a picture of its own. Pixels are
-    (rows, pictures, 3, H, W); pictures that are all 0 fill up rows and are not encoded.
+    Each part of an image that the processor splits is a separate picture. Pixels are
+    (rows, pictures, 3, H, W); pictures of zeros are padding and are not encoded.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
@@ -32,7 +32,7 @@ class Idefics3(PooledFamily):
         return side, side
 
     def inputs_of(self, modality: str, call: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The pictures that are encoded alone, as one row."""
+        """Only the pictures that are encoded, as one row."""
         inputs = super().inputs_of(modality, call)
         if inputs is None or not isinstance(inputs["pixel_values"], Tensor):
             return inputs

@@ -1,4 +1,4 @@
-"""InternVL 3 and 3.5: [CLS] scores, tokens of 2 x 2 patches, every tile a picture."""
+"""InternVL 3 and 3.5: [CLS] scores, tokens of 2 x 2 patches, one picture per tile."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .llava import Llava
 class InternVL(Llava):
     """`InternVLForConditionalGeneration`.
 
-    A token is a block of patches; its score is the mean of theirs. Tiles of an image, and frames of
-    a video, are rows of pixel_values like images: each is pruned on its own.
+    A token is a block of patches; its score is the mean of theirs. Tiles of an image and frames of
+    a video are rows of pixel_values, like images; each is pruned separately.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
@@ -23,7 +23,7 @@ class InternVL(Llava):
 
     @property
     def block(self) -> int:
-        """Patches at the side of a token."""
+        """Patches along the side of a token."""
         return round(1 / float(self.config.downsample_ratio))
 
     def grid(self, modality: str, pixels: Tensor) -> tuple[int, int]:
@@ -34,8 +34,8 @@ class InternVL(Llava):
     def extra(self, modality: str, inputs: Mapping[str, Any]) -> int:
         if self.setting("vision_feature_select_strategy", inputs) != "default":
             raise ValueError(
-                "vision_feature_select_strategy must be 'default' to be pruned: else [CLS] is put "
-                "into the grid of patches"
+                "vision_feature_select_strategy must be 'default' to be pruned: otherwise [CLS] "
+                "becomes part of the grid of patches"
             )
         return 0
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and Video-LLaVA: pictures of patches, of which only the kept ones are projected."""
+"""LLaVA-1.5 and Video-LLaVA: only the retained patches are projected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Llava(TowerFamily):
     vllm: ClassVar[Mapping[str, str]] = {"LlavaForConditionalGeneration": "llava:PrunedLlava"}
 
     def _pixels(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
-        """The pixels of a call, and the pictures of each item: 1, or the frames of a video."""
+        """The pixels of a call, and the pictures per item: 1, or the frames of a video."""
         name = self.pixels_name(modality, inputs)
         pixels: Tensor = inputs[str(name)]
         return pixels, pixels.shape[1] if pixels.dim() == 5 else 1
@@ -86,10 +86,10 @@ class Llava(TowerFamily):
 
 
 class VideoLlava(Llava):
-    """`VideoLlavaForConditionalGeneration`: a tower each for images and videos.
+    """`VideoLlavaForConditionalGeneration`: separate towers for images and videos.
 
-    Every frame is a picture of its own; the model hands its [CLS] to the language model, too, so it
-    stays beside the k patches.
+    Each frame is a separate picture. The language model also reads the [CLS] of a frame, so it is
+    retained in addition to the k patches.
     """
 
     model_types = ("video_llava",)

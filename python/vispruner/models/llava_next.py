@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: an image is an overview and tiles, without their padding and with line ends."""
+"""LLaVA-NeXT: an image has an overview and tiles, without padding and with line ends."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TiledFamily(TowerFamily):
     def _refuse_cls(self, inputs: Mapping[str, Any]) -> None:
         if self.extra("image", inputs):
             raise UnsupportedModelError(
-                "vision_feature_select_strategy='full' puts [CLS] into the grid of patches: use "
+                "vision_feature_select_strategy='full' adds [CLS] to the grid of patches: use "
                 "'default'"
             )
 
@@ -61,15 +61,15 @@ class TiledFamily(TowerFamily):
         ]
 
     def check_pixels(self, pixels: Tensor, tiles: list[int]) -> None:
-        """The pixels have the tiles that the sizes of the images ask for."""
+        """Raises ValueError unless the pixels have the tiles that the image sizes require."""
         if pixels.dim() == 5:
             fits = len(pixels) == len(tiles) and max(tiles, default=0) <= pixels.shape[1]
         else:
             fits = len(pixels) == sum(tiles)
         if not fits:
             raise ValueError(
-                f"pixel_values of shape {tuple(pixels.shape)} do not hold the {tiles} tiles that "
-                "image_sizes ask for"
+                f"pixel_values of shape {tuple(pixels.shape)} do not have the {tiles} tiles that "
+                "image_sizes require"
             )
 
     def patches(self) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class TiledFamily(TowerFamily):
     def pack(
         self, channels: list[Tensor], inputs: Mapping[str, Any], line_end: Tensor
     ) -> list[Tensor]:
-        """Channels of each image, (tiles, N, c), on the way that its features take: (T, c)."""
+        """Packs channels (tiles, N, c) of each image like its features, to (T, c)."""
         packed, _ = self.base.pack_image_features(
             channels,
             inputs["image_sizes"],
@@ -91,7 +91,7 @@ class TiledFamily(TowerFamily):
         return list(packed)
 
     def _blank(self, tiles: list[int], inputs: Mapping[str, Any]) -> list[Tensor]:
-        """Packed images whose line ends are 1 and whose patches are 0: (T, 1) each."""
+        """Packed images with 1 at line ends and 0 at patches, (T, 1) each."""
         rows, columns = self.patches()
         blank = [torch.zeros(count, rows * columns, 1) for count in tiles]
         return self.pack(blank, inputs, torch.ones(1))
@@ -108,9 +108,9 @@ class TiledFamily(TowerFamily):
 class LlavaNext(TiledFamily):
     """`LlavaNextForConditionalGeneration` with a CLIP tower.
 
-    k tokens of each tile are chosen. With `tiles="unpad"` (the default) those of them that lie on
-    padding are cut off and each line of the tiled image keeps its end, as in the unpruned model;
-    with `tiles="all"` an image has exactly tiles x k tokens and no line ends, as in the authors'
+    k tokens of each tile are selected. With `tiles="unpad"` (the default), selected tokens on
+    padding are removed and the lines of the tiled image keep their ends, as in the unpruned model.
+    With `tiles="all"`, an image has exactly tiles x k tokens and no line ends, as in the authors'
     code.
     """
 
@@ -136,7 +136,7 @@ class LlavaNext(TiledFamily):
         return lengths
 
     def _chosen(self, tiles: list[int]) -> list[int]:
-        """Patches of each image that are chosen, those on padding included."""
+        """Selected patches of each image, including those on padding."""
         rows, columns = self.patches()
         return [count * self.budget.count(rows * columns) for count in tiles]
 
@@ -147,7 +147,7 @@ class LlavaNext(TiledFamily):
             return counts
         lengths = self.packed_lengths(tiles, inputs)
         ends = self.line_ends(tiles, inputs)
-        # What lies on padding is cut off, whether it was kept or not.
+        # Tokens on padding are removed, selected or not.
         return [min(n + end, length) for n, end, length in zip(counts, ends, lengths, strict=True)]
 
     def projected(self, modality: str, inputs: Mapping[str, Any]) -> int:
@@ -164,7 +164,7 @@ class LlavaNext(TiledFamily):
             return kept
 
         def spread(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            """Packing wants whole tiles: dropped patches are zeros until it is done."""
+            """Fills dropped patches with zeros, because packing needs whole tiles."""
             nonlocal projected
             projected = output
             where = indices.to(output.device).unsqueeze(-1).expand_as(output)
@@ -188,16 +188,16 @@ class LlavaNext(TiledFamily):
         projected: Tensor,
         inputs: Mapping[str, Any],
     ) -> Encoded:
-        """The kept tokens of each image, and the placeholders that they take.
+        """The retained tokens of each image, and their placeholders.
 
         Args:
-            indices: (tiles of all images, k) kept patches; scores: (tiles, N) of all patches.
-            projected: (tiles, k, C) features of the kept ones.
+            indices: (tiles of all images, k) selected patches; scores: (tiles, N) of all patches.
+            projected: (tiles, k, C) features of the selected ones.
         """
         grid = self.patches()
         patches = grid[0] * grid[1]
         tiles = self.tiles(inputs)
-        # Two channels on the way of the features: 1 for a kept patch, 1 + its place in the tiles.
+        # Two channels, packed like the features: 1 for a selected patch, and 1 + its index.
         chosen = torch.zeros((len(indices), patches), dtype=torch.float64, device=indices.device)
         chosen.scatter_(1, indices, 1.0)
         channels = [

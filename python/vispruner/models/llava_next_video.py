@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: images as LLaVA-NeXT, frames of videos pooled before the projector."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT, frames of videos pooled before the projector."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .llava_next import LlavaNext
 
 
 class LlavaNextVideo(LlavaNext):
-    """`LlavaNextVideoForConditionalGeneration`; of a video, k tokens of each pooled frame stay."""
+    """`LlavaNextVideoForConditionalGeneration`; k tokens of each pooled video frame remain."""
 
     model_types = ("llava_next_video",)
     encoders: ClassVar[Mapping[str, str]] = {
@@ -28,7 +28,7 @@ class LlavaNextVideo(LlavaNext):
         if isinstance(self.base.vision_resampler.pool, nn.Conv2d):
             raise UnsupportedModelError(
                 "spatial_pool_mode='conv' mixes patches by learned weights, so their scores cannot "
-                "be pooled alike"
+                "be pooled in the same way"
             )
         self._frames = _Frames(model, budget)
         self._frames.parameters = self.parameters

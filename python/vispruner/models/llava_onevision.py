@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: tokens are pooled after the projector, so they are chosen after it, too."""
+"""LLaVA-OneVision: tokens are pooled after the projector, and selected after pooling."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .llava_next import TiledFamily
 class LlavaOnevision(TiledFamily):
     """`LlavaOnevisionForConditionalGeneration` with a SigLIP tower.
 
-    Scores are packed and pooled as the features are. Of an image, k tokens of the overview are kept
-    and k for each tile out of the pooled rest; of a video, k of each frame. Line ends stay.
+    Scores are packed and pooled like the features. An image retains k tokens of the overview, and k
+    tokens per tile of the pooled rest; a video retains k tokens per frame. Line ends are retained.
     """
 
     model_types = ("llava_onevision",)
@@ -72,7 +72,7 @@ class LlavaOnevision(TiledFamily):
         ]
 
     def _budgets(self, tokens: int, tiles: int) -> tuple[list[int], list[int]]:
-        """Tokens, and tokens to keep, of an image's overview and of its pooled tiles."""
+        """Tokens and retained tokens of an image's overview and of its pooled tiles."""
         patches = self.patches()[0] * self.patches()[1]
         if tiles == 1:
             return [patches], [self.budget.count(patches)]
@@ -117,7 +117,7 @@ class LlavaOnevision(TiledFamily):
             stays = torch.cat([tokens[rows], ends.to(image.device)]).sort().values
             features.append(image[stays])
             keep.append(keep_rows(stays, len(image)))
-            scored = marks[:, 0].masked_fill(marks[:, 1] > 0.5, -math.inf)  # not the line ends
+            scored = marks[:, 0].masked_fill(marks[:, 1] > 0.5, -math.inf)  # without line ends
             items.append(
                 Kept(
                     "image",
@@ -149,7 +149,7 @@ class LlavaOnevision(TiledFamily):
         rows, columns = self._pooled()
         pooled = self.base.apply_pooling(scores.unsqueeze(-1))[..., 0]  # (videos * frames, n)
         tokens = output.pooler_output[:, : frames * rows * columns]
-        line_end = output.pooler_output[:, tokens.shape[1] :]  # in 5.17 the model adds it later
+        line_end = output.pooler_output[:, tokens.shape[1] :]  # added later by the model in 5.17
         kept, indices = self.budget.select(
             tokens.reshape(videos * frames, rows * columns, -1), pooled
         )

@@ -1,4 +1,4 @@
-"""Towers whose tokens are made from patches inside the projector: chosen when it has run."""
+"""Towers whose projector makes tokens from patches; tokens are selected after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .towers import TowerFamily
 
 
 class PooledFamily(TowerFamily):
-    """Models that turn the last layer of a SigLIP-like tower into a fixed grid of tokens a picture.
+    """Models that turn the last layer of a SigLIP-like tower into a fixed grid of tokens.
 
     The score of a token is the mean of the attention that its patches receive.
     """

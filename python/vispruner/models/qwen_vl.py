@@ -1,8 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, merged 2 x 2, at their own positions.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, merged 2 x 2, with grid positions.
 
 The vision transformer has no [CLS]: a patch is scored by the attention it receives in the last
-block with full attention, and the four scores of a merged token are averaged. Kept tokens stay at
-the height, width and time that they have in the unpruned prompt.
+block with full attention, and the four scores of a merged token are averaged. Retained tokens keep
+their time, height and width positions of the unpruned prompt.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..report import Kept
 from ..selection import Budget
 from ..taps import RotaryTap
 from . import costs
-from .base import Encoded, Family, Places, UnsupportedModelError, keep_rows
+from .base import Encoded, Family, PromptPositions, UnsupportedModelError, keep_rows
 
-_VIDEO_SECONDS = "second_per_grid_ts"  # belongs to the positions of videos, not to their encoder
+_VIDEO_SECONDS = "second_per_grid_ts"  # for the positions of videos, not for their encoder
 
 
 class QwenVL(Family):
@@ -62,8 +62,8 @@ class QwenVL(Family):
         full = getattr(visual, "fullatt_block_indexes", None)
         if full is not None and not len(full):
             raise UnsupportedModelError(
-                "the vision transformer has no block with full attention: scores of different "
-                "windows do not compare"
+                "the vision transformer has no block with full attention: scores of "
+                "different windows are not comparable"
             )
         self.windowed = full is not None
         self.attention = blocks[full[-1] if full is not None else -1].attn
@@ -176,7 +176,7 @@ class QwenVL(Family):
         return Encoded(output, keep_rows(rows, start), tuple(items))
 
     def _raster_order(self, grid: Tensor) -> Tensor:
-        """Where each merged token, in raster order, is in the order of the windows."""
+        """Index of each merged token, in raster order, within the order of the windows."""
         visual = self.base.visual
         index, _ = self.modeling.get_vision_window_index(
             grid,
@@ -189,7 +189,7 @@ class QwenVL(Family):
 
     @staticmethod
     def _keep_deepstack(output: Any, rows: Tensor, after: list[int]) -> None:
-        """Qwen3-VL's features of earlier blocks: a tensor a layer, or since 5.18 one an image."""
+        """Qwen3-VL's features of earlier blocks: a tensor per layer, since 5.18 one per image."""
         layers = getattr(output, "deepstack_features", None)
         if layers is not None:
             output.deepstack_features = [
@@ -200,7 +200,7 @@ class QwenVL(Family):
             ]
 
     # ------------------------------------------------------------------------------ the positions
-    def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> Places:
+    def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> PromptPositions:
         kinds = torch.zeros_like(ids)
         for kind, modality in enumerate(self.encoders, start=1):
             kinds = kinds.masked_fill(ids == self.token_id(modality), kind)
@@ -214,11 +214,11 @@ class QwenVL(Family):
             **{name: call[name] for name in names},
         )
         rope_end = delta[:, 0] + mask.long().sum(1)
-        # The text after a video does not wait for the video's last second.
+        # The positions of text after a video do not depend on the video's duration.
         columns = torch.arange(ids.shape[1], device=ids.device)
         last = (columns * mask).argmax(1, keepdim=True)
         text = positions[0].gather(1, last)[:, 0] + 1
-        return Places(
+        return PromptPositions(
             positions, torch.where(kinds.gather(1, last)[:, 0] == 0, text, rope_end), rope_end
         )
 

@@ -1,8 +1,8 @@
-"""Qwen-VL (the first one): scores of its resampler's queries.
+"""The first Qwen-VL: scores of its resampler's queries.
 
-The model condenses the patches into 256 queries by one cross-attention, and its code is not part of
-transformers, so there is no family for it: this function gives the scores, `vispruner_cuda.prune`
-the choice.
+The model condenses the patches into 256 queries by one cross-attention. Its code is not part of
+transformers, so it has no family: use this function for scores and `vispruner_cuda.prune` for the
+selection.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor
 
 
 def resampled_scores(patch_scores: Tensor, attention: Tensor) -> Tensor:
-    """Scores of a resampler's queries from those of the patches they look at.
+    """Scores of a resampler's queries, from the scores of the patches that they attend to.
 
     The score of a query is the mean score of the patches, weighted by its attention to them.
 
     Args:
         patch_scores: (B, N) scores of the encoder's patches.
         attention: (B, M, N) attention of the M queries to the patches, averaged over heads, or
-            (B, H, M, N) of each head; rows add up to 1.
+            (B, H, M, N) per head; rows sum to 1.
 
     Returns:
         (B, M) float32, for `vispruner_cuda.prune(queries, scores, k)` on the resampler's output.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not match.
 
     Example:
         >>> import vispruner_cuda

@@ -1,10 +1,10 @@
-"""Models with images that cannot be pruned, by `config.model_type`, and the reason."""
+"""Vision-language models that cannot be pruned: `config.model_type` to the reason."""
 
 from __future__ import annotations
 
-_CROSS = "its images are read by cross-attention and take no tokens of the prompt"
-_QUERIES = "it condenses an image into a fixed number of queries, none of which is a place"
-_PADDED = "its encoder pads patches of pictures, and the attention they receive is read unmasked"
+_CROSS = "it reads images by cross-attention, without tokens in the prompt"
+_QUERIES = "it condenses an image into a fixed number of queries, which have no place in the image"
+_PADDED = "its encoder pads pictures, and the received attention would be read unmasked"
 
 REFUSED = {
     "blip-2": _QUERIES,
@@ -15,5 +15,5 @@ REFUSED = {
     "instructblip": _QUERIES,
     "instructblipvideo": _QUERIES,
     "mllama": _CROSS,
-    "vipllava": "it takes features of five layers at once, whose attentions do not compare",
+    "vipllava": "it uses features of five layers, whose attentions are not comparable",
 }

@@ -1,4 +1,4 @@
-"""What the LLaVA families share: a CLIP or SigLIP tower, one feature layer, a projector."""
+"""Base of the LLaVA families: a CLIP or SigLIP tower, one feature layer, a projector."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _HAS_CLS = {
 class TowerFamily(Family):
     """Models that project the patch features of one layer of a CLIP or SigLIP tower.
 
-    A CLIP tower's patches are scored by the attention of [CLS], a SigLIP tower's by the attention
-    they receive, in the layer that makes the features.
+    Patches of a CLIP tower are scored by the attention of [CLS], those of a SigLIP tower by the
+    attention that they receive, both in the feature layer.
     """
 
     #: modality to the attribute of the base model that holds its tower
@@ -64,7 +64,7 @@ class TowerFamily(Family):
         return getattr(self.base, self.towers[modality])
 
     def has_cls(self, modality: str) -> bool:
-        """Whether the tower puts [CLS] before its patches."""
+        """Whether the tower has a [CLS] token before its patches."""
         return _HAS_CLS[self.tower(modality).config.model_type]
 
     def setting(self, name: str, inputs: Mapping[str, Any]) -> Any:
@@ -73,11 +73,11 @@ class TowerFamily(Family):
         return getattr(self.config, name) if value is None else value
 
     def feature_layer(self, inputs: Mapping[str, Any]) -> Any:
-        """The hidden state that makes the features, -1 the output of the last layer."""
+        """Index of the hidden state with the features; -1 is the output of the last layer."""
         return self.setting("vision_feature_layer", inputs)
 
     def token_scores(self, modality: str, scores: Tensor) -> Tensor:
-        """Scores of a picture's tokens, from those (B, N) of its patches."""
+        """Scores of a picture's tokens, from the scores (B, N) of its patches."""
         return scores
 
     def attention(self, modality: str, inputs: Mapping[str, Any]) -> Any:
@@ -92,7 +92,7 @@ class TowerFamily(Family):
         states = len(layers) + 1  # hidden state 0 is the embedding, state i the output of layer i-1
         if not isinstance(layer, int) or not -states <= layer < states or layer % states == 0:
             raise UnsupportedModelError(
-                "pruning reads the attention of the layer that makes the features, so "
+                "pruning reads the attention of the feature layer, so "
                 f"vision_feature_layer must be one encoder layer, got {layer!r} with "
                 f"{len(layers)} layers"
             )
@@ -100,7 +100,7 @@ class TowerFamily(Family):
         return own.self_attn if hasattr(own, "self_attn") else own.attention
 
     def extra(self, modality: str, inputs: Mapping[str, Any]) -> int:
-        """Features before the patches: 1 where [CLS] goes to the language model, too."""
+        """Features before the patches: 1 if the language model also reads [CLS]."""
         cls = int(self.has_cls(modality))
         if self.setting("vision_feature_select_strategy", inputs) == "full":
             return cls
@@ -124,7 +124,7 @@ class TowerFamily(Family):
         clock: Clock,
         before: Callable[[Tensor, Tensor], Tensor],
     ) -> Iterator[None]:
-        """While open, `before(features, scores)` changes what the projector is given.
+        """Inside the block, `before(features, scores)` returns the input of the projector.
 
         features: (B, N or 1 + N, C) of the feature layer; scores: (B, N).
         """
@@ -144,7 +144,7 @@ class TowerFamily(Family):
                 handle.remove()
 
     def select(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the budget's patches, and [CLS] where the features begin with it.
+        """Selects patches by the budget, and retains [CLS] if the features begin with it.
 
         Args:
             features: (B, N, C) or (B, 1 + N, C); scores: (B, N).

@@ -1,4 +1,4 @@
-"""What scenes.yaml refers to."""
+"""Functions for scenes.yaml."""
 
 from __future__ import annotations
 

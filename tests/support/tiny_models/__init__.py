@@ -1,7 +1,7 @@
-"""Tiny random models of every family, with prompts for them and a hand-made pruned run.
+"""Tiny random models of every family, with prompts and a separate pruned run.
 
-The hand-made run owes nothing to `vispruner`: attention weights come out of an eager tower, the
-tokens from the reference, and the language model runs on the kept embeddings without a cache.
+The separate run does not use `vispruner`: attention weights come from an eager tower, the tokens
+from the reference, and the language model runs on the retained embeddings without a cache.
 """
 
 from .base import *  # noqa: F403

@@ -1,7 +1,7 @@
-"""Tiny random models of every family, with prompts for them and a hand-made pruned run.
+"""Tiny random models of every family, with prompts and a separate pruned run.
 
-The hand-made run owes nothing to `vispruner`: attention weights come out of an eager tower, the
-tokens from the reference, and the language model runs on the kept embeddings without a cache.
+The separate run does not use `vispruner`: attention weights come from an eager tower, the tokens
+from the reference, and the language model runs on the retained embeddings without a cache.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Row = Sequence[int | Item]
 
 
 def prune(feats: Tensor, scores: Tensor, k: int) -> Tensor:
-    """(B, N) bool of the reference's choice for feats (B, N, C), scores (B, N)."""
+    """(B, N) bool of the reference's selection for feats (B, N, C), scores (B, N)."""
     indices = reference.prune(feats.float(), scores.float(), k).indices
     return torch.zeros(feats.shape[:2], dtype=torch.bool).scatter_(1, indices, True)
 
@@ -75,12 +75,12 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 class Tiny:
-    """A family: builds its model, its prompts and what pruning must come to."""
+    """A family: builds its model, its prompts and the expected results."""
 
     name: ClassVar[str]
     options: ClassVar[dict[str, str]] = {}
     kinds: ClassVar[tuple[str, ...]] = ("image",)
-    #: float64 but for rotary tables and scores; logits are of the order of 1
+    #: float64 except for rotary tables and scores; logits are of order 1
     tolerance: ClassVar[float] = 1e-5
 
     def config(self) -> Any:
@@ -90,7 +90,7 @@ class Tiny:
         raise NotImplementedError
 
     def build(self, dtype: torch.dtype = torch.float64, attention: str = "sdpa") -> Any:
-        """The same weights every time."""
+        """A model with the same weights every time."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             config = self.config()
@@ -102,19 +102,19 @@ class Tiny:
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the grouped product has no float64
         model.generation_config.pad_token_id = PAD
-        model.generation_config.eos_token_id = None  # an answer has the length that was asked for
+        model.generation_config.eos_token_id = None  # answers have the requested length
         return model.to(dtype)
 
     # --------------------------------------------------------------------------------- prompts
     def tokens(self, item: Item) -> list[int]:
-        """What the item looks like in a prompt."""
+        """The item's tokens in a prompt."""
         return [IMAGE if item.kind == "image" else VIDEO] * self.length(item)
 
     def length(self, item: Item) -> int:
         raise NotImplementedError
 
     def media(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Pixels and what goes with them."""
+        """Pixels and their accompanying arguments."""
         raise NotImplementedError
 
     def ids(self, row: Row) -> list[int]:
@@ -125,7 +125,7 @@ class Tiny:
         ]
 
     def inputs(self, rows: Sequence[Row], side: str = "left") -> dict[str, Any]:
-        """What a processor makes of a batch."""
+        """The processor's output for a batch."""
         lists = [self.ids(row) for row in rows]
         width = max(map(len, lists))
         padded, mask = [], []
@@ -141,13 +141,13 @@ class Tiny:
     def typed(self, ids: Tensor) -> dict[str, Tensor]:
         return {}
 
-    # ------------------------------------------------------------------------ the hand-made run
+    # ------------------------------------------------------------------------ the separate run
     def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
-        """(T,) bool over the item's placeholders and (T', C) features of the kept ones."""
+        """(T,) bool over the item's placeholders, and (T', C) features of the retained ones."""
         raise NotImplementedError
 
     def chosen(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
-        """`choose`, once for each item."""
+        """`choose`, cached per item."""
         known = self.__dict__.setdefault("_chosen", {})
         if (item, k) not in known:
             with torch.no_grad():
@@ -155,7 +155,7 @@ class Tiny:
         return known[item, k]
 
     def mask(self, model: Any, ids: Tensor, embeds: Tensor) -> Any:
-        """The attention mask of the kept prompt, ids (1, W), and what comes after it."""
+        """The attention mask of the shortened prompt, ids (1, W), and of the answer."""
         return torch.ones(embeds.shape[:2], dtype=torch.long)
 
     def reader(self, model: Any) -> Any:
@@ -165,12 +165,12 @@ class Tiny:
     def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
         return None
 
-    def places(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
-        """(3, 1, L) positions of the unpruned prompt, None where tokens are counted anew."""
+    def positions(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
+        """(3, 1, L) positions of the unpruned prompt, None where positions are consecutive."""
         return None
 
     def logits(self, model: Any, row: Row, k: int, answer: Sequence[int]) -> Tensor:
-        """(T, V) logits of the kept prompt and the answer, without a cache.
+        """(T, V) logits of the shortened prompt and the answer, without a cache.
 
         Args:
             model: an unpruned model.
@@ -179,7 +179,7 @@ class Tiny:
         items = [part for part in row if isinstance(part, Item)]
         embeds = model.get_input_embeddings()(ids).clone()
         keep = torch.ones(ids.shape[1], dtype=torch.bool)
-        places = self.places(model, ids, row)
+        places = self.positions(model, ids, row)
         deep: list[list[Tensor]] = []
         start = 0
         for part in row:
@@ -374,7 +374,7 @@ class LlavaOnevision(LlavaNext):
         return noise(100 + item.number, 2, 3, 84, 84)
 
     def pooled(self, item: Item, grid: Tensor) -> Tensor:
-        """The model's own shrinking of a large (H, W) map."""
+        """Shrinks a large (H, W) map as the model does."""
         high, wide = grid.shape
         ratio = math.sqrt(high * wide / (2 * 36))
         if ratio <= 1.1:
@@ -478,7 +478,7 @@ _VIDEO_GRIDS = [(3, 4, 6), (2, 6, 4)]
 class Qwen(Tiny):
     kinds = ("image", "video")
     patch = 14
-    separate_frames = False  # each frame between start and end tokens of its own
+    separate_frames = False  # whether each frame has separate start and end tokens
 
     def text(self) -> dict[str, Any]:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -523,7 +523,7 @@ class Qwen(Tiny):
     def typed(self, ids: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
-    def places(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
+    def positions(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
         items = [part for part in row if isinstance(part, Item)]
         grids = {k: v for k, v in self.media(items).items() if k.endswith("grid_thw")}
         kinds = self.typed(ids)["mm_token_type_ids"]

@@ -55,7 +55,7 @@ class Gemma3(Tiny):
         return keep[0], tokens[keep]
 
     def mask(self, model: Any, ids: Tensor, embeds: Tensor) -> Any:
-        """Causal, but tokens of one image see each other; sliding and full alike at this length."""
+        """Causal, but bidirectional within an image; sliding and full attention are equal here."""
         visual = ids[0] == IMAGE
         run = (visual & ~F.pad(visual[:-1], (1, 0))).cumsum(0).masked_fill(~visual, -1)
         length = embeds.shape[1]

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: patches folded 2 x 2 into tokens; rows are filled up with zeros."""
+"""Idefics3 and SmolVLM: tokens of 2 x 2 patches; rows are padded with zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: images as LLaVA-NeXT, frames pooled 2 x 2 before the projector."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT, frames pooled 2 x 2 before the projector."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Writes gpu_verified.json from the logs of gpu_check.sh, after each of its steps.
 
-Depends on the standard library alone: it has to be quick, and to work when the build failed. Exits
-with 1 unless all is clean.
+Uses only the standard library, to be fast and to work when the build failed. Exits with 1 unless
+the run is clean.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-#: Steps that decide whether a run is clean. Benchmarks may be cut short.
+#: Steps that decide whether a run is clean. Benchmarks do not.
 DECISIVE = ("build", "verify", "tests", "stress")
-#: Decisive, too, where the machine lets compute-sanitizer run.
+#: Also decisive, where compute-sanitizer can run.
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 UNAVAILABLE = "unavailable"
 
-# What pytest prints for a test that has passed, ...
+# pytest's letters for test results.
 _LETTERS = {"passed": ".", "failed": "F", "error": "E", "skipped": "s"}
 
 
 def counts(log: str) -> dict[str, int]:
-    """passed, failed, errors and skipped of pytest's closing line; without one, those so far."""
+    """passed, failed, errors and skipped in pytest's last line; without one, those so far."""
     closing = [line for line in log.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     if closing:
         numbers = re.findall(r"(\d+) (passed|failed|error|skipped)", closing[-1])
@@ -40,7 +40,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    """The content of a file; None if there is none, or not all of it."""
+    """The content of a file, None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -48,13 +48,13 @@ def _json(path: Path) -> Any:
 
 
 def status(logs: Path, step: str) -> int | str | None:
-    """The exit status of a step, "unavailable", "stopped" or "not run"; None before its end."""
+    """The exit status of a step, "unavailable", "stopped" or "not run"; None if unfinished."""
     text = _text(logs / f"{step}.status").strip()
     return int(text) if text.isdigit() else text or None
 
 
 def sanitizer(logs: Path, tool: str) -> dict[str, Any]:
-    """How a tool of compute-sanitizer went: its status, and its summary or why it has none."""
+    """Status of a tool of compute-sanitizer, and its summary or the reason for having none."""
     log = _text(logs / f"{tool}.log")
     found = {"status": status(logs, tool), "summary": ""}
     if found["status"] == UNAVAILABLE:
@@ -63,7 +63,7 @@ def sanitizer(logs: Path, tool: str) -> dict[str, Any]:
 
 
 def verified(path: Path) -> dict[str, Any] | None:
-    """The sums of vispruner_verify.json."""
+    """Totals of vispruner_verify.json."""
     data = _json(path)
     if data is None:
         return None
@@ -77,7 +77,7 @@ def verified(path: Path) -> dict[str, Any] | None:
 
 
 def report(logs: Path, out: Path) -> dict[str, Any]:
-    """What gpu_verified.json says of a run, as far as it has come."""
+    """The content of gpu_verified.json, for the run so far."""
     described = _json(logs / "provenance.json") or {"device": {}, "versions": {}}
     gpu = described["device"].get("gpu") or {}
     stress = [line for line in _text(logs / "stress.log").splitlines() if line.startswith("{")]
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.out / ("gpu_dry_run.json" if arguments.dry_run else "gpu_verified.json")
     written = path.with_suffix(".json.new")
     written.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(written, path)  # never half a file
+    os.replace(written, path)  # so that an interrupted run leaves no partial file
     if arguments.quiet:
         return 0
     print(path)

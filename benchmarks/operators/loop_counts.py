@@ -1,41 +1,34 @@
-"""What the dedup loop meets on features of several kinds: results/loop_counts.json.
+"""Counts the work of the dedup loop on features of several kinds: results/loop_counts.json.
 
-The kernels' design rests on two counts (docs/performance.md), which no clock is needed for:
+The kernels' design rests on two counts (docs/performance.md), which need no clock:
 
-- in how many rounds a token of A has nobody of B in its neighbour list, by the length of the lists;
-- how many tokens share a bucket when A is ranked, by the rule that buckets follow: steps of the
-  longest chain that the 32 lanes of a warp walk, on average over the rounds.
+- the number of rounds in which a token of A has no token of B in its neighbour list, by list
+  length;
+- the number of tokens that share a bucket when A is ranked, by bucket rule: steps of the longest
+  chain that the 32 lanes of a warp walk, averaged over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 
 import provenance
 import torch
-import workloads
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 import vispruner_cuda
 
+from . import workloads
+
 STEP = 8
 LIST_LENGTHS = (24, 32, 64)
-FEW_TOKENS = 96  # A is not put into buckets up to here
+FEW_TOKENS = 96  # up to here A is not put into buckets
 SIZES = ((576, 1024, 64), (4096, 256, 410))  # tokens, channels, k
-
-
-def features(kind: str, tokens: int, channels: int, seed: int) -> Tensor:
-    """(N, C)"""
-    if kind != "near duplicates":
-        return workloads.make_feats(kind, 1, tokens, channels, seed=seed)[0]
-    g = torch.Generator().manual_seed(seed)
-    originals = torch.randn((tokens // 8, channels), generator=g)
-    which = torch.randint(len(originals), (tokens,), generator=g)
-    return originals[which] + 0.05 * torch.randn((tokens, channels), generator=g)
 
 
 def equal_widths(buckets: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -80,7 +73,7 @@ def rounds(cosines: Tensor, diverse: int) -> Iterator[tuple[Tensor, Tensor, Tens
 
 
 def longest_chains(buckets: Tensor) -> float:
-    """Mean over warps of the most tokens that share a bucket with one of its lanes' tokens."""
+    """Mean over warps of the largest bucket that one of its lanes' tokens is in."""
     shared = buckets.bincount()[buckets]
     return float(torch.stack([lanes.max() for lanes in shared.split(32)]).float().mean())
 
@@ -108,25 +101,27 @@ def count(feats: Tensor, k: int) -> dict[str, float]:
         before = keys
     counts: dict[str, float] = {"rounds": total}
     counts |= {f"rounds with a scan, lists of {length}": n for length, n in scans.items()}
-    counts |= {f"chain, {rule}": sum(own) / len(own) for rule, own in chains.items()}
+    counts |= {f"chain, {rule}": statistics.mean(lengths) for rule, lengths in chains.items()}
     return counts
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=8, help="images of each kind and size")
+    parser = argparse.ArgumentParser(
+        prog="python -m operators.loop_counts", description=str(__doc__).splitlines()[0]
+    )
+    parser.add_argument("--images", type=int, default=8, help="images per kind and size")
     options = parser.parse_args()
     console = Console(stderr=True)
-    cases = [(kind, *size) for size in SIZES for kind in (*workloads.KINDS, "near duplicates")]
+    cases = [(kind, *size) for size in SIZES for kind in workloads.KINDS]
     results = []
     for kind, tokens, channels, k in track(cases, "features", console=console):
-        own = [
-            count(features(kind, tokens, channels, seed), k)
+        counts = [
+            count(workloads.make_feats(kind, 1, tokens, channels, seed)[0], k)
             for seed in range(options.images if tokens < 1000 else max(1, options.images // 8))
         ]
-        means = {name: round(sum(c[name] for c in own) / len(own), 1) for name in own[0]}
+        means = {name: round(sum(c[name] for c in counts) / len(counts), 1) for name in counts[0]}
         case = {"features": kind, "tokens": tokens, "channels": channels, "k": k}
-        results.append({**case, "images": len(own), "counts": means})
+        results.append({**case, "images": len(counts), "counts": means})
     path = provenance.write("loop_counts", {"setup": {"step": STEP}, "results": results})
     console.print(f"wrote {path}")
     return 0

@@ -1,16 +1,16 @@
-"""How much of the choice of tokens survives a rounding error: results/rounding_sensitivity.json.
+"""Measures how much of the selection survives a rounding error: results/rounding_sensitivity.json.
 
 Runs the eager loop of the method (baselines.py) in float64, in float32, in float32 with the
 channels in reversed order (the same sums in another order) and in bfloat16, and the canonical
-numerics of this project, all on the same features, and compares what they keep:
+numerics of this project, all on the same features, and compares the retained tokens:
 
 - agreement with the float64 loop, of the important and of the diverse half, and the share of
-  images on which nothing differs;
-- coverage: the mean over dropped tokens of the best cosine to a kept one (float64), which is what
-  the loop is for, against a random choice of the diverse half.
+  images with identical results;
+- coverage: the mean over dropped tokens of the best cosine to a retained one (float64), which the
+  loop is meant to maximize, compared with a random choice of the diverse half.
 
-Features are random, clustered, smooth, and those of drawn scenes under the embedded model's tower.
-A ninth of the tokens is kept, as 64 of LLaVA-1.5's 576.
+Features are random, clustered, smooth, and those of drawn scenes in the embedded model's tower.
+One ninth of the tokens is retained, like 64 of LLaVA-1.5's 576.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import baselines
 import provenance
 import torch
 import torch.nn.functional as F
-import workloads
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 import vispruner_cuda
 
+from . import baselines, workloads
+
+FEATURES = ("random", "clustered", "smooth")
 RATIO = 0.5
-SHARE = 1 / 9  # of the tokens is kept
+SHARE = 1 / 9  # of the tokens is retained
 BASE = "loop, float64"
 
 
@@ -70,12 +71,12 @@ def _share(a: set[int], b: set[int]) -> float:
     return len(a & b) / max(1, len(a))
 
 
-def coverage(feats: Tensor, kept: Tensor) -> float:
-    """Mean over dropped tokens of the best cosine to a kept one."""
+def coverage(feats: Tensor, retained: Tensor) -> float:
+    """Mean over dropped tokens of the best cosine to a retained one."""
     unit = F.normalize(feats.double(), dim=-1)
     dropped = torch.ones(len(feats), dtype=torch.bool)
-    dropped[kept] = False
-    return float((unit[dropped] @ unit[kept].T).amax(dim=1).mean())
+    dropped[retained] = False
+    return float((unit[dropped] @ unit[retained].T).amax(dim=1).mean())
 
 
 def compare(feats: Tensor, scores: Tensor, k: int, seed: int) -> dict[str, dict[str, float]]:
@@ -139,12 +140,15 @@ def mean(rows: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=32, help="images of each kind")
-    parser.add_argument("--quick", action="store_true", help="2 images of each kind, no file")
+    parser = argparse.ArgumentParser(
+        prog="python -m operators.rounding_sensitivity",
+        description=str(__doc__).splitlines()[0],
+    )
+    parser.add_argument("--images", type=int, default=32, help="images per kind")
+    parser.add_argument("--quick", action="store_true", help="2 images per kind, no file")
     options = parser.parse_args()
     images = 2 if options.quick else options.images
-    sources = {kind: synthetic(kind, images) for kind in workloads.KINDS}
+    sources = {kind: synthetic(kind, images) for kind in FEATURES}
     sources["drawn scenes"] = drawn_scenes(images)
 
     console = Console(stderr=True)

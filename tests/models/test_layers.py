@@ -1,4 +1,4 @@
-"""How python/vispruner is laid out: who may import whom, and how long a file may be."""
+"""Layout of python/vispruner: allowed imports, and the length of files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2] / "python" / "vispruner"
 
-#: The rooms, lowest first: each uses those before it, whether at once or inside a function.
+#: Layers, lowest first. Each imports only earlier ones, at module level or inside a function.
 ORDER = (
     "methods", "releases", "clock", "selection", "taps", "report", "models", "hf", "phases",
     "shapes", "flops", "clip", "embedded", "lmms_eval", "vllm", "cli",
 )  # fmt: skip
-LONGEST = 350  # lines of a file of the transformers side
+LONGEST = 350  # lines per file, except in vllm and embedded
 
 
 def module_of(path: Path) -> str:
@@ -24,7 +24,7 @@ MODULES = {module_of(path): path for path in ROOT.rglob("*.py")}
 
 
 def imports(module: str) -> set[str]:
-    """Modules of the package that one imports, anywhere in its text but for type checking."""
+    """Modules of the package that a module imports anywhere, except for type checking only."""
     path = MODULES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     tree = ast.parse(path.read_text())
@@ -46,14 +46,14 @@ def imports(module: str) -> set[str]:
     return found - {module, ""}
 
 
-def test_no_circles() -> None:
+def test_no_import_cycles() -> None:
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join([*path, module])
         if module not in done:
             for other in sorted(imports(module)):
-                # A package's own modules make it up; what it exports is no arrow back.
+                # A submodule may import from its own package.
                 if not module.startswith(f"{other}."):
                     visit(other, (*path, module))
             done.add(module)
@@ -62,12 +62,12 @@ def test_no_circles() -> None:
         visit(module, ())
 
 
-def test_no_arrow_runs_back_up() -> None:
+def test_no_upward_imports() -> None:
     for module in filter(None, MODULES):
-        room = module.split(".")[0]
+        layer = module.split(".")[0]
         for other in imports(module):
             target = other.split(".")[0]
-            assert target == room or ORDER.index(target) < ORDER.index(room), (module, other)
+            assert target == layer or ORDER.index(target) < ORDER.index(layer), (module, other)
 
 
 def test_files_stay_short() -> None:

@@ -1,7 +1,7 @@
-"""Draws the scaling curves of results/kernels.json: docs/performance_NAME.svg, one for each curve.
+"""Draws the scaling curves of results/kernels.json, each as docs/performance_NAME.svg.
 
-Time of the operators against tokens, images and so on, with the baselines measured in the same run
-and the floor.
+Time of the operators against tokens, images and so on, with the floor and the baselines measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import provenance
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[1]
 NUMERIC = ("tokens", "images", "k", "channels")
 
 
@@ -35,7 +35,7 @@ def draw(name: str, rows: Sequence[dict[str, Any]], where: str, path: Path) -> N
         known = [(a, b) for a, b in points if b]
         axes.plot(*zip(*known, strict=True), ".--", label=baseline)
     axes.plot(x, [max(row["floor_us"].values()) for row in rows], "k:", label="floor")
-    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="microseconds a call", title=where)
+    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="microseconds per call", title=where)
     axes.set_xticks(x, [str(value) for value in x])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -45,12 +45,16 @@ def draw(name: str, rows: Sequence[dict[str, Any]], where: str, path: Path) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/kernels.json")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs", help="directory")
+    parser = argparse.ArgumentParser(
+        prog="python -m operators.plots", description=str(__doc__).splitlines()[0]
+    )
+    parser.add_argument("--results", type=Path, default=provenance.RESULTS / "kernels.json")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=provenance.ROOT / "docs", help="directory"
+    )
     arguments = parser.parse_args(argv)
     if not arguments.results.exists():
-        parser.error(f"{arguments.results} does not exist: run operators_gpu.py on a GPU")
+        parser.error(f"{arguments.results} does not exist: run operators.gpu on a GPU")
     data = json.loads(arguments.results.read_text())
     gpu = data["device"]["gpu"] or {"name": "CPU, dry run"}
     for name, rows in data["curves"].items():

@@ -1,9 +1,9 @@
 """Measures the CPU operators against eager PyTorch and writes results/cpu.json.
 
 All candidates of a case run in one process on the same tensors, interleaved round by round, so
-that a slow moment of the machine hits all of them; the table has medians. Before timing, every
+that a slow moment of the machine affects all of them; the table has medians. Before timing, every
 operator is compared with the reference. Extra memory is the growth of the peak resident set over
-one `prune` call in a process of its own.
+one `prune` call in a fresh process.
 """
 
 from __future__ import annotations
@@ -18,86 +18,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import baselines
 import provenance
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from workloads import CASES, Case
 
 import vispruner_cuda
 
+from . import baselines
+from .workloads import CPU_CASES, CPU_MEMORY_CASES, Case
+
 OPERATOR = "vispruner_cuda"
-MEMORY_CASES = (
-    Case("prune", 1, 576),
-    Case("prune", 1, 576, "bfloat16"),
-    Case("prune", 1, 2880),
-    Case("prune", 1, 2880, "bfloat16"),
-)
 
 
 def candidates(case: Case) -> dict[str, Callable[[], Any]]:
     """The operator and its baselines as functions without arguments."""
-    if case.op.endswith("attention"):
-        return _score_candidates(case)
-    feats, attn = case.tensors()
-    k = case.k
+    x = case.inputs()
+    found = {OPERATOR: case.call(x)}
     if case.op == "prune":
-        found: dict[str, Callable[[], Any]] = {
-            OPERATOR: lambda: vispruner_cuda.prune(feats, attn, k),
-            "eager loop": lambda: baselines.prune_each(feats, attn, k),
-        }
+        found["eager loop"] = lambda: baselines.prune_each(x["feats"], x["attn"], case.k)
         if case.images > 1:
-            found["eager loop, batched"] = lambda: baselines.prune_batched(feats, attn, k)
+            found["eager loop, batched"] = case.call(x, baselines)
         return found
-    if case.op == "topk":
-        return {
-            OPERATOR: lambda: vispruner_cuda.topk(attn, k),
-            "mean, torch.topk": lambda: baselines.topk(attn, k),
-        }
-    if case.op == "pairwise_cosine":
-        return {
-            OPERATOR: lambda: vispruner_cuda.pairwise_cosine(feats),
-            "normalize, matmul": lambda: baselines.pairwise_cosine(feats),
-        }
-    return {
-        OPERATOR: lambda: vispruner_cuda.dedup(feats, k),
-        "eager loop": lambda: baselines.dedup(feats, k),
-    }
-
-
-def _score_candidates(case: Case) -> dict[str, Callable[[], Any]]:
-    scale = case.channels**-0.5
-    q, k = case.queries_and_keys()
-    own, baseline = (getattr(module, case.op) for module in (vispruner_cuda, baselines))
-    found = {OPERATOR: lambda: own(q, k, scale), "softmax of q k": lambda: baseline(q, k, scale)}
+    names = {"topk": "mean, torch.topk", "pairwise_cosine": "normalize, matmul",
+             "dedup": "eager loop"}  # fmt: skip
+    found[names.get(case.op, "softmax of q k")] = case.call(x, baselines)
     if case.op == "received_attention":
-        # Not the scores, but what the tower's own attention costs.
-        q4, k4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
-        found["one SDPA forward"] = lambda: F.scaled_dot_product_attention(q4, k4, k4)
+        # For comparison: the cost of the tower's attention, which gives no scores.
+        q, k = (x[name].transpose(0, 1).unsqueeze(0) for name in ("q", "k"))
+        found["one SDPA forward"] = lambda: F.scaled_dot_product_attention(q, k, k)
     return found
 
 
 def check(case: Case) -> None:
-    """The operator against the reference: bit for bit, or as near as scores are."""
-    reference = vispruner_cuda.reference
-    if case.op.endswith("attention"):
-        q, k = case.queries_and_keys()
-        scores = [getattr(m, case.op)(q, k, 0.1) for m in (vispruner_cuda, reference)]
-        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-7)
+    """Compares the operator with the reference: bit for bit, scores within a tolerance."""
+    x = case.inputs()
+    got, want = (case.call(x, module)() for module in (vispruner_cuda, vispruner_cuda.reference))
+    if case.is_score:
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-7)
         return
-    feats, attn = case.tensors()
-    got: Any
-    want: Any
-    if case.op == "prune":
-        got, want = (module.prune(feats, attn, case.k) for module in (vispruner_cuda, reference))
-    elif case.op == "topk":
-        got, want = (module.topk(attn, case.k) for module in (vispruner_cuda, reference))
-    elif case.op == "pairwise_cosine":
-        got, want = ([m.pairwise_cosine(feats)] for m in (vispruner_cuda, reference))
-    else:
-        got, want = ([m.dedup(feats, case.k)] for m in (vispruner_cuda, reference))
+    if isinstance(got, torch.Tensor):
+        got, want = (got,), (want,)
     if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
         raise SystemExit(f"{case.name}: the operator and the reference differ")
 
@@ -148,9 +110,10 @@ def _status(field: str) -> int:
 
 def peak_growth(case: Case) -> int:
     """Growth of the peak resident set over the first call of this size in this process."""
-    feats, attn = case.tensors()
+    x = case.inputs()
+    feats, attn = x["feats"], x["attn"]
     vispruner_cuda.prune(feats[:, :96].clone(), attn[..., :96].clone(), 8)  # threads and code
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status("VmHWM")
     vispruner_cuda.prune(feats, attn, case.k)
     return _status("VmHWM") - before
@@ -158,8 +121,10 @@ def peak_growth(case: Case) -> int:
 
 def memory(case: Case, threads: int) -> dict[str, Any]:
     """Extra memory of one call, measured in a fresh process."""
-    command = [sys.executable, __file__, "--memory-of", case.name, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "operators.cpu", "--memory-of", case.name]
+    command += ["--threads", str(threads)]
+    folder = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     extra = int(done.stdout)
     residual = case.tokens - case.k // 2
     feats = case.images * case.tokens * case.channels * (4 if case.dtype == "float32" else 2)
@@ -174,18 +139,20 @@ def memory(case: Case, threads: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m operators.cpu", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small cases; no file")
     parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        (case,) = (c for c in MEMORY_CASES if c.name == options.memory_of)
+        (case,) = (c for c in CPU_MEMORY_CASES if c.name == options.memory_of)
         print(peak_growth(case))
         return 0
 
-    cases = [c for c in CASES if not options.quick or c.tokens <= 576]
+    cases = [c for c in CPU_CASES if not options.quick or c.tokens <= 576]
     rounds = {c: 3 if options.quick else c.rounds for c in cases}
     speed = []
     console = Console(stderr=True)
@@ -201,7 +168,7 @@ def main() -> int:
                 f"{row['speedup']}x (minima: {row['speedup_of_minima']}x)"
             )
     extra = [
-        memory(c, options.threads) for c in MEMORY_CASES if not options.quick or c.tokens < 1000
+        memory(c, options.threads) for c in CPU_MEMORY_CASES if not options.quick or c.tokens < 1000
     ]
     for row in extra:
         console.print(json.dumps(row))

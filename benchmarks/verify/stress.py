@@ -1,6 +1,6 @@
-"""Repetition on one GPU: the same tokens a thousand times, in any batch, stream, thread and graph.
+"""Checks on a GPU that repeated calls return equal tokens, in any batch, stream, thread and graph.
 
-Prints one JSON object: what was repeated how often, and what differed (nothing may).
+Prints one JSON object: the number of repetitions of each kind, and the kinds that differed.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     static = [t.clone() for t in images[0]]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = vispruner_cuda.prune(static[0], static[1], K)
+        captured = vispruner_cuda.prune(static[0], static[1], K)
     for i in range(100):
         for to, new in zip(static, images[i % 8], strict=True):
             to.copy_(new)
         graph.replay()
-        check("graph replay", kept.indices[0], expected[i % 8])
+        check("graph replay", captured.indices[0], expected[i % 8])
 
     compiled = torch.compile(
         lambda f, a: vispruner_cuda.prune(f * 1, a, K).indices, mode="reduce-overhead"

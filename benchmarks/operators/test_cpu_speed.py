@@ -1,6 +1,6 @@
 """CPU operators and their eager baselines under pytest-benchmark: `make bench`.
 
-operators_cpu.py measures the same cases interleaved, for the tables in the documentation.
+cpu.py measures the same cases interleaved, for the tables in the documentation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest's importlib mode does not
 
-from operators_cpu import OPERATOR, candidates, check
-from workloads import CASES, Case
+from operators.cpu import OPERATOR, candidates, check
+from operators.workloads import CPU_CASES, Case
 
-PAIRS = [(case, name) for case in CASES for name in candidates(Case(case.op, case.images, 4))]
+PAIRS = [(case, name) for case in CPU_CASES for name in candidates(Case(case.op, case.images, 4))]
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
-"""The method as plain PyTorch programs, to measure the operators against.
+"""The method in plain PyTorch: the baselines of the operators, under the same names.
 
 Written from the description of the method (docs/numerics.md, "The method"), with the steps and the
 dtype handling of an ordinary eager implementation: features are normalized once in their own
-dtype, every round multiplies A with B and sorts. Lists of odd length are split by this project's
-rule. Nothing here is canonical: run twice in different precision, it keeps different tokens, which
-benchmarks/rounding_sensitivity.py measures.
+dtype, and every round multiplies A with B and sorts. Lists of odd length are split by this
+project's rule. Nothing here is canonical: in another precision it retains other tokens, which
+rounding_sensitivity.py measures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def dedup_list(normalized: Tensor, residual: Tensor, keep: int, step: int = 8) -
     Args:
         normalized: (N, C) unit features.
         residual: (R,) token indices in ranking order.
-        keep: tokens to leave.
+        keep: number of tokens to retain.
 
     Returns:
         (min(keep, R),) token indices.
@@ -42,7 +42,7 @@ def dedup_list(normalized: Tensor, residual: Tensor, keep: int, step: int = 8) -
 def prune_one(
     feats: Tensor, scores: Tensor, k: int, important_ratio: float = 0.5, step: int = 8
 ) -> Tensor:
-    """Kept token indices of one image, ascending: feats (N, C), scores (N,)."""
+    """Retained token indices of one image, ascending: feats (N, C), scores (N,)."""
     if k >= len(scores):
         return torch.arange(len(scores), device=scores.device)
     ranking = scores.argsort(descending=True)
@@ -57,17 +57,17 @@ def prune_one(
 def prune_each(
     feats: Tensor, cls_attn: Tensor, k: int, *, important_ratio: float = 0.5, step: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """The eager loop, one image after the other: (features, indices) as `prune` returns them."""
+    """The eager loop, one image after another: (features, indices) as `prune` returns them."""
     scores = mean_scores(cls_attn)
     images = zip(feats, scores, strict=True)
     indices = torch.stack([prune_one(x, s, k, important_ratio, step) for x, s in images])
     return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])), indices
 
 
-def prune_batched(
+def prune(
     feats: Tensor, cls_attn: Tensor, k: int, *, important_ratio: float = 0.5, step: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """The eager loop on all images at once: every list has the same length."""
+    """The eager loop on all images at once; every list has the same length."""
     scores = mean_scores(cls_attn)
     k_important = int(k * important_ratio)
     ranking = scores.argsort(dim=1, descending=True)
@@ -104,7 +104,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
-    """The loop alone, on tokens in ranking order."""
+    """The loop without ranking, on tokens in ranking order."""
     order = torch.arange(feats.shape[1], device=feats.device)
     kept = [dedup_list(F.normalize(x, dim=-1), order, k, step).sort().values for x in feats]
     return torch.stack(kept)
@@ -117,6 +117,6 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """(T,) scores of one image from q and k (T, H, D), through the whole attention matrix."""
+    """(T,) scores of one image from q and k (T, H, D), with the whole attention matrix."""
     logits = q.transpose(0, 1) @ k.permute(1, 2, 0) * scale
     return logits.softmax(-1).float().mean((0, 1))

@@ -1,13 +1,13 @@
-"""Whole models with and without pruning: latency by phase, operations, peak memory.
+"""Measures whole models with and without pruning: latency by phase, operations, peak memory.
 
-Models have their published sizes and random weights, so that nothing is downloaded: speed does not
-depend on what the weights say. `--small` shrinks encoder and language model alike and keeps the
-number of visual tokens, for machines without a GPU. Every combination runs in turn with the others
-of its model and batch, so that a machine that slows down slows all of them.
+Models have their published sizes and random weights, so nothing is downloaded; speed does not
+depend on the values of the weights. `--small` shrinks encoder and language model but not the number
+of visual tokens, for machines without a GPU. The variants of a model and batch take turns, so that
+a machine that slows down slows all of them.
 
-Beside pruning itself: the unpruned model; the same prompt as pruned, handed to the language model
-for free ("free"); and what a plain implementation of the method pays to choose, a tower switched to
-eager attention for its attention weights, and the loop in eager PyTorch ("plain").
+Pruning is compared with the unpruned model; with a prompt of the pruned length whose tokens cost
+nothing to select ("free"); and with a plain implementation of the method, which switches the tower
+to eager attention for its attention weights and runs the loop in eager PyTorch ("plain").
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import baselines
 import provenance
 import torch
+from operators import baselines
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -56,7 +56,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, small: bool) -
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    model.generation_config.eos_token_id = None  # an answer has the length that was asked for
+    model.generation_config.eos_token_id = None  # answers have the requested length
     model.generation_config.pad_token_id = 0
     return model
 
@@ -64,7 +64,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, small: bool) -
 def prompt(
     model: Any, batch: int, image_size: tuple[int, int], text: int
 ) -> tuple[dict[str, Any], int]:
-    """A call of generate with one picture a row, and the visual tokens of each."""
+    """Arguments of `generate` with one image per row, and the visual tokens per image."""
     from vispruner.models import family_of
     from vispruner.selection import Budget
 
@@ -89,7 +89,7 @@ def prompt(
 
 
 class Case:
-    """One model and batch: how its ways of answering run."""
+    """One model and batch, and the variants that are measured on it."""
 
     def __init__(self, model: Any, call: dict[str, Any], new_tokens: int) -> None:
         self.model, self.call = model, call
@@ -114,7 +114,7 @@ class Case:
         return run
 
     def free(self, k: int) -> Callable[[], dict[str, float]]:
-        """The unpruned encoder, and a prompt of the length that pruning leaves, given for free."""
+        """The unpruned encoder, and a prompt of the pruned length that costs nothing to make."""
         with torch.no_grad(), vispruner.apply(self.model, k=k):
             ready = vispruner.prepare(self.model, self.call)
         names = ("inputs_embeds", "attention_mask")
@@ -137,7 +137,7 @@ class Case:
         return run
 
     def plain(self, k: int) -> Callable[[], dict[str, float]] | None:
-        """The tower in eager attention with all its weights, and the loop; LLaVA only."""
+        """The tower in eager attention with its attention weights, and the loop; LLaVA only."""
         if "image_grid_thw" in self.call:
             return None
         tower = self.model.base_model.vision_tower
@@ -163,14 +163,14 @@ class Case:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, after the device has caught up."""
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def operations(model: Any, call: dict[str, Any], k: int | None) -> int:
-    """Of encoder and language model until the first token of the answer, by torch's counter."""
+    """Operations of encoder and language model up to the first token, by torch's counter."""
     with FlopCounterMode(display=False) as counter:
         if k is None:
             model.generate(**call, max_new_tokens=1, do_sample=False)
@@ -181,7 +181,7 @@ def operations(model: Any, call: dict[str, Any], k: int | None) -> int:
 
 
 def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int | None:
-    """Most memory of the device in use during a run, weights included; None on the CPU."""
+    """Peak memory of the device during a run, weights included; None on the CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -192,7 +192,7 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int | None:
 
 
 def first_token(phases: dict[str, float]) -> float:
-    """Milliseconds until the first token of the answer."""
+    """Milliseconds to the first token of the answer."""
     return sum(value for name, value in phases.items() if name != "decode")
 
 
@@ -214,11 +214,11 @@ def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[
             ways[f"plain k={one}"] = plain
         times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         runs = bar.add_task(f"{name}, batch {batch}", total=(options.runs + 1) * len(ways))
-        for turn in range(options.runs + 1):
+        for repeat in range(options.runs + 1):
             for way, run in ways.items():
                 spent = run()
                 bar.advance(runs)
-                if turn:  # the first one warms up
+                if repeat:  # the first one warms up
                     times[way].append(spent)
         bar.remove_task(runs)
         for way, run in ways.items():
@@ -268,28 +268,39 @@ def _size(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
+        prog="python -m models.end_to_end",
         description=str(__doc__).split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--models", nargs="+", choices=list(shapes.MODELS), default=list(MODELS), metavar="NAME",
-        help=f"of {', '.join(shapes.MODELS)}")  # fmt: skip
-    add("--k", nargs="+", type=int, default=[576, 192, 128, 64, 32], help="tokens kept a picture")
-    add("--baseline-k", type=int, default=64, help="the k of the rows 'free' and 'plain'")
-    add("--batch", nargs="+", type=int, default=[1, 8, 32], help="prompts in a batch")
+        help=f"out of {', '.join(shapes.MODELS)}")  # fmt: skip
+    add(
+        "--k",
+        nargs="+",
+        type=int,
+        default=[576, 192, 128, 64, 32],
+        help="retained tokens per image",
+    )
+    add("--baseline-k", type=int, default=64, help="k of the rows 'free' and 'plain'")
+    add("--batch", nargs="+", type=int, default=[1, 8, 32], help="prompts per batch")
     add("--most-tokens", type=int, default=10**6, metavar="TOKENS",
-        help="leave out batches with more visual tokens than this")  # fmt: skip
-    add("--image-size", type=_size, default="672x672", metavar="WxH", help="pixels of a picture")
+        help="skip batches with more visual tokens")  # fmt: skip
+    add("--image-size", type=_size, default="672x672", metavar="WxH", help="pixels of an image")
     add("--text-tokens", type=int, default=64, help="all other tokens of a prompt")
     add("--new-tokens", type=int, default=32, help="tokens of an answer")
-    add("--runs", type=int, default=5, help="timed runs after one to warm up")
-    add("--small", action="store_true", help="shrink the models, not their visual tokens")
+    add("--runs", type=int, default=5, help="timed runs, after one warm-up")
+    add(
+        "--small",
+        action="store_true",
+        help="shrink the models, but not the number of visual tokens",
+    )
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32", help="of the model")
     add("-o", "--output", type=Path, metavar="JSON",
         default=provenance.RESULTS / f"end_to_end_{'gpu' if cuda else 'cpu'}.json",
-        help="where the result goes")  # fmt: skip
+        help="results file")  # fmt: skip
     options = parser.parse_args(arguments)
 
     import transformers
@@ -303,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress(console=console, transient=True) as bar:
         for name in bar.track(options.models, description="models"):
             rows += measure(name, options, bar)
-            # After each model: a run that is cut off leaves what it has.
+            # After each model, so that an interrupted run leaves a file.
             provenance.write(
                 options.output.stem,
                 {"setup": {**setup, "transformers": transformers.__version__}, "rows": rows},

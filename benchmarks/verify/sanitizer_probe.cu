@@ -1,5 +1,5 @@
-// A kernel with a fault, in the namespace of the kernels of this library: compute-sanitizer works on
-// a machine, and its filter matches these kernels, if memcheck finds the fault (gpu_check.sh).
+// A faulty kernel in the namespace of this library's kernels: if memcheck finds the error, then
+// compute-sanitizer works on this machine and its filter matches these kernels (gpu_check.sh).
 #include <cuda_runtime.h>
 
 namespace vispruner::cuda {

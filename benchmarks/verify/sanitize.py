@@ -1,6 +1,6 @@
-"""A small but complete set of calls for compute-sanitizer: every kernel, plan, dtype and odd size.
+"""A small but complete set of calls for compute-sanitizer: all kernels, plans, dtypes, odd sizes.
 
-compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool memcheck python benchmarks/verify/sanitize.py
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def main() -> None:
         random(400, 64), random(4, 400), [0, 1, 200, 200, 329, 400], [3, 20, 1, 128, 99]
     )
     for dedup in plans.choices()["dedup"]:
-        for sort in plans.choices()["sort"]:  # without buckets, the long list is merged
+        for sort in plans.choices()["sort"]:  # without buckets, a long list is merged
             with plans.use(dedup=dedup, sort=sort):
                 vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
                 if dedup != "lists_shared":  # 1070 tokens are too many for most GPUs
                     vispruner_cuda.prune(random(1, 1100, 16), random(1, 1100), 60, step=250)
-    for n in (300, 1100):  # all alike: crowded buckets, which give way to counting and merging
+    for n in (300, 1100):  # equal tokens: full buckets, so A is counted or merged
         vispruner_cuda.prune(random(1, 1, 16).expand(1, n, 16), random(1, n), 60, step=100)
     for neighbours in plans.choices()["neighbours"]:
         with plans.use(neighbours=neighbours):
             vispruner_cuda.prune(random(2, 200, 64), random(2, 200), 20)
-    launch = plans.choices()["launch"][-1]  # dependent, if the GPU can
+    launch = plans.choices()["launch"][-1]  # dependent, if the GPU supports it
     for rank in plans.choices()["rank"]:
         for gram in plans.choices()["gram"]:
             with plans.use(rank=rank, gram=gram, launch=launch):

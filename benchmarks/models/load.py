@@ -1,12 +1,13 @@
 """Measures an OpenAI server with and without pruning under mixed load; writes results/load.json.
 
-The traffic is that of tests/engine/test_load.py: text and images, k from 1 to the cap, pictures
-that are none, and one client in ten that leaves before its answer is complete; here each request
-has pictures of its own. The stock server gets the same requests without k. One server runs after
-the other; reported are requests a second, the time to the first token of complete answers, and how
-full the KV cache was.
+The traffic is that of tests/engine/test_load.py: text and images, k from 1 to the cap, broken
+images, and one client in ten that disconnects before its answer is complete; here no two requests
+share an image. (vLLM's benchmark client sends the same options with every request, so it cannot
+generate this mix.) The stock server gets the same requests without k. The servers run one after
+the other; reported are requests per second, the time to the first token of complete answers, and
+the peak use of the KV cache.
 
-Without --model it is the random LLaVA of serving.py.
+Without --model the servers load the random LLaVA of serving.py.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import serving
 from rich.console import Console
 from support import engine_load, engine_server
 from support.engine_load import Job
+
+from . import serving
 
 
 async def _drive(
@@ -32,10 +34,10 @@ async def _drive(
     jobs: list[Job],
     options: argparse.Namespace,
 ) -> tuple[float, float, list[engine_load.Outcome]]:
-    """Seconds, the highest share of the KV cache in use, and what came of the jobs.
+    """Seconds, the peak share of the KV cache in use, and the outcomes of the jobs.
 
     Args:
-        warm: jobs before it.
+        warm: jobs that are sent first, to warm up.
     """
     highest, done = 0.0, asyncio.Event()
 
@@ -62,9 +64,9 @@ async def _drive(
 def measure(
     name: str, pruning: dict[str, Any] | None, options: argparse.Namespace, log: Path
 ) -> dict[str, Any]:
-    """One server, from start to end."""
+    """Starts a server, sends it the jobs and stops it."""
     jobs = engine_load.mix(options.requests, options.max_k, pictures=4 * options.requests)
-    if pruning is None:  # which has no cap to refuse anything by
+    if pruning is None:  # no cap, so nothing is refused
         jobs = [replace(job, k=None) for job in jobs]
     jobs = [job for job in jobs if job.kind != "refused"]
     warm = [Job("image", (1_000_000 + n,), None, "what") for n in range(8)]
@@ -105,8 +107,8 @@ def measure(
 
 
 def main() -> int:
-    parser = serving.server_parser(__doc__, concurrency=64, requests=500)
-    parser.add_argument("--max-k", type=int, default=128, help="the cap of a request's k (128)")
+    parser = serving.server_parser("load", __doc__, concurrency=64, requests=500)
+    parser.add_argument("--max-k", type=int, default=128, help="upper limit of k per request (128)")
     options = parser.parse_args()
     if options.max_k < options.k:
         parser.error(f"argument --max-k: must be at least --k ({options.k}), got {options.max_k}")
@@ -114,8 +116,11 @@ def main() -> int:
     pruning = {"k": options.k, "max_k": options.max_k}
     results: list[dict[str, Any]] = []
     with serving.served(options, longest=2048) as (folder, description):
-        for name, own in (("stock", None), (f"k = {options.k}, 1 to {options.max_k}", pruning)):
-            result = measure(name, own, options, folder / f"{len(results)}.log")
+        for name, setting in (
+            ("stock", None),
+            (f"k = {options.k}, 1 to {options.max_k}", pruning),
+        ):
+            result = measure(name, setting, options, folder / f"{len(results)}.log")
             console.print(json.dumps(result))
             results.append(result)
     if options.no_file:
