@@ -5,8 +5,8 @@
 
 Each is the harness's model class of the same name without the prefix, with `vispruner.apply` on the
 model that it loads. Prompts, decoding and metrics are those of the unpruned run. Besides the
-harness's arguments, `model_args` takes those of `vispruner.apply`: k or ratio, important_ratio,
-step and, for LLaVA-NeXT, tiles.
+harness's arguments, `model_args` takes those of `vispruner.apply`: k or ratio, method and its
+parameters and, for LLaVA-NeXT, tiles.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 from typing import Any, NamedTuple
+
+from vispruner_cuda import methods
 
 from .hf import Pruner, apply
 from .models import families
@@ -50,15 +52,20 @@ class _Pruned:
         *args: Any,
         k: int | None = None,
         ratio: float | None = None,
-        important_ratio: float = 0.5,
-        step: int = 8,
+        method: str = methods.DEFAULT,
+        important_ratio: float | None = None,
+        step: int | None = None,
+        seed: int | None = None,
+        scope_alpha: float | None = None,
+        mmr_lambda: float | None = None,
         tiles: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         model: Any = self.model  # type: ignore[attr-defined]
         options: dict[str, Any] = {} if tiles is None else {"tiles": tiles}
-        self.pruner = apply(model, Budget(k, ratio, important_ratio, step), **options)
+        budget = Budget(k, ratio, important_ratio, step, method, seed, scope_alpha, mmr_lambda)
+        self.pruner = apply(model, budget, **options)
 
 
 @functools.cache

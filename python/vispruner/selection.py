@@ -7,15 +7,16 @@ through this file.
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import vispruner_cuda
+from vispruner_cuda import methods
 
 
 def _computable(x: Tensor) -> Tensor:
@@ -56,41 +57,54 @@ class Budget:
     """How many tokens to retain per picture (an image, a tile of one, or a frame of a video).
 
     Attributes:
-        k: tokens to retain, at least 1; pictures with fewer tokens retain all. Exactly one of k and
-            ratio must be set.
-        ratio: share of the tokens to retain, in (0, 1], rounded, at least one token.
-        important_ratio: share of the retained tokens selected by attention, in [0, 1].
-        step: tokens that the deduplication drops per round, at least 1.
+        k: tokens to retain, at least 1; a picture with fewer retains all. Not together with ratio.
+        ratio: share of the tokens to retain, in (0, 1]: the nearest whole number, at least 1.
+        important_ratio, step, seed, scope_alpha, mmr_lambda: of one method each, as in
+            `vispruner_cuda.prune`. Those of this method have their defaults where None is passed,
+            those of the others are None.
+        method: which tokens: a name in `vispruner_cuda.methods.METHODS`.
 
     Raises:
-        TypeError, ValueError: a value is outside these bounds.
+        TypeError, ValueError: on a value out of these bounds, or of another method.
     """
 
     k: int | None = None
     ratio: float | None = None
-    important_ratio: float = 0.5
-    step: int = 8
+    important_ratio: float | None = None
+    step: int | None = None
+    method: str = methods.DEFAULT
+    seed: int | None = None
+    scope_alpha: float | None = None
+    mmr_lambda: float | None = None
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.ratio is None):
             raise ValueError(
                 f"give exactly one of k and ratio, got k={self.k!r} and ratio={self.ratio!r}"
             )
-        for name, whole in (("k", self.k), ("step", self.step)):
-            if whole is None:
-                continue
-            if not isinstance(whole, numbers.Integral) or isinstance(whole, bool):
-                raise TypeError(f"{name} must be an int, got {whole!r} ({type(whole).__name__})")
-            if whole < 1:
-                raise ValueError(f"{name} must be at least 1, got {whole}")
-        for name, share in (("ratio", self.ratio), ("important_ratio", self.important_ratio)):
-            if share is None:
-                continue
-            if not isinstance(share, numbers.Real) or isinstance(share, bool):
-                raise TypeError(f"{name} must be a float, got {share!r} ({type(share).__name__})")
-            if math.isnan(share) or not 0 <= share <= 1 or (name == "ratio" and share == 0):
-                bounds = "(0, 1]" if name == "ratio" else "[0, 1]"
-                raise ValueError(f"{name} must be in {bounds}, got {share}")
+        k, ratio = self.k, self.ratio
+        if k is not None:
+            if not isinstance(k, numbers.Integral) or isinstance(k, bool):
+                raise TypeError(f"k must be an int, got {k!r} ({type(k).__name__})")
+            if k < 1:
+                raise ValueError(f"k must be at least 1, got {k}")
+        if ratio is not None:
+            if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool):
+                raise TypeError(f"ratio must be a float, got {ratio!r} ({type(ratio).__name__})")
+            if not 0 < ratio <= 1:  # false for NaN as well
+                raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+        given = {name: getattr(self, name) for name in methods.PARAMETERS}
+        for name, value in methods.resolve(self.method, given).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method and its parameters, as keyword arguments of `vispruner_cuda.prune`."""
+        own = methods.METHODS[self.method].parameters
+        values = {p.name: getattr(self, p.name) for p in own}
+        return {"method": self.method} | {
+            p.name: int(values[p.name]) if p.step == 1 else float(values[p.name]) for p in own
+        }
 
     def count(self, tokens: int, pictures: int = 1) -> int:
         """Retained tokens of `pictures` pictures with `tokens` tokens in total."""
@@ -100,8 +114,10 @@ class Budget:
         return min(tokens, max(1, round(self.ratio * tokens)))
 
     def ranked(self, count: int) -> int:
-        """The number of important tokens among `count` retained tokens."""
-        return int(count * float(self.important_ratio))
+        """How many of `count` retained tokens are those with the highest scores."""
+        if self.method == "topk":
+            return count
+        return 0 if self.important_ratio is None else int(count * float(self.important_ratio))
 
     def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Selects tokens of pictures of equal size.
@@ -119,8 +135,7 @@ class Budget:
             _computable(feats),
             scores.to(feats.device),
             self.count(feats.shape[1]),
-            important_ratio=float(self.important_ratio),
-            step=int(self.step),
+            **self.parameters,
         )
         if feats.dtype != torch.float64 and not feats.requires_grad:
             return kept.feats, kept.indices
@@ -145,8 +160,7 @@ class Budget:
             scores.to(feats.device),
             [0, *itertools.accumulate(lengths)],
             list(counts),
-            important_ratio=float(self.important_ratio),
-            step=int(self.step),
+            **self.parameters,
         )
         if feats.dtype != torch.float64 and not feats.requires_grad:
             return kept.feats, kept.indices

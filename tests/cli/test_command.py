@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from vispruner import cli, shapes
+from vispruner.cli import common
+from vispruner_cuda import methods
 
 
 def _status(arguments: list[str]) -> int:
@@ -34,6 +36,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in said for command in cli.COMMANDS)
 
 
+def test_methods_are_those_of_the_operators() -> None:
+    assert tuple(methods.METHODS) == common.METHODS
+    assert set(common.PARAMETERS) == set(methods.PARAMETERS)
+    for method in methods.METHODS.values():
+        for parameter in method.parameters:
+            kind, owner, default, _ = common.PARAMETERS[parameter.name]
+            assert (owner, default) == (method.name, parameter.default)
+            assert (kind is int) == (parameter.step == 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -44,6 +56,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "--important-ratio", "1.5"], "--important-ratio: must be in [0, 1], got 1.5"),
         (["show", "--important-ratio", "nan"], "--important-ratio: must be in [0, 1], got nan"),
         (["show", "--step", "0"], "--step: must be at least 1"),
+        (["show", "--method", "divprune"], "--method: invalid choice: 'divprune'"),
+        (["show", "--seed", "3"], "--seed: is a parameter of method random, got 3 with method"),
+        (["ask", "--method", "mmr", "--step", "2"], "--step: is a parameter of method vispruner"),
+        (["ask", "--method", "mmr", "--mmr-lambda", "-1"], "--mmr-lambda: must be in [0, 100]"),
+        (["ask", "--method", "scope", "--scope-alpha", "9"], "--scope-alpha: must be in [0, 4]"),
         (["show", "--dtype", "int8"], "--dtype"),
         (["ask", "--runs", "0"], "--runs"),
         (["ask", "photo.png"], "QUESTION"),

@@ -62,6 +62,30 @@ def test_every_k_and_ratio(
     assert _show(photo_path, tmp_path / "out.jpg", *more) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--step", "3"), "(5 important, 5 diverse)"),
+        (("--method", "topk"), "(topk)"),
+        (("--method", "random", "--seed", "4"), "(random)"),
+        (("--method", "maxmin"), "(maxmin)"),
+        (("--method", "scope", "--scope-alpha", "0.5"), "(scope)"),
+        (("--method", "mmr", "--mmr-lambda", "0.5"), "(mmr)"),
+    ],
+)
+def test_methods(
+    tiny_tower: Path,
+    photo_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    text: str,
+) -> None:
+    more = ("--tower", str(tiny_tower), "--k", "10", *options)
+    assert _show(photo_path, tmp_path / "out.png", *more) == 0
+    assert f"-> 10 {text}" in capsys.readouterr().out
+
+
 def test_several_images_and_dtype(tiny_tower: Path, photo_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.png"
     arguments = ["show", str(photo_path), str(photo_path), "-o", str(output)]

@@ -41,6 +41,9 @@ def test_an_engine_without_the_option_does_not_prune() -> None:
 def test_options_of_an_engine() -> None:
     assert pruning(k=64) == Pruning(Budget(64), Budget(64))
     assert pruning(k=64, max_k=576, step=4).cap == Budget(576, step=4)
+    scope = pruning(k=64, max_k=128, method="scope", scope_alpha=0.5)
+    assert scope.cap == Budget(128, method="scope", scope_alpha=0.5)
+    assert scope.for_request({KEY: {"k": 96}}) == Budget(96, method="scope", scope_alpha=0.5)
     both = pruning(ratio=0.1, max_ratio=0.5, important_ratio=1)
     assert (both.budget.ratio, both.cap.ratio, both.budget.important_ratio) == (0.1, 0.5, 1)
 
@@ -59,6 +62,8 @@ def test_options_of_an_engine() -> None:
         ({"ratio": 0.5, "max_k": 64}, "max_k goes with k, this engine has ratio"),
         ({"ratio": 1.5}, "ratio must be in"),
         ({"k": 64, "step": 0}, "step must be at least 1"),
+        ({"k": 64, "method": "divprune"}, "method must be one of vispruner, topk"),
+        ({"k": 64, "method": "topk", "step": 8}, "step is a parameter of method vispruner"),
     ],
 )
 def test_bad_options_of_an_engine(options: Any, message: str) -> None:
@@ -85,6 +90,7 @@ def test_options_of_a_request() -> None:
         ({"k": None}, "exactly one of k and ratio"),
         ({"ratio": 0.5}, "unknown option 'ratio'; known: k"),
         ({"step": 1}, "unknown option 'step'"),
+        ({"method": "topk"}, "unknown option 'method'"),
         (32, "expected an object"),
     ],
 )
@@ -95,6 +101,8 @@ def test_bad_options_of_a_request(options: Any, message: str) -> None:
 
 def test_identity_tells_prunings_apart() -> None:
     budgets = [Budget(8), Budget(9), Budget(ratio=0.5), Budget(8, step=4), Budget(8, None, 0.25)]
+    budgets += [Budget(8, method="random", seed=seed) for seed in (0, 1)]
+    budgets += [Budget(8, method="topk")]
     assert len({identity(budget) for budget in budgets}) == len(budgets)
     assert identity(Budget(8)) == identity(Budget(k=8, ratio=None))
 

@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from vispruner import embedded, lmms_eval
+from vispruner import Budget, embedded, lmms_eval
 from vispruner.embedded import scenes
 
 TASK = Path(__file__).with_name("task")
@@ -97,6 +97,16 @@ def test_the_model_is_pruned() -> None:
     wrapped.model.generate(**inputs, max_new_tokens=1)
     assert wrapped.pruner.last is not None
     assert (wrapped.pruner.last.tokens_before, wrapped.pruner.last.tokens_after) == (196, 32)
+
+
+@pytest.mark.usefixtures("harness")
+def test_another_method() -> None:
+    wrapped = lmms_eval.simple_llava_hf(
+        pretrained=embedded.path(), batch_size=1, k=32, method="scope", scope_alpha=0.5
+    )
+    assert wrapped.pruner.budget == Budget(32, method="scope", scope_alpha=0.5)
+    with pytest.raises(ValueError, match="step is a parameter of method vispruner"):
+        lmms_eval.simple_llava_hf(pretrained=embedded.path(), k=32, method="topk", step=4)
 
 
 @pytest.mark.usefixtures("harness")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from support.tiny_models import (
 from torch import Tensor, nn
 
 import vispruner
+from vispruner_cuda import reference
+from vispruner_cuda.methods import METHODS
 
 K = 5
 ONE, TWO = [1, image(0), 10, 11, 12], [1, 20, image(1), 22, image(2), 24, 25]
@@ -256,8 +259,46 @@ def test_a_budget() -> None:
         with vispruner.apply(model, budget) as pruner:
             assert pruner.budget is budget
             assert torch.equal(model(**inputs).logits, want)
-    with pytest.raises(ValueError, match="pass only the Budget"):
-        vispruner.apply(model, budget, step=4)
+    for more in ({"step": 4}, {"method": "topk"}, {"seed": 0}):
+        with pytest.raises(ValueError, match="pass only the Budget"):
+            vispruner.apply(model, budget, **more)
+
+
+OPTIONS = {"vispruner": {"step": 3}, "random": {"seed": 5}, "scope": {"scope_alpha": 0.5}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(tiny: Tiny, method: str) -> None:
+    """In every family: the tokens that the reference selects."""
+    model, options = tiny.build(), OPTIONS.get(method, {})
+    selected: list[tuple[Any, ...]] = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for name in ("select", "select_packed"):
+            original = getattr(vispruner.Budget, name)
+            patch.setattr(vispruner.Budget, name, _recorded(original, selected))
+        with vispruner.apply(model, k=K, method=method, **options, **tiny.options) as pruner:
+            model(**tiny.inputs([TWO]))
+    assert pruner.budget.method == method
+    assert selected
+    for feats, scores, *packing, indices in selected:
+        if packing:
+            lengths, counts = packing
+            bounds = [0, *itertools.accumulate(lengths)]
+            want = reference.prune_varlen(
+                feats.float(), scores, bounds, list(counts), method=method, **options
+            )
+        else:
+            want = reference.prune(feats.float(), scores, K, method=method, **options)
+        assert torch.equal(indices, want.indices)
+
+
+def _recorded(original: Any, calls: list[tuple[Any, ...]]) -> Any:
+    def select(budget: Any, *args: Any) -> Any:
+        kept = original(budget, *args)
+        calls.append((*args, kept[1]))
+        return kept
+
+    return select
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -58,6 +58,12 @@ def untouched(model: Any) -> None:
         ({"ratio": "all"}, TypeError, "ratio must be a float"),
         ({"k": 5, "important_ratio": 1.5}, ValueError, "important_ratio"),
         ({"k": 5, "step": 0}, ValueError, "step must be at least 1"),
+        ({"k": 5, "method": "divprune"}, ValueError, "method must be one of vispruner, topk"),
+        ({"k": 5, "method": None}, TypeError, "method must be a str"),
+        ({"k": 5, "method": "mmr", "step": 4}, ValueError, "step is a parameter of method vispr"),
+        ({"k": 5, "seed": 1}, ValueError, "seed is a parameter of method random"),
+        ({"k": 5, "method": "scope", "scope_alpha": 0.3}, ValueError, "a multiple of 0.25"),
+        ({"k": 5, "method": "mmr", "mmr_lambda": -1.0}, ValueError, r"in \[0, 100\], got -1.0"),
         ({"k": 5, "tiles": "all"}, ValueError, "tiles='all' is not an option of llava"),
     ],
 )

@@ -99,6 +99,22 @@ def test_the_slider_updates_the_drawing(page: Any) -> None:
     page.wait_for_function("src => document.querySelector('#kept img').src != src", arg=before)
 
 
+def test_another_method(page: Any) -> None:
+    before = drawing(page)
+    page.get_by_label("tokens that the deduplication drops per round").first.wait_for()
+    page.get_by_label("method").click()
+    page.get_by_role("option", name="mmr").click()
+    page.wait_for_function("src => document.querySelector('#kept img').src != src", arg=before)
+    page.get_by_label("weight of the similarity to what is retained").first.wait_for()
+    page.get_by_label("tokens that the deduplication drops per round").first.wait_for(
+        state="hidden"
+    )
+    page.click("#ask")
+    page.wait_for_selector("#answers:has-text('unpruned')")
+    cells = page.inner_text("#answers").split()
+    assert cells[cells.index("pruned") + 2] == "22"
+
+
 def test_both_models_answer(page: Any) -> None:
     page.click("#ask")
     page.wait_for_selector("#answers:has-text('unpruned')")

@@ -41,8 +41,24 @@ positive.__name__ = "whole number"  # argparse uses it in its error for "3.5"
 
 
 # ------------------------------------------------------------------------------------ the budget
+#: The methods of selection, and the option of each parameter: type, method, default and help.
+#: Those of vispruner_cuda.methods, which cannot be imported without torch (a test compares them).
+METHODS = ("vispruner", "topk", "random", "maxmin", "scope", "mmr")
+PARAMETERS = {
+    "important_ratio": (float, "vispruner", 0.5, "share of the retained tokens selected by score"),
+    "step": (int, "vispruner", 8, "tokens that the deduplication drops per round"),
+    "seed": (int, "random", 0, "of the random order"),
+    "scope_alpha": (float, "scope", 1.0, "exponent of the importance, a multiple of 0.25"),
+    "mmr_lambda": (float, "mmr", 1.0, "weight of the similarity to what is retained"),
+}
+
+
+def _option(parameter: str) -> str:
+    return "--" + parameter.replace("_", "-")
+
+
 def add_budget(parser: argparse.ArgumentParser, *, k: int = 64) -> None:
-    """--k or --ratio, --important-ratio, --step."""
+    """--k or --ratio, --method and the parameters of the methods."""
     group = parser.add_argument_group("pruning")
     how_many = group.add_mutually_exclusive_group()
     # No default of argparse: it would be set together with --ratio.
@@ -56,15 +72,18 @@ def add_budget(parser: argparse.ArgumentParser, *, k: int = 64) -> None:
         help="or the share of them to retain, where pictures differ in size",
     )
     group.add_argument(
-        "--important-ratio",
-        type=float,
-        default=0.5,
-        metavar="RATIO",
-        help="share of the retained tokens selected by attention, the others for diversity",
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help=f"which tokens to retain (default: {METHODS[0]})",
     )
-    group.add_argument(
-        "--step", type=int, default=8, help="tokens that the deduplication drops per round"
-    )
+    for name, (kind, method, default, text) in PARAMETERS.items():
+        group.add_argument(
+            _option(name),
+            type=kind,
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{method}: {text} (default: {default})",
+        )
     parser.set_defaults(default_k=k)
 
 
@@ -72,11 +91,12 @@ def budget_of(options: argparse.Namespace) -> Budget:
     from ..selection import Budget
 
     k = options.default_k if options.k is None and options.ratio is None else options.k
+    given = {name: getattr(options, name) for name in PARAMETERS}
     try:
-        return Budget(k, options.ratio, options.important_ratio, options.step)
+        return Budget(k, options.ratio, method=options.method, **given)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise CommandError(f"argument --{name.replace('_', '-')}: {rest}") from error
+        raise CommandError(f"argument {_option(name)}: {rest}") from error
 
 
 # ------------------------------------------------------------------------------------- the device

@@ -11,7 +11,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from .common import CommandError, budget_of, one_line, positive
+from .common import METHODS, PARAMETERS, CommandError, budget_of, one_line, positive
 
 if TYPE_CHECKING:
     from ..selection import Budget
@@ -77,8 +77,9 @@ def _budgets(options: argparse.Namespace) -> list[Budget]:
         raise CommandError("argument --ratio: not allowed with --k")
     ks = options.k if options.k or options.ratio else [192, 128, 64, 32]
     pairs = [(k, None) for k in ks] if ks else [(None, ratio) for ratio in options.ratio]
-    common = {"important_ratio": 0.5, "step": 8, "default_k": None}
-    return [budget_of(argparse.Namespace(k=k, ratio=ratio, **common)) for k, ratio in pairs]
+    # Which tokens are retained does not change the cost.
+    same = {"method": METHODS[0], "default_k": None, **dict.fromkeys(PARAMETERS)}
+    return [budget_of(argparse.Namespace(k=k, ratio=ratio, **same)) for k, ratio in pairs]
 
 
 def run(options: argparse.Namespace) -> int:

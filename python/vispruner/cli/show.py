@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    METHODS,
     CommandError,
     add_budget,
     add_device,
@@ -211,20 +212,24 @@ def run(options: argparse.Namespace) -> int:
     with console.status("selecting tokens"):
         choose = _by_model if options.tower is None else _by_tower
         found = choose(options, budget, device, images)
-        montage(found, random_weights=options.tower == "random").save(options.output)
+        drawn = montage(found, budget.method, random_weights=options.tower == "random")
+        drawn.save(options.output)
     for picture in found:
         before = picture.grid[0] * picture.grid[1]
         important, diverse = len(picture.important), len(picture.diverse)
+        parts = f"{important} important, {diverse} diverse"
         console.print(
             f"{picture.grid[0]} x {picture.grid[1]} tokens: {before} -> {important + diverse} "
-            f"({important} important, {diverse} diverse)",
+            f"({parts if budget.method == METHODS[0] else budget.method})",
             highlight=False,
         )
     console.print(f"picture: {options.output}", highlight=False, markup=False)
     return 0
 
 
-def montage(found: list[Picture], *, random_weights: bool = False) -> Image.Image:
+def montage(
+    found: list[Picture], method: str = METHODS[0], *, random_weights: bool = False
+) -> Image.Image:
     """One row per picture: the encoder's input, the scores, and the retained tokens."""
     from . import pictures
 
@@ -249,10 +254,13 @@ def montage(found: list[Picture], *, random_weights: bool = False) -> Image.Imag
         "Attention, by rank",
         f"{important + diverse} of {before} tokens retained",
     )
-    legend: list[tuple[pictures.Color | None, str]] = [
-        (pictures.IMPORTANT, f"{important} important: highest attention"),
-        (pictures.DIVERSE, f"{diverse} diverse: left by deduplication"),
-    ]
+    legend: list[tuple[pictures.Color | None, str]] = []
+    if method in ("vispruner", "topk"):
+        legend.append((pictures.IMPORTANT, f"{important} important: highest attention"))
+    if method == "vispruner":
+        legend.append((pictures.DIVERSE, f"{diverse} diverse: left by deduplication"))
+    elif method != "topk":
+        legend.append((pictures.DIVERSE, f"{diverse} selected by {method}"))
     if random_weights:
         legend.append((None, "Random weights: the attention has no meaning."))
     return pictures.montage(rows, headings, legend)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    METHODS,
+    PARAMETERS,
     CommandError,
     add_device,
     add_model,
@@ -31,6 +34,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..selection import Budget
+
+#: Of the slider of each parameter: minimum, maximum and step.
+SLIDERS = {
+    "important_ratio": (0, 1, 0.05),
+    "step": (1, 64, 1),
+    "seed": (0, 99, 1),
+    "scope_alpha": (0, 4, 0.25),
+    "mmr_lambda": (0, 4, 0.05),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,20 +67,29 @@ class Viewer:
         self._warm = False
 
     def draw(
-        self, image: Image.Image, k: int, important_ratio: float, step: int
+        self, image: Image.Image, k: int, method: str, parameters: Mapping[str, float]
     ) -> tuple[Image.Image, str, int]:
         """The drawing of `vispruner show`, the token counts as text, and the largest useful k."""
         from .show import montage, retained_by
 
-        budget = self._budget(k, important_ratio, step)
+        budget = self._budget(k, method, parameters)
         with self._lock:
             found = retained_by(self.model, self.processor, budget, self.device, [image])
         cells = [one.grid[0] * one.grid[1] for one in found]
         kept = sum(len(one.important) + len(one.diverse) for one in found)
-        return montage(found), f"{kept} of {sum(cells)} visual tokens are retained", max(cells)
+        return (
+            montage(found, method),
+            f"{kept} of {sum(cells)} visual tokens are retained",
+            max(cells),
+        )
 
     def ask(
-        self, image: Image.Image, question: str, k: int, important_ratio: float, step: int
+        self,
+        image: Image.Image,
+        question: str,
+        k: int,
+        method: str,
+        parameters: Mapping[str, float],
     ) -> list[list[str]]:
         """Rows of both models: name, answer, visual tokens, prefill and total milliseconds."""
         import torch
@@ -77,7 +98,7 @@ class Viewer:
 
         if not question.strip():
             raise CommandError("type a question")
-        budget = self._budget(k, important_ratio, step)
+        budget = self._budget(k, method, parameters)
         inputs = model_inputs(self.processor, image, question, self.device)
 
         call = (self.model, self.processor, inputs, self.max_new_tokens)
@@ -106,11 +127,17 @@ class Viewer:
         ]
 
     @staticmethod
-    def _budget(k: int, important_ratio: float, step: int) -> Budget:
+    def _budget(k: int, method: str, parameters: Mapping[str, float]) -> Budget:
+        """Of the parameters of all methods, those of this one."""
         from ..selection import Budget
 
+        own = {
+            name: PARAMETERS[name][0](value)
+            for name, value in parameters.items()
+            if PARAMETERS[name][1] == method
+        }
         try:
-            return Budget(int(k), None, important_ratio, int(step))
+            return Budget(int(k), method=method, **own)
         except ValueError as error:
             raise CommandError(one_line(error)) from error
 
@@ -131,21 +158,30 @@ def page(viewer: Viewer) -> Any:
             raise CommandError("upload an image first")
         return read_image(Path(path))
 
-    def draw(path: str | None, k: int, ratio: float, step: int) -> tuple[Any, Any, str]:
+    def draw(path: str | None, k: int, method: str, *values: float) -> tuple[Any, Any, str]:
         """The slider with the image's largest k, the drawing and the token counts."""
         if not path:
             return gr.update(), None, ""
         try:
-            drawn, text, most = viewer.draw(shown(path), k, ratio, step)
+            drawn, text, most = viewer.draw(shown(path), k, method, named(values))
         except CommandError as error:
             raise refuse(error) from error
         return gr.update(maximum=most, value=min(int(k), most)), drawn, text
 
-    def ask(path: str | None, question: str, k: int, ratio: float, step: int) -> list[list[str]]:
+    def ask(
+        path: str | None, question: str, k: int, method: str, *values: float
+    ) -> list[list[str]]:
         try:
-            return viewer.ask(shown(path), question, k, ratio, step)
+            return viewer.ask(shown(path), question, k, method, named(values))
         except CommandError as error:
             raise refuse(error) from error
+
+    def named(values: Sequence[float]) -> dict[str, float]:
+        return dict(zip(PARAMETERS, values, strict=True))
+
+    def parameters_of(method: str) -> list[Any]:
+        """Shows the parameters of this method alone."""
+        return [gr.update(visible=owner == method) for _, owner, *_ in PARAMETERS.values()]
 
     with gr.Blocks(title="vispruner", analytics_enabled=False) as blocks:
         gr.Markdown(
@@ -172,8 +208,17 @@ def page(viewer: Viewer) -> Any:
         text = gr.Markdown(elem_id="counts")
         with gr.Row():
             k = gr.Slider(1, 196, value=22, step=1, label="k: retained tokens", elem_id="k")
-            ratio = gr.Slider(0, 1, value=0.5, step=0.05, label="share selected by attention")
-            step = gr.Slider(1, 64, value=8, step=1, label="tokens dropped per round")
+            method = gr.Dropdown(METHODS, value=METHODS[0], label="method", elem_id="method")
+            parameters = [
+                gr.Slider(
+                    *SLIDERS[name][:2],
+                    value=default,
+                    step=SLIDERS[name][2],
+                    label=text,
+                    visible=owner == METHODS[0],
+                )
+                for name, (_, owner, default, text) in PARAMETERS.items()
+            ]
         with gr.Row():
             question = gr.Textbox(example.questions[0][0], label="Question", scale=4)
             button = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -182,12 +227,13 @@ def page(viewer: Viewer) -> Any:
             interactive=False,
             elem_id="answers",
         )
-        settings = [k, ratio, step]
+        settings = [k, method, *parameters]
         # One call at a time: there is only one model.
         once = {"concurrency_limit": 1, "concurrency_id": "model"}
-        sliders = [slider.release for slider in settings]
+        sliders = [slider.release for slider in (k, *parameters)]
+        method.change(parameters_of, method, parameters)
         gr.on(
-            [blocks.load, picture.change, *sliders],
+            [blocks.load, picture.change, method.change, *sliders],
             draw,
             [picture, *settings],
             [k, kept, text],

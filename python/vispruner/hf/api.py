@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vispruner_cuda import methods
+
 from ..models import unwrapped
 from ..selection import Budget
 from .pruner import MODEL_ATTRIBUTE, Pruner
@@ -15,8 +17,12 @@ def apply(
     k: int | Budget | None = None,
     *,
     ratio: float | None = None,
-    important_ratio: float = 0.5,
-    step: int = 8,
+    method: str = methods.DEFAULT,
+    important_ratio: float | None = None,
+    step: int | None = None,
+    seed: int | None = None,
+    scope_alpha: float | None = None,
+    mmr_lambda: float | None = None,
     logits: str | None = None,
     check: bool = False,
     **options: str,
@@ -30,10 +36,16 @@ def apply(
         model: a `...ForConditionalGeneration` model of a supported family, or one in PEFT's
             wrapper.
         k: tokens to retain per image (per tile of a tiled image, per frame of a video), or a
-            Budget instead of k, ratio, important_ratio and step.
+            Budget instead of k, ratio, the method and its parameters.
         ratio: or the share of tokens to retain, in (0, 1], where images differ in size.
-        important_ratio: share of the retained tokens selected by attention, in [0, 1].
-        step: tokens that the deduplication drops per round.
+        method: which tokens: "vispruner", or "topk", "random", "maxmin", "scope" or "mmr"
+            (docs/choosing-k.md).
+        important_ratio: of vispruner: share of the retained tokens selected by attention, in
+            [0, 1]; default 0.5.
+        step: of vispruner: tokens that the deduplication drops per round; default 8.
+        seed: of random; default 0.
+        scope_alpha: of scope: exponent of the importance, a multiple of 0.25 in [0, 4]; default 1.
+        mmr_lambda: of mmr: weight of the redundancy, in [0, 100]; default 1.
         logits: columns of the logits of `forward`: "kept" for the shortened prompt (B, W, V), or
             "prompt" for the columns of input_ids (B, L, V), where a dropped column repeats the
             last retained column before it. None means "prompt" in evaluation with labels in the
@@ -48,10 +60,18 @@ def apply(
 
     If an error is raised, the model is unchanged.
     """
+    given: dict[str, Any] = {
+        "ratio": ratio,
+        "important_ratio": important_ratio,
+        "step": step,
+        "seed": seed,
+        "scope_alpha": scope_alpha,
+        "mmr_lambda": mmr_lambda,
+    }
     if not isinstance(k, Budget):
-        budget = Budget(k, ratio, important_ratio, step)
-    elif ratio is not None or important_ratio != 0.5 or step != 8:
-        raise ValueError("pass only the Budget: ratio, important_ratio and step are fields of it")
+        budget = Budget(k, method=method, **given)
+    elif method != methods.DEFAULT or any(value is not None for value in given.values()):
+        raise ValueError(f"pass only the Budget: method, {', '.join(given)} are fields of it")
     else:
         budget = k
     return Pruner(model, budget, logits=logits, check=check, **options)

@@ -56,7 +56,7 @@ class Pruning:
         Args:
             hf_config: the model's configuration with `--hf-overrides` applied. Under the key
                 "vispruner" it holds the arguments of `vispruner.apply` (`k` or `ratio`,
-                `important_ratio`, `step`) and, where requests may ask for more than that, `max_k`
+                `method` and its parameters) and, where requests may ask for more than that, `max_k`
                 or `max_ratio`.
 
         Raises:
@@ -96,7 +96,7 @@ class Pruning:
         options = _options(raw, (unit,))
         if not options:
             return self.budget
-        own = {"important_ratio": self.budget.important_ratio, "step": self.budget.step}
+        own = {name: getattr(self.budget, name) for name in _BUDGET if name not in _CAPS}
         budget = _budget({**own, **options})
         most = getattr(self.cap, unit)
         if getattr(budget, unit) > most:
