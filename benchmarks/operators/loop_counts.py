@@ -40,7 +40,7 @@ def equal_widths(buckets: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def octaves(buckets: int, count: int = 16) -> Callable[[Tensor, Tensor], Tensor]:
-    """The rule of csrc/cuda/dedup.cu."""
+    """The rule of csrc/cuda/methods/vispruner.cu."""
     shift = 23 - (buckets // count).bit_length() + 1
 
     def bits(x: Tensor) -> Tensor:
