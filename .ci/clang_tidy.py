@@ -35,7 +35,7 @@ def commands(scratch: Path) -> list[list[str]]:
     cpp_options = ["--extra-arg=-DVP_WITH_CUDA", "--extra-arg=-Wno-unknown-warning-option"]
     jobs = [
         [*tidy, "-p", str(scratch), *cpp_options, str(file)]
-        for file in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
+        for file in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").rglob("*.cpp"))]
     ]
     toolkit = cuda_toolkit()
     if toolkit is None:
@@ -51,7 +51,7 @@ def commands(scratch: Path) -> list[list[str]]:
     ]
     jobs += [
         [*tidy, str(file), *cuda_options, f"--cuda-{side}-only"]
-        for file in sorted((CSRC / "cuda").glob("*.cu"))
+        for file in sorted((CSRC / "cuda").rglob("*.cu"))
         for side in ("host", "device")
     ]
     return jobs
