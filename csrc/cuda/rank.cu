@@ -34,7 +34,7 @@ struct alignas(kVectorBytes) Keys {
 };
 
 // The keys of `count` tokens from `base` on: the heads' scores are added in their order.
-template <int kHeadsAtOnce, typename T>
+template <int kHeadsAtOnce, bool kScored, typename T>
 __device__ __forceinline__ void load_keys_of(const AttentionView& view, const Ranking& ranking,
                                              int64_t first, int base, int count, uint32_t* tile) {
   constexpr int kEach = kTile / kThreads;
@@ -74,21 +74,23 @@ __device__ __forceinline__ void load_keys_of(const AttentionView& view, const Ra
     const int at = threadIdx.x + i * kThreads;
     if (at >= count) continue;
     const uint32_t key = ordered_key(ranking_score(sums[i]));
-    tile[at] = ranking.order == Order::kRandom ? random_key(ranking.seed, base + at, key) : key;
+    const bool random = !kScored && ranking.order == Order::kRandom;
+    tile[at] = random ? random_key(ranking.seed, base + at, key) : key;
   }
   // Whole vectors are read; 0 is below every key.
   if (threadIdx.x < -count % 4u) tile[count + threadIdx.x] = 0;
 }
 
-template <int kHeadsAtOnce>
+template <int kHeadsAtOnce, bool kScored>
 __device__ __forceinline__ void load_keys(const AttentionView& view, const Ranking& ranking,
                                           int64_t first, int base, int count, uint32_t* tile) {
   switch (view.dtype) {
     case DType::kFloat16:
-      return load_keys_of<kHeadsAtOnce, Half>(view, ranking, first, base, count, tile);
+      return load_keys_of<kHeadsAtOnce, kScored, Half>(view, ranking, first, base, count, tile);
     case DType::kBFloat16:
-      return load_keys_of<kHeadsAtOnce, BFloat16>(view, ranking, first, base, count, tile);
-    default: return load_keys_of<kHeadsAtOnce, float>(view, ranking, first, base, count, tile);
+      return load_keys_of<kHeadsAtOnce, kScored, BFloat16>(view, ranking, first, base, count, tile);
+    default:
+      return load_keys_of<kHeadsAtOnce, kScored, float>(view, ranking, first, base, count, tile);
   }
 }
 
@@ -242,12 +244,11 @@ __device__ __forceinline__ void quantize_token(const Row<T>& row, RowPart<T>& pa
   }
 }
 
-// kTokens: of a block.
-template <typename T, int kTokens>
-__global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 : 3)
-    rank_kernel(Batch batch, FeatureView feats, AttentionView attention, Ranking ranking,
-                RankOutput topk, unsigned char* workspace) {
-  begin_dependent(batch.more);
+// kTokens: of a block. kScored: positions are ranks by score, and no scores are stored.
+template <typename T, int kTokens, bool kScored>
+__device__ __forceinline__ void rank_tokens(const Batch& batch, const FeatureView& feats,
+                                            const AttentionView& attention, const Ranking& ranking,
+                                            const RankOutput& topk, unsigned char* workspace) {
   constexpr int kLanes = kThreads / kTokens;  // per token
   alignas(kVectorBytes) __shared__ uint32_t tile[kTile];
   __shared__ int ranks[kTokens];
@@ -278,14 +279,15 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
   if (attention.data) {
     rank = 0;
     // Its own tile is the first that a block looks at, and the only one if the order is given.
-    const bool given = ranking.order == Order::kIndex;
+    const bool given = !kScored && ranking.order == Order::kIndex;
     const int tiles = given ? 1 : (tokens + kTile - 1) / kTile, own_tile = first / kTile;
     for (int t = 0; t < tiles; ++t) {
       const int base =
           (given || own_tile + t < tiles ? own_tile + t : own_tile + t - tiles) * kTile;
       const int count = min(kTile, tokens - base);
       if (t > 0) __syncthreads();  // the tile before this one has been read
-      load_keys<kTokens == 8 ? 4 : 2>(attention, ranking, image.first_attention, base, count, tile);
+      load_keys<kTokens == 8 ? 4 : 2, kScored>(attention, ranking, image.first_attention, base,
+                                               count, tile);
       __syncthreads();
       if (token >= tokens) continue;
       const auto* vectors = reinterpret_cast<const Keys*>(tile);
@@ -313,6 +315,11 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
         // The layout begins with the order, whatever the rest is.
         reinterpret_cast<uint16_t*>(workspace + image.workspace)[rank] =
             static_cast<uint16_t>(token);
+        if (!kScored && ranking.scores &&
+            residual > 0) {  // the order is given: no token is important
+          const int64_t at = workspace_layout(tokens, residual, feats.channels).scores;
+          reinterpret_cast<uint32_t*>(workspace + image.workspace + at)[token] = key;
+        }
       }
       if (topk.indices && rank < topk.k) {
         const int64_t at = image.first_kept + rank;
@@ -326,9 +333,6 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
   __syncthreads();
   const WorkspaceLayout at = workspace_layout(tokens, residual, feats.channels);
   unsigned char* own = workspace + image.workspace;
-  if (ranking.scores && lane == 0 && token < tokens && rank >= image.shape.important) {
-    reinterpret_cast<uint32_t*>(own + at.scores)[rank - image.shape.important] = key;
-  }
   for (int row = first_row; row < min(first + kTokens, tokens); row += kThreads / kWarp) {
     const int position = ranks[row - first] - image.shape.important;
     if (position < 0) continue;
@@ -339,16 +343,38 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
   }
 }
 
+template <typename T, int kTokens>
+__global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 : 3)
+    rank_kernel(Batch batch, FeatureView feats, AttentionView attention, RankOutput topk,
+                unsigned char* workspace) {
+  begin_dependent(batch.more);
+  rank_tokens<T, kTokens, true>(batch, feats, attention, {}, topk, workspace);
+}
+
+// The same for the orders of other methods.
+template <typename T, int kTokens>
+__global__ void __launch_bounds__(kThreads, 1)
+    order_kernel(Batch batch, FeatureView feats, AttentionView attention, Ranking ranking,
+                 unsigned char* workspace) {
+  begin_dependent(batch.more);
+  rank_tokens<T, kTokens, false>(batch, feats, attention, ranking, {}, workspace);
+}
+
 }  // namespace
 
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
                       const AttentionView& attention, const Ranking& ranking,
                       const RankOutput& topk, void* workspace, Stream stream) {
   const auto blocks = [&](int tokens) { return (size.tokens + tokens - 1) / tokens; };
+  auto* ws = static_cast<unsigned char*>(workspace);
   const auto run = [&](auto element, auto tokens) {
-    return launch_dependent<rank_kernel<decltype(element), tokens()>>(
-        dim3(blocks(tokens()), size.images), kThreads, 0, stream, batch, feats, attention, ranking,
-        topk, static_cast<unsigned char*>(workspace));
+    const dim3 grid(blocks(tokens()), size.images);
+    if (ranking.order == Order::kScore && !ranking.scores) {
+      return launch_dependent<rank_kernel<decltype(element), tokens()>>(
+          grid, kThreads, 0, stream, batch, feats, attention, topk, ws);
+    }
+    return launch_dependent<order_kernel<decltype(element), tokens()>>(
+        grid, kThreads, 0, stream, batch, feats, attention, ranking, ws);
   };
   const auto sized = [&](auto element) {
     const plan::Rank plan = plan::choose(plan::current().rank, int64_t{blocks(32)} * size.images);

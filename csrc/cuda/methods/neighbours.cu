@@ -165,10 +165,16 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  const float inv = reinterpret_cast<const float*>(own + at.inv)[self];
-  const ListsLayout lists_at = lists_layout(rows);
-  auto* ids = reinterpret_cast<uint16_t*>(own + at.method + lists_at.ids);
-  auto* redundancies = reinterpret_cast<uint32_t*>(own + at.method + lists_at.keys);
+  // Read again: kept until here, these would take registers that the row needs.
+  int block = blockIdx.y;
+  not_before(block);
+  const Image out = batch[block];
+  const WorkspaceLayout out_at = workspace_layout(out.shape.tokens, out.shape.residual(), channels);
+  const ListsLayout lists_at = lists_layout(out.shape.residual());
+  unsigned char* to = workspace + out.workspace;
+  const float inv = reinterpret_cast<const float*>(to + out_at.inv)[self];
+  auto* ids = reinterpret_cast<uint16_t*>(to + out_at.method + lists_at.ids);
+  auto* redundancies = reinterpret_cast<uint32_t*>(to + out_at.method + lists_at.keys);
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int entry = threadIdx.x + e * kThreads;

@@ -132,9 +132,7 @@ struct alignas(16) Change {
   uint32_t before, after, unused;
 };
 
-// Many registers for up to 4096 tokens, many threads beyond.
-template <int kVectors>
-constexpr int kScopeThreads = kVectors <= 2 ? 512 : kMostThreads;
+constexpr int kScopeThreads = 512;  // at most; more would leave too few registers
 
 // A value for each token of a thread's vectors: in registers, or for many tokens in an array.
 template <typename T, int kVectors>
@@ -150,12 +148,12 @@ struct OwnVectors {
 };
 
 template <int kVectors>
-__global__ void __launch_bounds__(kScopeThreads<kVectors>, 1)
+__global__ void __launch_bounds__(kScopeThreads, 1)
     scope_kernel(Batch batch, int64_t channels, int64_t* indices, unsigned char* workspace) {
   begin_dependent(batch.more);
   VP_SHARED_MEMORY(memory);
-  __shared__ Candidate slots[2][kMostThreads / kWarp];
-  __shared__ uint32_t warp_sums[kMostThreads / kWarp];
+  __shared__ Candidate slots[2][kScopeThreads / kWarp];
+  __shared__ uint32_t warp_sums[kScopeThreads / kWarp];
   __shared__ Listed listed[2];
 
   const Image shape = batch[blockIdx.x];
@@ -180,7 +178,8 @@ __global__ void __launch_bounds__(kScopeThreads<kVectors>, 1)
     constexpr int kUnrolled = kVectors <= 2 ? kVectors : 1;
     OwnVectors<uint32_t, kVectors> gains(image.gains);
     OwnVectors<float, kVectors> weights(image.weights);
-    uint32_t left = 0;  // a bit for each that is not picked
+    std::conditional_t<kVectors * kVector <= 32, uint32_t, uint64_t> left = 0;  // not picked: a bit
+    using Bits = decltype(left);
     Candidate best = no_candidate();
 #pragma unroll kUnrolled
     for (int q = 0; q < kVectors; ++q) {
@@ -188,7 +187,7 @@ __global__ void __launch_bounds__(kScopeThreads<kVectors>, 1)
       for (int e = 0; e < kVector; ++e) {
         const int token = first_of(q) + e;
         if (token >= tokens) continue;
-        left |= 1u << (q * kVector + e);
+        left |= Bits{1} << (q * kVector + e);
         gains.at(q, e, token) = image.gains[token];
         weights.at(q, e, token) = image.weights[token];
         best.raise(image.wanted[token], token);
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kScopeThreads<kVectors>, 1)
 #pragma unroll kUnrolled
       for (int q = 0; q < kVectors; ++q) {
         const int e = best.token - first_of(q);
-        if (e >= 0 && e < kVector) left &= ~(1u << (q * kVector + e));
+        if (e >= 0 && e < kVector) left &= ~(Bits{1} << (q * kVector + e));
       }
       const uint32_t* row = image.matrix + best.token * image.ld;
       // The gains after the first pick are there already.
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(kScopeThreads<kVectors>, 1)
       for (int q = 0; q < kVectors; ++q) {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          if (!(left & 1u << (q * kVector + e))) continue;
+          if (!(left & Bits{1} << (q * kVector + e))) continue;
           const int token = first_of(q) + e;
           best.raise(ScopeImage::key(gains.at(q, e, token), weights.at(q, e, token)), token);
         }
@@ -316,10 +315,9 @@ int select(const Batch& batch, const WaveSize& size, int64_t channels, const Sel
     return launch_dependent<scope_kernel<vectors()>>(size.images, threads, static_cast<int>(shared),
                                                      stream, batch, channels, indices, ws);
   };
-  if (size.residual <= kVector * kScopeThreads<1>) return run(std::integral_constant<int, 1>{});
-  if (size.residual <= 2 * kVector * kScopeThreads<2>) return run(std::integral_constant<int, 2>{});
-  static_assert(8 * kVector * kScopeThreads<8> >= kMaxTokens, "the most tokens");
-  return run(std::integral_constant<int, 8>{});
+  if (size.residual <= kVector * kScopeThreads) return run(std::integral_constant<int, 1>{});
+  if (size.residual <= 2 * kVector * kScopeThreads) return run(std::integral_constant<int, 2>{});
+  return run(std::integral_constant<int, kMaxTokens / (kVector * kScopeThreads)>{});
 }
 
 }  // namespace
