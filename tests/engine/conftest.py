@@ -55,3 +55,18 @@ def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]
     yield start
     for last in running.values():
         last.close()
+
+
+@pytest.fixture(scope="session")
+def transformers_of(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The answers of a family in transformers."""
+    from support.engine_requests import Transformers
+
+    known: dict[str, Transformers] = {}
+
+    def of(family: str) -> Transformers:
+        if family not in known:
+            known[family] = Transformers(family, checkpoint(family))
+        return known[family]
+
+    return of

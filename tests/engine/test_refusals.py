@@ -31,11 +31,15 @@ def engine_config(**changes: Any) -> Any:
     options = {
         "mm_encoder_tp_mode": "weights", "video_pruning_rate": None, "speculative_config": None,
         "pipeline_parallel_size": 1, "compile_mm_encoder": False, "lora_config": None,
-        "mm_processor_kwargs": None, **changes,
+        "mm_processor_kwargs": None, "cudagraph_mm_encoder": False, "enable_prompt_embeds": False,
+        "use_v2_model_runner": False, **changes,
     }  # fmt: skip
     own = SimpleNamespace(**options)
     return SimpleNamespace(
-        model_config=SimpleNamespace(multimodal_config=own),
+        model_config=SimpleNamespace(
+            multimodal_config=own, enable_prompt_embeds=own.enable_prompt_embeds
+        ),
+        use_v2_model_runner=own.use_v2_model_runner,
         parallel_config=own,
         compilation_config=own,
         lora_config=own.lora_config,
@@ -52,6 +56,8 @@ def engine_config(**changes: Any) -> Any:
         ({"speculative_config": object()}, "speculative decoding"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"compile_mm_encoder": True}, "compile_mm_encoder"),
+        ({"cudagraph_mm_encoder": True}, "cudagraph_mm_encoder"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "connector-lora"),
     ],
 )
@@ -59,8 +65,15 @@ def test_options_that_qwen_cannot_be_pruned_with(
     model: Any, changes: dict[str, Any], named: str
 ) -> None:
     model.check_engine(engine_config())
-    with pytest.raises(ValueError, match=f"^vispruner: .*{named}.* cannot be used[^\n]*$"):
+    message = f"^vispruner: .*{named}.* cannot be used with {model.stock.__name__}: [^\n]+$"
+    with pytest.raises(ValueError, match=message):
         model.check_engine(engine_config(**changes))
+
+
+def test_options_that_llava_cannot_be_pruned_with() -> None:
+    PrunedLlava.check_engine(engine_config(enable_prompt_embeds=True, pipeline_parallel_size=2))
+    with pytest.raises(ValueError, match=r"^vispruner: cudagraph_mm_encoder cannot be used[^\n]*$"):
+        PrunedLlava.check_engine(engine_config(cudagraph_mm_encoder=True))
 
 
 def test_the_table_of_the_documentation() -> None:
@@ -93,8 +106,9 @@ def test_a_runner_that_leaves_positions_alone(monkeypatch: pytest.MonkeyPatch) -
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
-    with pytest.raises(ValueError, match="CPU backend of this vLLM cannot be used"):
+    with pytest.raises(ValueError, match="runner V1 on this vLLM's CPU backend cannot be used"):
         PrunedQwen3VL.check_engine(engine_config())
+    PrunedQwen3VL.check_engine(engine_config(use_v2_model_runner=True))
 
 
 def llava_config(**changes: Any) -> Any:
@@ -140,6 +154,13 @@ def test_qwen_needs_full_attention_somewhere() -> None:
             "into --hf-overrides",
         ),
         ("qwen25", {"k": 8}, {"video_pruning_rate": 0.5}, "vispruner: --video-pruning-rate"),
+        ("qwen25", {"k": 8}, {"enable_prompt_embeds": True}, "vispruner: --enable-prompt-embeds"),
+        (
+            "qwen3",
+            {"k": 8},
+            {"compilation_config": {"cudagraph_mm_encoder": True}},
+            "vispruner: cudagraph_mm_encoder",
+        ),
     ],
 )
 def test_an_engine_does_not_start(

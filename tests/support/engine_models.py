@@ -189,7 +189,7 @@ def _qwen(
     return folder
 
 
-def qwen25(folder: Path) -> Path:
+def qwen25(folder: Path, **text: Any) -> Path:
     """Qwen2.5-VL with windows of 2 x 2 merged tokens and two blocks of full attention."""
     vision = {
         "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
@@ -203,7 +203,7 @@ def qwen25(folder: Path) -> Path:
         transformers.Qwen2_5_VLProcessor,
         transformers.Qwen2VLVideoProcessor,
         vision,
-        {},
+        text,
     )
 
 
@@ -225,4 +225,10 @@ def qwen3(folder: Path) -> Path:
     )
 
 
-BUILDERS = {"llava": llava, "llava_next": llava_next, "qwen25": qwen25, "qwen3": qwen3}
+def qwen25_few_positions(folder: Path) -> Path:
+    """The same with rotary embeddings for 4 * 128 positions."""
+    return qwen25(folder, max_position_embeddings=128)
+
+
+BUILDERS = {"llava": llava, "llava_next": llava_next, "qwen25": qwen25,
+            "qwen25_few_positions": qwen25_few_positions, "qwen3": qwen3}  # fmt: skip

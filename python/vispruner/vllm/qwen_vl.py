@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLMultiModalProcessor,
@@ -27,6 +28,7 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from .. import selection
 from ..models import UnsupportedModelError
@@ -53,9 +55,9 @@ def _always() -> bool:
     return True
 
 
-def _positions_are_recomputed() -> bool:
-    """Whether the model runner of this platform asks for it, which the CPU's does not in 0.32."""
-    if not current_platform.is_cpu():
+def _positions_are_recomputed(vllm_config: VllmConfig) -> bool:
+    """Whether the model runner asks for it, which V1 on a CPU does not up to 0.33."""
+    if vllm_config.use_v2_model_runner or not current_platform.is_cpu():
         return True
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -92,9 +94,64 @@ class _Processor(PrunedProcessor):
                 kept.append(token)
         return PromptUpdateDetails.select_token_id(kept, video)
 
+    def ahead(self, retained: int, item: Mapping[str, Any]) -> int:
+        modality = "video" if "video_grid_thw" in item else "image"
+        ((frames, height, width),) = _grids(item[f"{modality}_grid_thw"].data.view(1, 3))
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        size = (frames, height // merge, width // merge)
+        return self.positions(size, item) - frames * retained
+
+    def positions(self, size: Grid, item: Mapping[str, Any]) -> int:
+        """Positions that an image or video takes: the length of its longest side.
+
+        Args:
+            size: frames, rows and columns of merged tokens; item: its processed fields.
+        """
+        _, height, width = size
+        if "video_grid_thw" not in item:
+            return max(height, width)
+        (times,) = _times_of_frames(
+            self.info.get_hf_config(), item.get("second_per_grid_ts"), [size]
+        )
+        return max(height, width, int(times[-1]) + 1)
+
+    def check_positions(self, ahead: int) -> None:
+        model_config = self.info.ctx.model_config
+        there = _rotary_positions(model_config.hf_config)
+        if ahead + model_config.max_model_len > there:
+            raise ValueError(
+                f"{KEY}: the pictures of this prompt take {ahead} positions more than tokens, and "
+                f"--max-model-len {model_config.max_model_len} leaves "
+                f"{there - model_config.max_model_len} of {there}: send fewer pictures, or keep "
+                "more of each"
+            )
+
+
+def _rotary_positions(hf_config: Any) -> int:
+    """Positions that a language model has rotary embeddings for, at least."""
+    # vLLM's factor for video pruning, whose positions are those of the unpruned prompt as well.
+    return 4 * int(hf_config.get_text_config().max_position_embeddings)
+
+
+def _times_of_frames(hf_config: Any, seconds: Any, sizes: Sequence[Grid]) -> list[Tensor]:
+    """How far each frame is behind the first, (t,) int64 of each video, in positions.
+
+    In the arithmetic of `get_mrope_input_positions`, of models that read videos frame after frame.
+
+    Args:
+        seconds: between frames, of each video; None where the model does not look at them.
+    """
+    per_second = getattr(hf_config.vision_config, "tokens_per_second", 1.0)
+    seconds = getattr(seconds, "data", seconds)  # a field of an item, or of a batch
+    steps = [1.0] * len(sizes) if seconds is None else torch.as_tensor(seconds).view(-1).tolist()
+    return [
+        (torch.arange(t).double() * (step * per_second)).long()
+        for (t, _, _), step in zip(sizes, steps, strict=True)
+    ]
+
 
 class _PrunedQwen(PrunedModel):
-    """What the two generations share."""
+    """What the generations share."""
 
     config: Any
     visual: Any
@@ -106,6 +163,14 @@ class _PrunedQwen(PrunedModel):
         multimodal = vllm_config.model_config.multimodal_config
         object.__setattr__(multimodal, "is_multimodal_pruning_enabled", _always)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for module in self.modules():
+            if isinstance(module, MRotaryEmbedding):
+                there, needed = len(module.cos_sin_cache), _rotary_positions(self.config)
+                if there < needed:
+                    raise UnsupportedModelError(
+                        f"{KEY}: the rotary embedding has {there} positions, and positions of a "
+                        f"pruned prompt go up to {needed}"
+                    )
 
     @classmethod
     def check(cls, hf_config: Any) -> None:
@@ -117,20 +182,33 @@ class _PrunedQwen(PrunedModel):
             )
 
     @classmethod
-    def check_engine(cls, vllm_config: VllmConfig) -> None:
-        super().check_engine(vllm_config)
+    def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
         multimodal = vllm_config.model_config.multimodal_config
-        refused = {
-            "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
-            "--video-pruning-rate": bool(multimodal.video_pruning_rate),
-            "speculative decoding": vllm_config.speculative_config is not None,
-            "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
-            "the CPU backend of this vLLM": not _positions_are_recomputed(),
-            "compile_mm_encoder": vllm_config.compilation_config.compile_mm_encoder,
+        return {
+            **super().refused_options(vllm_config),
+            "--mm-encoder-tp-mode data": (multimodal.mm_encoder_tp_mode == "data", "TODO"),
+            "--video-pruning-rate": (
+                bool(multimodal.video_pruning_rate),
+                "two prunings of a video do not add up",
+            ),
+            "--enable-prompt-embeds": (
+                vllm_config.model_config.enable_prompt_embeds,
+                "embeddings of a prompt do not say where a picture's tokens are",
+            ),
+            "speculative decoding": (vllm_config.speculative_config is not None, "TODO"),
+            "pipeline parallelism": (
+                vllm_config.parallel_config.pipeline_parallel_size > 1,
+                "only its first stage knows the positions of kept tokens",
+            ),
+            "model runner V1 on this vLLM's CPU backend": (
+                not _positions_are_recomputed(vllm_config),
+                "it never updates positions",
+            ),
+            "compile_mm_encoder": (
+                vllm_config.compilation_config.compile_mm_encoder,
+                "a compiled encoder does not call the hook that reads its attention",
+            ),
         }
-        for option, used in refused.items():
-            if used:
-                raise ValueError(f"{KEY}: {option} cannot be used with a pruned Qwen-VL")
 
     # ----------------------------------------------------------------------------- the embeddings
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -249,12 +327,13 @@ class _PrunedQwen(PrunedModel):
             The embeddings without their extra channels, the positions (3, L), and how far the
             answer is ahead of the prompt's length.
         """
-        if multimodal_embeddings:
-            visual = (self.config.image_token_id, self.config.video_token_id)
-            mrope_positions = write_places(
-                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens, visual
-            )
-        ahead = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
+        with gpu_sync_allowed():  # the host has to know how far the answer is ahead
+            if multimodal_embeddings:
+                visual = (self.config.image_token_id, self.config.video_token_id)
+                mrope_positions = write_places(
+                    input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens, visual
+                )
+            ahead = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
         return [x[:, :-CHANNELS] for x in multimodal_embeddings], mrope_positions, ahead
 
 
@@ -271,7 +350,9 @@ class _Info3(PrunedInfo, Qwen3VLProcessingInfo):
 
 
 class _Processor3(_Processor, Qwen3VLMultiModalProcessor):
-    pass
+    def positions(self, size: Grid, item: Mapping[str, Any]) -> int:
+        frames, height, width = size  # each frame is a picture, and its time is text
+        return frames * max(height, width)
 
 
 @register_processor(_Info25, _Processor25)
@@ -281,14 +362,7 @@ class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
     stock = Qwen2_5_VLForConditionalGeneration
 
     def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
-        # In the arithmetic of get_mrope_input_positions.
-        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        seconds = given.get("second_per_grid_ts")
-        steps = [1.0] * len(sizes) if seconds is None else [float(x) for x in seconds]
-        return [
-            (torch.arange(t).double() * (step * per_second)).long()
-            for (t, _, _), step in zip(sizes, steps, strict=True)
-        ]
+        return _times_of_frames(self.config, given.get("second_per_grid_ts"), sizes)
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
         # The blocks see the patches window by window.
