@@ -5,6 +5,7 @@ An engine takes ten seconds to start, so tests share them by their options.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -58,15 +59,12 @@ def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]
 
 
 @pytest.fixture(scope="session")
-def transformers_of(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+def transformers_of(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
     """The answers of a family in transformers."""
     from support.engine_requests import Transformers
 
-    known: dict[str, Transformers] = {}
-
-    def of(family: str) -> Transformers:
-        if family not in known:
-            known[family] = Transformers(family, checkpoint(family))
-        return known[family]
+    @functools.cache
+    def of(family: str, *, adapted: bool = False) -> Transformers:
+        return Transformers(family, checkpoint(family), adapted=adapted)
 
     return of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,16 +34,21 @@ from support.engine_requests import (
 
 pytestmark = pytest.mark.engine
 
-FAMILIES = ("llava", "llava_next", "qwen25", "qwen3")
+LLAVAS = ("llava", "llava_next")
+QWENS = ("qwen2", "qwen25", "qwen3", "qwen3_moe", "qwen35", "qwen35_moe")
+FAMILIES = (*LLAVAS, *QWENS)
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM has on a CPU
 TOKEN = 2**10  # bytes of the KV cache that a token takes, in all models here
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that name no families run for all of them."""
+    named = (mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not any("family" in names for names in named):
+        metafunc.parametrize("family", FAMILIES)
 
 
+@pytest.mark.parametrize("family", [*LLAVAS, "qwen25", "qwen3"])
 def test_keeping_all_is_plain_vllm(engine: Callable[..., Engine], family: str) -> None:
     requests = requests_of(family)
     common = {"limit_mm_per_prompt": limits(family)}
@@ -61,7 +67,7 @@ def test_keeping_all_is_plain_vllm(engine: Callable[..., Engine], family: str) -
 def test_fewer_tokens_are_those_of_transformers(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
 ) -> None:
-    requests = requests_of(family)
+    requests = [*requests_of(family), replace(ONE, k=ALL)]
     pruned = engine(family, {"k": K, "max_k": ALL}, limit_mm_per_prompt=limits(family))
     found = asked(pruned, family, requests)
     expected = transformers_of(family)(requests, K)
@@ -71,7 +77,10 @@ def test_fewer_tokens_are_those_of_transformers(
     assert other[0].tokens != found[0].tokens
 
 
-@pytest.mark.parametrize("runner", ["V1", "V2"])
+@pytest.mark.parametrize(
+    ("family", "runner"),
+    [*((family, "V1") for family in FAMILIES), *((f, "V2") for f in ("llava", *QWENS[1:3]))],
+)
 def test_chunked_prefill_prefix_cache_and_preemption(
     engine: Callable[..., Engine],
     transformers_of: Callable[[str], Transformers],
@@ -80,6 +89,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
 ) -> None:
     """Prompts are computed 13 tokens a step, their beginnings come from a cache of few blocks."""
     tiles = 5 if family == "llava_next" else 1  # of the picture in ONE
+    cached = not family.startswith("qwen35")  # of which `test_linear_attention` has a cache
     chunked = engine(
         family,
         {"k": BLOCK, "max_k": ALL},
@@ -89,9 +99,9 @@ def test_chunked_prefill_prefix_cache_and_preemption(
         long_prefill_token_threshold=13,
         max_num_batched_tokens=260,
         max_model_len=384,
-        enable_prefix_caching=True,
+        enable_prefix_caching=cached,
         block_size=BLOCK,
-        kv_cache_memory_bytes=(24 if tiles > 1 else 14) * BLOCK * TOKEN,
+        **({"kv_cache_memory_bytes": (24 if tiles > 1 else 14) * BLOCK * TOKEN} if cached else {}),
         disable_log_stats=False,
     )
 
@@ -106,25 +116,36 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     if family.startswith("qwen"):
         requests.append(replace(BOTH, k=5))
     assert set(check(*requests)) == {0}
-    assert all(check(*requests))
+    assert all(check(*requests)) == cached
     # A block ends within the image: its last tokens are computed anew, at their places.
     other = replace(ONE, text="USER: {image}describe the picture in detail")
-    assert check(other) == [tiles * BLOCK]
+    assert check(other) == [tiles * BLOCK if cached else 0]
     # The same image pruned in another way is another image.
     assert check(replace(ONE, k=BLOCK + 1)) == [0]
     # More than the cache holds: requests are put off in the middle of their answers.
     assert chunked.count("vllm:num_preemptions") == 0
     check(*(Request("USER: {image}" + " what" * (n + 9), [n]) for n in range(4)), length=60)
-    assert chunked.count("vllm:num_preemptions") > 0
+    assert (chunked.count("vllm:num_preemptions") > 0) == cached
 
 
-@pytest.mark.parametrize("runner", ["V1", "V2"])
+@pytest.mark.parametrize(
+    ("family", "runner", "encoder"),
+    [
+        ("llava", "V2", "weights"),
+        ("llava_next", "V1", "weights"),
+        *((family, "V2", "weights") for family in QWENS),
+        ("qwen25", "V1", "data"),
+        ("qwen3", "V1", "data"),
+    ],
+)
 def test_tensor_parallel(
     engine: Callable[..., Engine],
     transformers_of: Callable[[str], Transformers],
     family: str,
     runner: str,
+    encoder: str,
 ) -> None:
+    """The encoder's heads are shared between the ranks (weights), or its pictures are (data)."""
     requests = [ONE, TWO, replace(OTHER, k=20)]
     if family.startswith("qwen"):
         requests.append(BOTH)
@@ -134,13 +155,14 @@ def test_tensor_parallel(
         runner=runner,
         limit_mm_per_prompt=limits(family),
         tensor_parallel_size=2,
+        mm_encoder_tp_mode=encoder,
     )
     found = asked(parallel, family, requests)
     expected = transformers_of(family)(requests, K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", LLAVAS)
 def test_pipeline_parallel(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
 ) -> None:
@@ -150,6 +172,63 @@ def test_pipeline_parallel(
     found = asked(piped, family, requests)
     expected = transformers_of(family)(requests, K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+_NGRAMS = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+}  # fmt: skip
+_LORA = {"enable_lora": True, "max_lora_rank": 8}
+
+
+def test_lora_and_speculative_decoding(
+    engine: Callable[..., Engine],
+    transformers_of: Callable[..., Transformers],
+    family: str,
+    tmp_path: Path,
+) -> None:
+    """An adapter of the language model, and drafts from n-grams of the prompt and the answer."""
+    requests, length = [ONE, TWO, NONE], 100
+    common: dict[str, Any] = {"limit_mm_per_prompt": limits(family), "disable_log_stats": False}
+
+    def check(run: Engine, **adapted: Any) -> list[list[int]]:
+        found = asked(run, family, requests, length, **adapted)
+        expected = transformers_of(family, adapted=bool(adapted))(requests, K, length)
+        assert [(len(a.prompt), a.tokens) for a in found] == expected
+        return [answer.tokens for answer in found]
+
+    moe = family.endswith("moe")  # whose adapters are refused
+    drafting = engine(
+        family, {"k": K}, speculative_config=_NGRAMS, **({} if moe else _LORA), **common
+    )
+    plain = check(drafting)
+    assert drafting.count("vllm:spec_decode_num_accepted_tokens") > 0
+    if not moe:
+        adapter = transformers_of(family).save_adapter(tmp_path)
+        adapted = check(drafting, adapter=adapter)
+        assert all(a != b for a, b in zip(adapted, plain, strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen35_linear", "qwen35_moe_linear"])
+def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
+    """A prefix cache with the states of linear attention, which need bfloat16 on a CPU.
+
+    Features in 16 bits are not those of transformers, so the engine is compared with itself.
+    """
+    text = "USER: {image}" + " what" * 1200 + "{image} describe the picture ASSISTANT:"
+    request = Request(text, [1, 2], k=BLOCK)
+    common: dict[str, Any] = {
+        "dtype": "bfloat16", "max_model_len": 2048, "limit_mm_per_prompt": limits(family)
+    }  # fmt: skip
+    pruning = {"k": K, "max_k": ALL}
+    (whole,) = asked(engine(family, pruning, **common), family, [request], 8)
+    cached = engine(
+        family, pruning, **common, enable_prefix_caching=True, long_prefill_token_threshold=500
+    )
+    for again in (False, True):
+        (found,) = asked(cached, family, [request], 8)
+        assert found.tokens == whole.tokens
+        assert (found.cached > 1000) == again
+    assert len(whole.prompt) < 1200 + 2 * BLOCK + 50
 
 
 def test_ratio(
@@ -165,6 +244,17 @@ def test_ratio(
     expected = transformers_of("qwen25")(
         [ONE, TWO, BOTH], None, ratio=0.25, important_ratio=0.75, step=4
     )
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+@pytest.mark.parametrize("family", ["llava_siglip", "llava_next_siglip"])
+def test_a_tower_without_cls(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
+) -> None:
+    pruned = engine(family, {"k": K, "max_k": ALL})
+    requests = [ONE, TWO, replace(OTHER, k=20)]
+    found = asked(pruned, family, requests)
+    expected = transformers_of(family)(requests, K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
 
 

@@ -19,11 +19,20 @@ from support.engine_process import TESTS, Engine
 from vispruner.models import UnsupportedModelError
 from vispruner.vllm import architectures
 from vispruner.vllm.llava import PrunedLlava
-from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL
+from vispruner.vllm.qwen_vl import (
+    PrunedQwen2VL,
+    PrunedQwen3VL,
+    PrunedQwen3VLMoe,
+    PrunedQwen25VL,
+    PrunedQwen35,
+    PrunedQwen35Moe,
+)
 
 pytestmark = pytest.mark.engine
 
-QWENS = (PrunedQwen25VL, PrunedQwen3VL)
+QWENS = (
+    PrunedQwen2VL, PrunedQwen25VL, PrunedQwen3VL, PrunedQwen3VLMoe, PrunedQwen35, PrunedQwen35Moe,
+)  # fmt: skip
 
 
 def engine_config(**changes: Any) -> Any:
@@ -51,9 +60,8 @@ def engine_config(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
-        ({"speculative_config": object()}, "speculative decoding"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative decoding other"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"compile_mm_encoder": True}, "compile_mm_encoder"),
         ({"cudagraph_mm_encoder": True}, "cudagraph_mm_encoder"),
@@ -64,10 +72,18 @@ def engine_config(**changes: Any) -> Any:
 def test_options_that_qwen_cannot_be_pruned_with(
     model: Any, changes: dict[str, Any], named: str
 ) -> None:
-    model.check_engine(engine_config())
+    model.check_engine(engine_config(mm_encoder_tp_mode="data"))
+    model.check_engine(engine_config(speculative_config=SimpleNamespace(method="ngram")))
     message = f"^vispruner: .*{named}.* cannot be used with {model.stock.__name__}: [^\n]+$"
     with pytest.raises(ValueError, match=message):
         model.check_engine(engine_config(**changes))
+
+
+@pytest.mark.parametrize("model", [PrunedQwen3VLMoe, PrunedQwen35Moe], ids=lambda m: m.__name__)
+def test_adapters_of_experts(model: Any) -> None:
+    lora = SimpleNamespace(enable_tower_connector_lora=False)
+    with pytest.raises(ValueError, match=r"^vispruner: LoRA cannot be used with [^\n]*$"):
+        model.check_engine(engine_config(lora_config=lora))
 
 
 def test_options_that_llava_cannot_be_pruned_with() -> None:
@@ -86,7 +102,7 @@ def test_the_table_of_the_documentation() -> None:
     options = {
         "tensor parallel": {"tensor_parallel_size": 2},
         "pipeline parallel": {"pipeline_parallel_size": 2},
-        "speculative decoding": {"speculative_config": object()},
+        "speculative decoding": {"speculative_config": SimpleNamespace(method="ngram")},
         "chunked prefill": {}, "prefix cache": {}, "LoRA": {"lora_config": SimpleNamespace(
             enable_tower_connector_lora=False)},
     }  # fmt: skip
@@ -120,12 +136,18 @@ def llava_config(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_config": transformers.SiglipVisionConfig()}, "needs a CLIP vision tower.*siglip"),
+        (
+            {"vision_config": engine_models.siglip()},
+            "select_strategy='full' with .*siglip.*'default'",
+        ),
         (
             {"vision_config": transformers.PixtralVisionConfig()},
-            "needs a CLIP vision tower.*pixtral",
+            "needs a CLIP or SigLIP vision tower.*pixtral",
         ),
-        ({"vision_feature_select_strategy": "full"}, "select_strategy='default', got 'full'"),
+        (
+            {"vision_feature_select_strategy": "full"},
+            "select_strategy='default' with .*, got 'full'",
+        ),
         ({"vision_feature_layer": [-2, -3]}, "must be one encoder layer"),
         ({"vision_feature_layer": 0}, "must be one encoder layer"),
         ({"vision_feature_layer": 5}, "must be one encoder layer, got 5 with 4 layers"),
@@ -133,6 +155,9 @@ def llava_config(**changes: Any) -> Any:
 )
 def test_towers_that_cannot_be_read(changes: dict[str, Any], message: str) -> None:
     PrunedLlava.check(llava_config())
+    PrunedLlava.check(
+        llava_config(vision_config=engine_models.siglip(), vision_feature_select_strategy="full")
+    )
     with pytest.raises(UnsupportedModelError, match=f"^vispruner: .*{message}[^\n]*$"):
         PrunedLlava.check(llava_config(**changes))
 
@@ -172,15 +197,3 @@ def test_an_engine_does_not_start(
 ) -> None:
     with pytest.raises((ValueError, RuntimeError), match=message):
         Engine(checkpoint(family), pruning, **options)
-
-
-def test_an_engine_with_a_tower_without_cls_does_not_start(tmp_path: Path) -> None:
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-        image_size=112, patch_size=14, vision_use_head=False,
-    )  # fmt: skip
-    engine_models.llava(
-        tmp_path, vision=vision, vision_feature_select_strategy="full", vision_feature_layer=-1
-    )
-    with pytest.raises((ValueError, RuntimeError), match="vispruner: needs a CLIP vision tower"):
-        Engine(tmp_path, {"k": 8})

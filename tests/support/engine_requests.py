@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import vispruner
 
@@ -98,9 +100,13 @@ class Request:
 
 
 class Transformers:
-    """The checkpoint in transformers, pruned by `vispruner.apply`."""
+    """The checkpoint in transformers, pruned by `vispruner.apply`.
 
-    def __init__(self, family: str, folder: Path) -> None:
+    Args:
+        adapted: whether it has the adapter of `save_adapter` merged into it.
+    """
+
+    def __init__(self, family: str, folder: Path, *, adapted: bool = False) -> None:
         self._family = family
         self._processor = transformers.AutoProcessor.from_pretrained(folder)
         self._model = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -108,6 +114,34 @@ class Transformers:
         ).eval()
         self._model.generation_config.eos_token_id = None  # as with ignore_eos
         self._known: dict[str, tuple[int, list[int]]] = {}
+        if adapted:
+            for weight, down, up in self._adapter().values():
+                weight.data += up @ down
+
+    def _adapter(self) -> dict[str, tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]:
+        """Of each query projection of the language model, its weight and a random change of it."""
+        random = torch.Generator().manual_seed(1)
+        return {
+            name: (
+                weight,
+                torch.randn(4, weight.shape[1], generator=random) * 0.2,
+                torch.randn(weight.shape[0], 4, generator=random) * 0.2,
+            )
+            for name, weight in self._model.named_parameters()
+            if "language_model" in name and name.endswith("q_proj.weight")
+        }
+
+    def save_adapter(self, folder: Path) -> Path:
+        """Saves a LoRA adapter as PEFT does."""
+        tensors = {}
+        for name, (_, down, up) in self._adapter().items():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = down
+            tensors[f"{module}.lora_B.weight"] = up
+        save_file(tensors, folder / "adapter_model.safetensors")
+        options = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(options))
+        return folder
 
     def __call__(
         self, requests: Sequence[Request], k: int | None, length: int = 16, **budget: float
@@ -135,7 +169,7 @@ class Transformers:
         options: dict[str, Any] = dict(budget)
         if "ratio" not in budget:
             options["k"] = k
-        if self._family == "llava_next":
+        if self._family.startswith("llava_next"):
             options["tiles"] = "all"
         columns = prompt
         with torch.no_grad():
@@ -169,5 +203,7 @@ def limits(family: str) -> dict[str, int]:
     return {"image": 2, "video": 1} if family.startswith("qwen") else {"image": 2}
 
 
-def asked(run: Any, family: str, requests: list[Request], length: int = 16) -> list[Any]:
-    return run([request.for_engine(family) for request in requests], length)
+def asked(
+    run: Any, family: str, requests: list[Request], length: int = 16, **options: Any
+) -> list[Any]:
+    return run([request.for_engine(family) for request in requests], length, **options)

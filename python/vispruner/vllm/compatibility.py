@@ -23,14 +23,22 @@ _MODELS = "vllm.model_executor.models"
 STOCK_MODULES = {
     "LlavaForConditionalGeneration": f"{_MODELS}.llava",
     "LlavaNextForConditionalGeneration": f"{_MODELS}.llava_next",
+    "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": f"{_MODELS}.qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": f"{_MODELS}.qwen3_vl_moe",
+    "Qwen3_5ForConditionalGeneration": f"{_MODELS}.qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": f"{_MODELS}.qwen3_5",
 }
 
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 _INFO = "vllm.multimodal.processing:BaseProcessingInfo"
 _QWEN25 = f"{STOCK_MODULES['Qwen2_5_VLForConditionalGeneration']}:"
-_QWEN3 = f"{STOCK_MODULES['Qwen3VLForConditionalGeneration']}:"
+_QWEN_VISION = {
+    f"{STOCK_MODULES['Qwen2VLForConditionalGeneration']}:Qwen2VisionTransformer",
+    f"{_QWEN25}Qwen2_5_VisionTransformer",
+    f"{STOCK_MODULES['Qwen3VLForConditionalGeneration']}:Qwen3_VisionTransformer",
+}
 _ENCODER_ATTENTION = "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention"
 _POSITIONS = ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens")
 
@@ -97,18 +105,29 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     },
     **{
         f"{model}.{method}": parameters
-        for model in (
-            f"{_QWEN25}Qwen2_5_VLForConditionalGeneration",
-            f"{_QWEN3}Qwen3VLForConditionalGeneration",
-        )
+        for model in (f"{m}:{a}" for a, m in STOCK_MODULES.items() if a.startswith("Qwen"))
         for method, parameters in {
             "_parse_and_validate_multimodal_inputs": ("kwargs",),
             "_process_image_input": ("image_input",),
             "_process_video_input": ("video_input",),
             "get_mrope_input_positions": ("input_tokens", "mm_features"),
-            "recompute_mrope_positions": _POSITIONS,
         }.items()
     },
+    **{f"{vision}.forward": ("x", "grid_thw") for vision in _QWEN_VISION},
+    **{
+        f"{STOCK_MODULES[architecture]}:{architecture}.recompute_mrope_positions": _POSITIONS
+        for architecture in (
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration",
+        )
+    },
+    f"{_MODELS}.vision:run_dp_sharded_mrope_vision_model": (
+        "vision_model",
+        "pixel_values",
+        "grid_thw_list",
+        "rope_type",
+    ),
+    "vllm.utils.gpu_sync_debug:gpu_sync_allowed": (),
 }
 
 

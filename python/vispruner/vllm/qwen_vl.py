@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: pictures of any size, merged 2 x 2, at their own positions.
+"""Qwen2-VL to Qwen3.5: pictures of any size, merged 2 x 2, at their own positions.
 
 Scores and choice are those of `vispruner.models.qwen_vl`: the attention that patches receive in the
 last block with full attention, averaged over the four patches of a merged token. Each frame of a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,27 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen2_vl import (
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLMultiModalProcessor,
+    Qwen2VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_5 import (
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeProcessingInfo,
+    Qwen3_5ProcessingInfo,
+)
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_vl_moe import (
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeProcessingInfo,
+)
+from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -150,6 +166,32 @@ def _times_of_frames(hf_config: Any, seconds: Any, sizes: Sequence[Grid]) -> lis
     ]
 
 
+class _Scored:
+    """A vision transformer whose tokens carry their scores, for ranks that gather each other's.
+
+    The bits of a float32 are as many channels as it takes in the type of the tokens.
+    """
+
+    def __init__(
+        self, visual: Any, encode: Callable[[Tensor, Sequence[Grid]], tuple[Tensor, Tensor]]
+    ) -> None:
+        self.parameters, self._encode = visual.parameters, encode
+        self.spatial_merge_size = visual.spatial_merge_size
+        dtype = next(visual.parameters()).dtype
+        self.out_hidden_size = visual.out_hidden_size + torch.float32.itemsize // dtype.itemsize
+
+    def __call__(self, pixels: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
+        tokens, scores = self._encode(pixels, [(t, h, w) for t, h, w in grids])
+        return torch.cat([tokens, scores.unsqueeze(1).view(tokens.dtype)], 1)
+
+
+def _without_scores(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and scores of what a _Scored returned."""
+    channels = torch.float32.itemsize // tokens.dtype.itemsize
+    scores = tokens[:, -channels:].contiguous().view(torch.float32)
+    return tokens[:, :-channels], scores.squeeze(1)
+
+
 class _PrunedQwen(PrunedModel):
     """What the generations share."""
 
@@ -184,9 +226,9 @@ class _PrunedQwen(PrunedModel):
     @classmethod
     def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
         multimodal = vllm_config.model_config.multimodal_config
+        speculative = vllm_config.speculative_config
         return {
             **super().refused_options(vllm_config),
-            "--mm-encoder-tp-mode data": (multimodal.mm_encoder_tp_mode == "data", "TODO"),
             "--video-pruning-rate": (
                 bool(multimodal.video_pruning_rate),
                 "two prunings of a video do not add up",
@@ -195,7 +237,10 @@ class _PrunedQwen(PrunedModel):
                 vllm_config.model_config.enable_prompt_embeds,
                 "embeddings of a prompt do not say where a picture's tokens are",
             ),
-            "speculative decoding": (vllm_config.speculative_config is not None, "TODO"),
+            "speculative decoding other than ngram": (
+                speculative is not None and speculative.method != "ngram",
+                "the look-ahead of a draft model would shift the positions of kept tokens",
+            ),
             "pipeline parallelism": (
                 vllm_config.parallel_config.pipeline_parallel_size > 1,
                 "only its first stage knows the positions of kept tokens",
@@ -216,7 +261,8 @@ class _PrunedQwen(PrunedModel):
         retained = {modality: kwargs.pop(name, None) for modality, name in RETAINED.items()}
         embeddings: list[Tensor] = []
         inputs: Mapping[str, Any] = self._parse_and_validate_multimodal_inputs(**kwargs)
-        for modality, given in inputs.items():
+        for name, given in inputs.items():
+            modality = name.removesuffix("s")
             if retained[modality] is not None:
                 embeddings += self._pruned(modality, given, counts_of(retained[modality]))
             else:  # embeddings that were passed as such
@@ -236,7 +282,7 @@ class _PrunedQwen(PrunedModel):
         for part in encoder_batches(lengths, self.encoder_tokens):
             whole, scores = self._encode(torch.cat(pixels[part]), grids[part])
             # The features of earlier blocks that Qwen3-VL appends do not take part in the choice.
-            main = whole[:, : self.config.vision_config.out_hidden_size]
+            main = whole[:, : self.config.get_text_config().hidden_size]
             items = list(zip(sizes[part], counts[part], strict=True))
             _, rows = self.choose(
                 main,
@@ -256,10 +302,10 @@ class _PrunedQwen(PrunedModel):
 
     def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
         """How far each frame is behind the first, (t,) int64 of each item, in positions."""
-        return [torch.zeros(t, dtype=torch.long) for t, _, _ in sizes]
+        return _times_of_frames(self.config, given.get("second_per_grid_ts"), sizes)
 
     def _encode(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """Runs the vision transformer.
+        """Runs the vision transformer, on every rank or (`--mm-encoder-tp-mode data`) on one each.
 
         Args:
             pixels: (patches, values) of images or videos; grids: of each.
@@ -267,14 +313,21 @@ class _PrunedQwen(PrunedModel):
         Returns:
             (T, C) merged tokens and (T,) float32 attention that each receives within its picture.
         """
+        if not self.use_data_parallel:
+            return self._encode_here(pixels, grids)
+        scored = _Scored(self.visual, self._encode_here)
+        of_items = run_dp_sharded_mrope_vision_model(
+            scored, pixels, [list(grid) for grid in grids], rope_type="rope_3d"
+        )
+        return _without_scores(torch.cat(list(of_items)))
+
+    def _encode_here(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+        """`_encode` of what this rank is given."""
         blocks = self.visual.blocks
         last = getattr(self.visual, "fullatt_block_indexes", [len(blocks) - 1])[-1]
         attention = blocks[last].attn
-        parsed = self._parse_and_validate_image_input(
-            pixel_values=pixels, image_grid_thw=torch.tensor(grids)
-        )
         with AttentionTap(attention.attn) as tap:
-            encoded = self._process_image_input(parsed)
+            encoded = self.visual(pixels, [list(grid) for grid in grids])
         q, k = (x.squeeze(0) for x in tap.take())  # (patches, H, D), rotary embedding applied
         pictures = (h * w for t, h, w in grids for _ in range(t))
         bounds = list(itertools.accumulate(pictures, initial=0))
@@ -284,7 +337,7 @@ class _PrunedQwen(PrunedModel):
             scores = over_all_heads(scores, attention.tp_size)
             scores = scores.view(-1, self.visual.spatial_merge_size**2).mean(-1)
             scores = self._in_raster_order(scores, grids)
-        return torch.cat(list(encoded)), scores
+        return encoded, scores
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Scores (T,) of merged tokens in the order of the blocks, in that of the embeddings."""
@@ -337,15 +390,19 @@ class _PrunedQwen(PrunedModel):
         return [x[:, :-CHANNELS] for x in multimodal_embeddings], mrope_positions, ahead
 
 
+class _Info2(PrunedInfo, Qwen2VLProcessingInfo):
+    pass
+
+
+class _Processor2(_Processor, Qwen2VLMultiModalProcessor):
+    pass
+
+
 class _Info25(PrunedInfo, Qwen2_5_VLProcessingInfo):
     pass
 
 
 class _Processor25(_Processor, Qwen2_5_VLMultiModalProcessor):
-    pass
-
-
-class _Info3(PrunedInfo, Qwen3VLProcessingInfo):
     pass
 
 
@@ -355,14 +412,35 @@ class _Processor3(_Processor, Qwen3VLMultiModalProcessor):
         return frames * max(height, width)
 
 
+class _Info3(PrunedInfo, Qwen3VLProcessingInfo):
+    pass
+
+
+class _Info3Moe(PrunedInfo, Qwen3VLMoeProcessingInfo):
+    pass
+
+
+class _Info35(PrunedInfo, Qwen3_5ProcessingInfo):
+    pass
+
+
+class _Info35Moe(PrunedInfo, Qwen3_5MoeProcessingInfo):
+    pass
+
+
+@register_processor(_Info2, _Processor2)
+class PrunedQwen2VL(_PrunedQwen, Qwen2VLForConditionalGeneration):
+    """`Qwen2VLForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen2VLForConditionalGeneration
+    supports_multimodal_pruning = True  # which has the runner recompute positions
+
+
 @register_processor(_Info25, _Processor25)
 class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
     """`Qwen2_5_VLForConditionalGeneration` with k visual tokens an image or frame."""
 
     stock = Qwen2_5_VLForConditionalGeneration
-
-    def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
-        return _times_of_frames(self.config, given.get("second_per_grid_ts"), sizes)
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
         # The blocks see the patches window by window.
@@ -375,8 +453,51 @@ class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
         return torch.empty_like(scores).scatter_(0, torch.cat(orders).to(scores.device), scores)
 
 
+class _Experts(_PrunedQwen):
+    """The models with a mixture of experts."""
+
+    @classmethod
+    def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
+        return {
+            **super().refused_options(vllm_config),
+            "LoRA": (
+                vllm_config.lora_config is not None,
+                "adapters of experts run on GPUs only, where no test has run them",
+            ),
+        }
+
+
+class _PrunedQwen3(_PrunedQwen):
+    """The models with Qwen3-VL's vision transformer and prompts."""
+
+    def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
+        # The time of a frame is text before it.
+        return [torch.zeros(t, dtype=torch.long) for t, _, _ in sizes]
+
+
 @register_processor(_Info3, _Processor3)
-class PrunedQwen3VL(_PrunedQwen, Qwen3VLForConditionalGeneration):
+class PrunedQwen3VL(_PrunedQwen3, Qwen3VLForConditionalGeneration):
     """`Qwen3VLForConditionalGeneration` with k visual tokens an image or frame."""
 
     stock = Qwen3VLForConditionalGeneration
+
+
+@register_processor(_Info3Moe, _Processor3)
+class PrunedQwen3VLMoe(_Experts, _PrunedQwen3, Qwen3VLMoeForConditionalGeneration):
+    """`Qwen3VLMoeForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3VLMoeForConditionalGeneration
+
+
+@register_processor(_Info35, _Processor3)
+class PrunedQwen35(_PrunedQwen3, Qwen3_5ForConditionalGeneration):
+    """`Qwen3_5ForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3_5ForConditionalGeneration
+
+
+@register_processor(_Info35Moe, _Processor3)
+class PrunedQwen35Moe(_Experts, _PrunedQwen3, Qwen3_5MoeForConditionalGeneration):
+    """`Qwen3_5MoeForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3_5MoeForConditionalGeneration
