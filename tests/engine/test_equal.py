@@ -34,7 +34,7 @@ from support.engine_requests import (
 
 pytestmark = pytest.mark.engine
 
-LLAVAS = ("llava", "llava_next")
+LLAVAS = ("llava", "llava_next", "internvl")  # which have no positions of their own
 QWENS = ("qwen2", "qwen25", "qwen3", "qwen3_moe", "qwen35", "qwen35_moe")
 FAMILIES = (*LLAVAS, *QWENS)
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM has on a CPU
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", FAMILIES)
 
 
-@pytest.mark.parametrize("family", [*LLAVAS, "qwen25", "qwen3"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen25", "qwen3"])
 def test_keeping_all_is_plain_vllm(engine: Callable[..., Engine], family: str) -> None:
     requests = requests_of(family)
     common = {"limit_mm_per_prompt": limits(family)}
@@ -89,10 +89,11 @@ def test_chunked_prefill_prefix_cache_and_preemption(
 ) -> None:
     """Prompts are computed 13 tokens a step, their beginnings come from a cache of few blocks."""
     tiles = 5 if family == "llava_next" else 1  # of the picture in ONE
+    k, less = (8, 5) if family == "internvl" else (BLOCK, 20)  # 7 tiles, each of 16 tokens
     cached = not family.startswith("qwen35")  # of which `test_linear_attention` has a cache
     chunked = engine(
         family,
-        {"k": BLOCK, "max_k": ALL},
+        {"k": k, "max_k": ALL},
         runner=runner,
         limit_mm_per_prompt=limits(family),
         enable_chunked_prefill=True,
@@ -108,11 +109,11 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     def check(*requests: Request, length: int = 16) -> list[int]:
         """The answers are those of transformers; tokens that came from the cache, of each."""
         found = asked(chunked, family, list(requests), length)
-        expected = transformers_of(family)(requests, BLOCK, length)
+        expected = transformers_of(family)(requests, k, length)
         assert [(len(a.prompt), a.tokens) for a in found] == expected
         return [answer.cached for answer in found]
 
-    requests = [ONE, replace(TWO, k=20), OTHER]
+    requests = [ONE, replace(TWO, k=less), OTHER]
     if family.startswith("qwen"):
         requests.append(replace(BOTH, k=5))
     assert set(check(*requests)) == {0}
@@ -121,7 +122,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     other = replace(ONE, text="USER: {image}describe the picture in detail")
     assert check(other) == [tiles * BLOCK if cached else 0]
     # The same image pruned in another way is another image.
-    assert check(replace(ONE, k=BLOCK + 1)) == [0]
+    assert check(replace(ONE, k=k + 1)) == [0]
     # More than the cache holds: requests are put off in the middle of their answers.
     assert chunked.count("vllm:num_preemptions") == 0
     check(*(Request("USER: {image}" + " what" * (n + 9), [n]) for n in range(4)), length=60)
@@ -133,6 +134,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     [
         ("llava", "V2", "weights"),
         ("llava_next", "V1", "weights"),
+        ("internvl", "V1", "weights"),
         *((family, "V2", "weights") for family in QWENS),
         ("qwen25", "V1", "data"),
         ("qwen3", "V1", "data"),

@@ -313,7 +313,37 @@ def llava_next_siglip(folder: Path) -> Path:
     return llava_next(folder, vision=siglip(), strategy="full")
 
 
+def internvl(folder: Path) -> Path:
+    """InternVL: up to 7 tiles of 16 tokens, which are 2 x 2 patches."""
+    named = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    }  # fmt: skip
+    tokenizer = _tokenizer(list(named.values()), **named)
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
+            image_size=[SIDE, SIDE], patch_size=[14, 14], use_qk_norm=True,
+        ),
+        text_config=transformers.Qwen2Config(**_text(len(tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    )  # fmt: skip
+    _save(transformers.InternVLForConditionalGeneration, config, folder)
+    size = {"height": SIDE, "width": SIDE}
+    transformers.InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size=size, max_patches=6),
+        tokenizer=tokenizer,
+        video_processor=transformers.InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+        chat_template=_LLAVA_CHAT.replace("<image>", "<IMG_CONTEXT>"),
+    ).save_pretrained(folder)
+    return folder
+
+
 BUILDERS = {
+    "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
     "llava_next_siglip": llava_next_siglip,

@@ -48,7 +48,11 @@ def clip_of_frames(number: int) -> Any:
     }  # fmt: skip
 
 
-_IMAGE = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}
+_IMAGE = {
+    "internvl": "<IMG_CONTEXT>",
+    "llava": "<image>",
+    "qwen": "<|vision_start|><|image_pad|><|vision_end|>",
+}
 _VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
@@ -68,7 +72,7 @@ class Request:
     k: int | None = None
 
     def prompt(self, family: str) -> str:
-        image = _IMAGE["qwen" if family.startswith("qwen") else "llava"]
+        image = next((own for kind, own in _IMAGE.items() if family.startswith(kind)), "<image>")
         return self.text.replace("{image}", image).replace("{video}", _VIDEO)
 
     def for_engine(self, family: str) -> dict[str, Any]:
