@@ -19,6 +19,7 @@ from support.engine_process import Engine
 from support.engine_requests import (
     ALL,
     BOTH,
+    LARGE,
     NONE,
     ONE,
     OTHER,
@@ -34,7 +35,7 @@ from support.engine_requests import (
 
 pytestmark = pytest.mark.engine
 
-LLAVAS = ("llava", "llava_next", "internvl")  # which have no positions of their own
+LLAVAS = ("llava", "llava_next", "llava_onevision", "internvl")  # without positions of their own
 QWENS = ("qwen2", "qwen25", "qwen3", "qwen3_moe", "qwen35", "qwen35_moe")
 FAMILIES = (*LLAVAS, *QWENS)
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM has on a CPU
@@ -88,7 +89,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     runner: str,
 ) -> None:
     """Prompts are computed 13 tokens a step, their beginnings come from a cache of few blocks."""
-    tiles = 5 if family == "llava_next" else 1  # of the picture in ONE
+    tiles = 5 if family in ("llava_next", "llava_onevision") else 1  # of the picture in ONE
     k, less = (8, 5) if family == "internvl" else (BLOCK, 20)  # 7 tiles, each of 16 tokens
     cached = not family.startswith("qwen35")  # of which `test_linear_attention` has a cache
     chunked = engine(
@@ -134,6 +135,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     [
         ("llava", "V2", "weights"),
         ("llava_next", "V1", "weights"),
+        ("llava_onevision", "V1", "weights"),
         ("internvl", "V1", "weights"),
         *((family, "V2", "weights") for family in QWENS),
         ("qwen25", "V1", "data"),
@@ -198,13 +200,13 @@ def test_lora_and_speculative_decoding(
         assert [(len(a.prompt), a.tokens) for a in found] == expected
         return [answer.tokens for answer in found]
 
-    moe = family.endswith("moe")  # whose adapters are refused
+    refused = family.endswith("moe") or family == "llava_onevision"  # adapters of these are
     drafting = engine(
-        family, {"k": K}, speculative_config=_NGRAMS, **({} if moe else _LORA), **common
+        family, {"k": K}, speculative_config=_NGRAMS, **({} if refused else _LORA), **common
     )
     plain = check(drafting)
     assert drafting.count("vllm:spec_decode_num_accepted_tokens") > 0
-    if not moe:
+    if not refused:
         adapter = transformers_of(family).save_adapter(tmp_path)
         adapted = check(drafting, adapter=adapter)
         assert all(a != b for a, b in zip(adapted, plain, strict=True))
@@ -216,8 +218,8 @@ def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
 
     Features in 16 bits are not those of transformers, so the engine is compared with itself.
     """
-    text = "USER: {image}" + " what" * 1200 + "{image} describe the picture ASSISTANT:"
-    request = Request(text, [1, 2], k=BLOCK)
+    # A block of the cache, 1152 tokens with their states, ends within the first image.
+    request = Request("USER:" + " what" * 1120 + "{image}{image} ASSISTANT:", [1, 2], k=64)
     common: dict[str, Any] = {
         "dtype": "bfloat16", "max_model_len": 2048, "limit_mm_per_prompt": limits(family)
     }  # fmt: skip
@@ -230,7 +232,7 @@ def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
         (found,) = asked(cached, family, [request], 8)
         assert found.tokens == whole.tokens
         assert (found.cached > 1000) == again
-    assert len(whole.prompt) < 1200 + 2 * BLOCK + 50
+    assert len(whole.prompt) < 1120 + 2 * 64 + 50
 
 
 def test_ratio(
@@ -257,6 +259,18 @@ def test_a_tower_without_cls(
     requests = [ONE, TWO, replace(OTHER, k=20)]
     found = asked(pruned, family, requests)
     expected = transformers_of(family)(requests, K)
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+def test_pooled_tiles(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
+) -> None:
+    """By scores alone: averages of patches resemble each other, as those of smooth pictures do."""
+    family = "llava_onevision"
+    pruned = engine(family, {"k": K, "max_k": ALL, "important_ratio": 1.0})
+    requests = [replace(ONE, images=[LARGE]), replace(ONE, images=[LARGE], k=ALL)]
+    found = asked(pruned, family, requests)
+    expected = transformers_of(family)(requests, K, important_ratio=1.0)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
 
 

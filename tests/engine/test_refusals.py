@@ -18,7 +18,9 @@ from support.engine_process import TESTS, Engine
 
 from vispruner.models import UnsupportedModelError
 from vispruner.vllm import architectures
+from vispruner.vllm.internvl import PrunedInternVL
 from vispruner.vllm.llava import PrunedLlava
+from vispruner.vllm.llava_onevision import PrunedLlavaOnevision
 from vispruner.vllm.qwen_vl import (
     PrunedQwen2VL,
     PrunedQwen3VL,
@@ -79,8 +81,10 @@ def test_options_that_qwen_cannot_be_pruned_with(
         model.check_engine(engine_config(**changes))
 
 
-@pytest.mark.parametrize("model", [PrunedQwen3VLMoe, PrunedQwen35Moe], ids=lambda m: m.__name__)
-def test_adapters_of_experts(model: Any) -> None:
+@pytest.mark.parametrize(
+    "model", [PrunedQwen3VLMoe, PrunedQwen35Moe, PrunedLlavaOnevision], ids=lambda m: m.__name__
+)
+def test_models_without_adapters(model: Any) -> None:
     lora = SimpleNamespace(enable_tower_connector_lora=False)
     with pytest.raises(ValueError, match=r"^vispruner: LoRA cannot be used with [^\n]*$"):
         model.check_engine(engine_config(lora_config=lora))
@@ -160,6 +164,27 @@ def test_towers_that_cannot_be_read(changes: dict[str, Any], message: str) -> No
     )
     with pytest.raises(UnsupportedModelError, match=f"^vispruner: .*{message}[^\n]*$"):
         PrunedLlava.check(llava_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (PrunedLlavaOnevision, {"vision_aspect_ratio": "anyres_max_2"}, "'anyres_max_9'.*max_2'"),
+        (PrunedInternVL, {"vision_feature_layer": -2}, "vision_feature_layer=-1, got -2"),
+        (PrunedInternVL, {"vision_feature_select_strategy": "full"}, "'default', got 'full'"),
+    ],
+)
+def test_settings_that_vllm_would_ignore(model: Any, changes: dict[str, Any], message: str) -> None:
+    plain = {
+        PrunedInternVL: {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
+        PrunedLlavaOnevision: {
+            "vision_config": engine_models.siglip(), "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+        },
+    }[model]  # fmt: skip
+    model.check(SimpleNamespace(**plain))
+    with pytest.raises(UnsupportedModelError, match=f"^vispruner: needs [^\n]*{message}[^\n]*$"):
+        model.check(SimpleNamespace(**{**plain, **changes}))
 
 
 def test_qwen_needs_full_attention_somewhere() -> None:

@@ -342,7 +342,40 @@ def internvl(folder: Path) -> Path:
     return folder
 
 
+def llava_onevision(folder: Path) -> Path:
+    """LLaVA-OneVision: tiles of 64 patches, the overview beside a pooled rest."""
+    tokenizer = _tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
+    pinpoints = [[SIDE * high, SIDE * wide] for high in (1, 2, 4) for wide in (1, 2, 4)]
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=siglip(),
+        text_config=transformers.Qwen2Config(**_text(len(tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_9",
+    )
+    _save(transformers.LlavaOnevisionForConditionalGeneration, config, folder)
+    _as_published(folder)
+    size = {"height": SIDE, "width": SIDE}
+    transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(
+            size=size, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=64,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        video_token="<video>",
+        chat_template=_LLAVA_CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
 BUILDERS = {
+    "llava_onevision": llava_onevision,
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,

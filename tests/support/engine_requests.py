@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import vispruner
 
 SIZES = ((112, 112), (168, 224), (112, 280), (140, 84))  # height, width
+LARGE = 101  # the picture of this number is larger than the tiles of LLaVA-OneVision here
 WIDE = 100  # the picture of this number is a strip: 2 x 100 merged tokens of 28 pixels
 FRAMES = 4
 SIDE = 112  # of a frame: 16 merged tokens where patches have 14 pixels
@@ -25,7 +26,8 @@ SIDE = 112  # of a frame: 16 merged tokens where patches have 14 pixels
 def picture(number: int) -> Image.Image:
     """Noise, of one of four sizes."""
     values = np.random.default_rng(number)
-    height, width = (56, 2800) if number == WIDE else SIZES[number % len(SIZES)]
+    special = {WIDE: (56, 2800), LARGE: (448, 448)}
+    height, width = special.get(number, SIZES[number % len(SIZES)])
     return Image.fromarray(values.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 

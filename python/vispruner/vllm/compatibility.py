@@ -26,6 +26,7 @@ STOCK = {
         for module, architecture in (
             ("llava", "LlavaForConditionalGeneration"),
             ("llava_next", "LlavaNextForConditionalGeneration"),
+            ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
             ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
             ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
             ("qwen3_vl", "Qwen3VLForConditionalGeneration"),

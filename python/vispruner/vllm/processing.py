@@ -183,7 +183,7 @@ class PrunedProcessor(Mixin):
                 tokens = whole(index)
                 if count is None:
                     return tokens
-                retained = int(count.data)
+                retained = count.data.tolist()
                 short = _details(self.shortened(tokens, retained, item))
                 before, kept = _embedded(_details(tokens)), _embedded(short)
                 pruned = metrics.Pruned(modality, budget, before, kept)
