@@ -232,6 +232,8 @@ def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
         (found,) = asked(cached, family, [request], 8)
         assert found.tokens == whole.tokens
         assert (found.cached > 1000) == again
+    (fewer,) = asked(cached, family, [replace(request, k=BLOCK)], 8)
+    assert fewer.cached == 0  # the first image pruned in another way is another image
     assert len(whole.prompt) < 1120 + 2 * 64 + 50
 
 
