@@ -5,6 +5,7 @@ An engine takes ten seconds to start, so tests share them by their options.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -55,3 +56,15 @@ def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]
     yield start
     for last in running.values():
         last.close()
+
+
+@pytest.fixture(scope="session")
+def transformers_of(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
+    """The answers of a family in transformers."""
+    from support.engine_requests import Transformers
+
+    @functools.cache
+    def of(family: str, *, adapted: bool = False) -> Transformers:
+        return Transformers(family, checkpoint(family), adapted=adapted)
+
+    return of

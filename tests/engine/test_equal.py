@@ -16,53 +16,40 @@ import pytest
 pytest.importorskip("vllm")
 
 from support.engine_process import Engine
-from support.engine_requests import Request, Transformers
+from support.engine_requests import (
+    ALL,
+    BOTH,
+    LARGE,
+    NONE,
+    ONE,
+    OTHER,
+    TWO,
+    WIDE,
+    K,
+    Request,
+    Transformers,
+    asked,
+    limits,
+    requests_of,
+)
 
 pytestmark = pytest.mark.engine
 
-FAMILIES = ("llava", "llava_next", "qwen25", "qwen3")
-K = 8
-ALL = 256  # no less than the tokens of any picture here
+LLAVAS = ("llava", "llava_next", "llava_onevision", "internvl")  # without positions of their own
+QWENS = ("qwen2", "qwen25", "qwen3", "qwen3_moe", "qwen35", "qwen35_moe")
+FAMILIES = (*LLAVAS, *QWENS)
 BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM has on a CPU
-
-ONE = Request("USER: {image}what is in the image? ASSISTANT:", [1])
-OTHER = Request("USER: {image}what is in the image? ASSISTANT:", [2])
-TWO = Request("USER: {image} and {image} describe the picture ASSISTANT:", [1, 2])
-NONE = Request("USER: what is in the image? ASSISTANT:")
-VIDEO = Request("USER: {video} describe ASSISTANT:", videos=[0])
-BOTH = Request("USER: {video} and {image} in detail, {image} ASSISTANT:", [1, 3], [0])
+TOKEN = 2**10  # bytes of the KV cache that a token takes, in all models here
 
 
-def requests_of(family: str) -> list[Request]:
-    videos = [VIDEO, BOTH] if family.startswith("qwen") else []
-    return [ONE, OTHER, TWO, NONE, *videos]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that name no families run for all of them."""
+    named = (mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not any("family" in names for names in named):
+        metafunc.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def transformers_of(checkpoint: Callable[[str], Path]) -> Callable[[str], Transformers]:
-    known: dict[str, Transformers] = {}
-
-    def of(family: str) -> Transformers:
-        if family not in known:
-            known[family] = Transformers(family, checkpoint(family))
-        return known[family]
-
-    return of
-
-
-def limits(family: str) -> dict[str, int]:
-    return {"image": 2, "video": 1} if family.startswith("qwen") else {"image": 2}
-
-
-def asked(run: Engine, family: str, requests: list[Request]) -> list[Any]:
-    return run([request.for_engine(family) for request in requests])
-
-
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen25", "qwen3"])
 def test_keeping_all_is_plain_vllm(engine: Callable[..., Engine], family: str) -> None:
     requests = requests_of(family)
     common = {"limit_mm_per_prompt": limits(family)}
@@ -81,7 +68,7 @@ def test_keeping_all_is_plain_vllm(engine: Callable[..., Engine], family: str) -
 def test_fewer_tokens_are_those_of_transformers(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
 ) -> None:
-    requests = requests_of(family)
+    requests = [*requests_of(family), replace(ONE, k=ALL)]
     pruned = engine(family, {"k": K, "max_k": ALL}, limit_mm_per_prompt=limits(family))
     found = asked(pruned, family, requests)
     expected = transformers_of(family)(requests, K)
@@ -91,56 +78,163 @@ def test_fewer_tokens_are_those_of_transformers(
     assert other[0].tokens != found[0].tokens
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen25", "qwen3"])
-def test_chunked_prefill_and_prefix_cache(
-    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
+@pytest.mark.parametrize(
+    ("family", "runner"),
+    [*((family, "V1") for family in FAMILIES), *((f, "V2") for f in ("llava", *QWENS[1:3]))],
+)
+def test_chunked_prefill_prefix_cache_and_preemption(
+    engine: Callable[..., Engine],
+    transformers_of: Callable[[str], Transformers],
+    family: str,
+    runner: str,
 ) -> None:
-    """Prompts are computed 13 tokens a step, and their beginnings come from a cache of blocks."""
+    """Prompts are computed 13 tokens a step, their beginnings come from a cache of few blocks."""
+    tiles = 5 if family in ("llava_next", "llava_onevision") else 1  # of the picture in ONE
+    k, less = (8, 5) if family == "internvl" else (BLOCK, 20)  # 7 tiles, each of 16 tokens
+    cached = not family.startswith("qwen35")  # of which `test_linear_attention` has a cache
     chunked = engine(
         family,
-        {"k": BLOCK, "max_k": ALL},
+        {"k": k, "max_k": ALL},
+        runner=runner,
         limit_mm_per_prompt=limits(family),
         enable_chunked_prefill=True,
         long_prefill_token_threshold=13,
         max_num_batched_tokens=260,
-        enable_prefix_caching=True,
+        max_model_len=384,
+        enable_prefix_caching=cached,
         block_size=BLOCK,
+        **({"kv_cache_memory_bytes": (24 if tiles > 1 else 14) * BLOCK * TOKEN} if cached else {}),
+        disable_log_stats=False,
     )
 
-    def check(*requests: Request) -> list[int]:
+    def check(*requests: Request, length: int = 16) -> list[int]:
         """The answers are those of transformers; tokens that came from the cache, of each."""
-        found = asked(chunked, family, list(requests))
-        expected = transformers_of(family)(requests, BLOCK)
+        found = asked(chunked, family, list(requests), length)
+        expected = transformers_of(family)(requests, k, length)
         assert [(len(a.prompt), a.tokens) for a in found] == expected
         return [answer.cached for answer in found]
 
-    requests = [ONE, TWO, OTHER]
+    requests = [ONE, replace(TWO, k=less), OTHER]
     if family.startswith("qwen"):
         requests.append(replace(BOTH, k=5))
     assert set(check(*requests)) == {0}
-    assert all(check(*requests))
-    # The first block ends within the image: its last tokens are computed anew, at their places.
-    assert check(replace(ONE, text="USER: {image}describe the picture in detail")) == [BLOCK]
+    assert all(check(*requests)) == cached
+    # A block ends within the image: its last tokens are computed anew, at their places.
+    other = replace(ONE, text="USER: {image}describe the picture in detail")
+    assert check(other) == [tiles * BLOCK if cached else 0]
     # The same image pruned in another way is another image.
-    assert check(replace(ONE, k=BLOCK + 1)) == [0]
+    assert check(replace(ONE, k=k + 1)) == [0]
+    # More than the cache holds: requests are put off in the middle of their answers.
+    assert chunked.count("vllm:num_preemptions") == 0
+    check(*(Request("USER: {image}" + " what" * (n + 9), [n]) for n in range(4)), length=60)
+    assert (chunked.count("vllm:num_preemptions") > 0) == cached
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen25", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "runner", "encoder"),
+    [
+        ("llava", "V2", "weights"),
+        ("llava_next", "V1", "weights"),
+        ("llava_onevision", "V1", "weights"),
+        ("internvl", "V1", "weights"),
+        *((family, "V2", "weights") for family in QWENS),
+        ("qwen25", "V1", "data"),
+        ("qwen3", "V1", "data"),
+    ],
+)
 def test_tensor_parallel(
-    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
+    engine: Callable[..., Engine],
+    transformers_of: Callable[[str], Transformers],
+    family: str,
+    runner: str,
+    encoder: str,
 ) -> None:
+    """The encoder's heads are shared between the ranks (weights), or its pictures are (data)."""
     requests = [ONE, TWO, replace(OTHER, k=20)]
     if family.startswith("qwen"):
         requests.append(BOTH)
     parallel = engine(
         family,
         {"k": K, "max_k": ALL},
+        runner=runner,
         limit_mm_per_prompt=limits(family),
         tensor_parallel_size=2,
+        mm_encoder_tp_mode=encoder,
     )
     found = asked(parallel, family, requests)
     expected = transformers_of(family)(requests, K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+@pytest.mark.parametrize("family", LLAVAS)
+def test_pipeline_parallel(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
+) -> None:
+    """On runner V2: vLLM's V1 loses track of requests on a CPU, pruned or not."""
+    piped = engine(family, {"k": K, "max_k": ALL}, runner="V2", pipeline_parallel_size=2)
+    requests = [ONE, TWO, replace(OTHER, k=20), NONE]
+    found = asked(piped, family, requests)
+    expected = transformers_of(family)(requests, K)
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+_NGRAMS = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+}  # fmt: skip
+_LORA = {"enable_lora": True, "max_lora_rank": 8}
+
+
+def test_lora_and_speculative_decoding(
+    engine: Callable[..., Engine],
+    transformers_of: Callable[..., Transformers],
+    family: str,
+    tmp_path: Path,
+) -> None:
+    """An adapter of the language model, and drafts from n-grams of the prompt and the answer."""
+    requests, length = [ONE, TWO, NONE], 100
+    common: dict[str, Any] = {"limit_mm_per_prompt": limits(family), "disable_log_stats": False}
+
+    def check(run: Engine, **adapted: Any) -> list[list[int]]:
+        found = asked(run, family, requests, length, **adapted)
+        expected = transformers_of(family, adapted=bool(adapted))(requests, K, length)
+        assert [(len(a.prompt), a.tokens) for a in found] == expected
+        return [answer.tokens for answer in found]
+
+    refused = family.endswith("moe") or family == "llava_onevision"  # adapters of these are
+    drafting = engine(
+        family, {"k": K}, speculative_config=_NGRAMS, **({} if refused else _LORA), **common
+    )
+    plain = check(drafting)
+    assert drafting.count("vllm:spec_decode_num_accepted_tokens") > 0
+    if not refused:
+        adapter = transformers_of(family).save_adapter(tmp_path)
+        adapted = check(drafting, adapter=adapter)
+        assert all(a != b for a, b in zip(adapted, plain, strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen35_linear", "qwen35_moe_linear"])
+def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
+    """A prefix cache with the states of linear attention, which need bfloat16 on a CPU.
+
+    Features in 16 bits are not those of transformers, so the engine is compared with itself.
+    """
+    # A block of the cache, 1152 tokens with their states, ends within the first image.
+    request = Request("USER:" + " what" * 1120 + "{image}{image} ASSISTANT:", [1, 2], k=64)
+    common: dict[str, Any] = {
+        "dtype": "bfloat16", "max_model_len": 2048, "limit_mm_per_prompt": limits(family)
+    }  # fmt: skip
+    pruning = {"k": K, "max_k": ALL}
+    (whole,) = asked(engine(family, pruning, **common), family, [request], 8)
+    cached = engine(
+        family, pruning, **common, enable_prefix_caching=True, long_prefill_token_threshold=500
+    )
+    for again in (False, True):
+        (found,) = asked(cached, family, [request], 8)
+        assert found.tokens == whole.tokens
+        assert (found.cached > 1000) == again
+    (fewer,) = asked(cached, family, [replace(request, k=BLOCK)], 8)
+    assert fewer.cached == 0  # the first image pruned in another way is another image
+    assert len(whole.prompt) < 1120 + 2 * 64 + 50
 
 
 def test_ratio(
@@ -156,6 +250,29 @@ def test_ratio(
     expected = transformers_of("qwen25")(
         [ONE, TWO, BOTH], None, ratio=0.25, important_ratio=0.75, step=4
     )
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+@pytest.mark.parametrize("family", ["llava_siglip", "llava_next_siglip"])
+def test_a_tower_without_cls(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
+) -> None:
+    pruned = engine(family, {"k": K, "max_k": ALL})
+    requests = [ONE, TWO, replace(OTHER, k=20)]
+    found = asked(pruned, family, requests)
+    expected = transformers_of(family)(requests, K)
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+def test_pooled_tiles(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
+) -> None:
+    """By scores alone: averages of patches resemble each other, as those of smooth pictures do."""
+    family = "llava_onevision"
+    pruned = engine(family, {"k": K, "max_k": ALL, "important_ratio": 1.0})
+    requests = [replace(ONE, images=[LARGE]), replace(ONE, images=[LARGE], k=ALL)]
+    found = asked(pruned, family, requests)
+    expected = transformers_of(family)(requests, K, important_ratio=1.0)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
 
 
@@ -183,3 +300,17 @@ def test_engine_in_a_process_of_its_own(
     found = asked(apart, "qwen25", [ONE, TWO])
     expected = transformers_of("qwen25")([ONE, TWO], K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
+
+
+def test_positions_beyond_the_rotary_embedding(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
+) -> None:
+    """Few tokens of a long strip take as many positions as the strip is long."""
+    family = "qwen25_few_positions"
+    few = engine(family, {"k": 4}, max_model_len=128, limit_mm_per_prompt={"image": 5})
+    four, five = (Request("USER:" + "{image}" * n, [WIDE] * n) for n in (4, 5))
+    found = asked(few, family, [four])
+    assert [(len(a.prompt), a.tokens) for a in found] == transformers_of(family)([four], 4)
+    with pytest.raises(ValueError, match=r"^vispruner: [^\n]* take 480 positions more[^\n]*$"):
+        asked(few, family, [five])
+    assert asked(few, family, [four]) == found

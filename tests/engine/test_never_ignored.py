@@ -45,11 +45,11 @@ def test_other_overrides_are_left_alone(overrides: Any) -> None:
 
 
 def test_an_architecture_without_a_pruned_class(tmp_path: Path) -> None:
-    transformers.Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]).save_pretrained(
+    transformers.Glm4vConfig(architectures=["Glm4vForConditionalGeneration"]).save_pretrained(
         tmp_path
     )
     message = (
-        "vispruner: Qwen2VLForConditionalGeneration cannot be pruned in vLLM .supported: "
+        "vispruner: Glm4vForConditionalGeneration cannot be pruned in vLLM .supported: "
         "LlavaForConditionalGeneration, .*leave the option out"
     )
     with pytest.raises(RuntimeError, match=message):

@@ -18,12 +18,23 @@ from support.engine_process import TESTS, Engine
 
 from vispruner.models import UnsupportedModelError
 from vispruner.vllm import architectures
+from vispruner.vllm.internvl import PrunedInternVL
 from vispruner.vllm.llava import PrunedLlava
-from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL
+from vispruner.vllm.llava_onevision import PrunedLlavaOnevision
+from vispruner.vllm.qwen_vl import (
+    PrunedQwen2VL,
+    PrunedQwen3VL,
+    PrunedQwen3VLMoe,
+    PrunedQwen25VL,
+    PrunedQwen35,
+    PrunedQwen35Moe,
+)
 
 pytestmark = pytest.mark.engine
 
-QWENS = (PrunedQwen25VL, PrunedQwen3VL)
+QWENS = (
+    PrunedQwen2VL, PrunedQwen25VL, PrunedQwen3VL, PrunedQwen3VLMoe, PrunedQwen35, PrunedQwen35Moe,
+)  # fmt: skip
 
 
 def engine_config(**changes: Any) -> Any:
@@ -31,11 +42,15 @@ def engine_config(**changes: Any) -> Any:
     options = {
         "mm_encoder_tp_mode": "weights", "video_pruning_rate": None, "speculative_config": None,
         "pipeline_parallel_size": 1, "compile_mm_encoder": False, "lora_config": None,
-        "mm_processor_kwargs": None, **changes,
+        "mm_processor_kwargs": None, "cudagraph_mm_encoder": False, "enable_prompt_embeds": False,
+        "use_v2_model_runner": False, **changes,
     }  # fmt: skip
     own = SimpleNamespace(**options)
     return SimpleNamespace(
-        model_config=SimpleNamespace(multimodal_config=own),
+        model_config=SimpleNamespace(
+            multimodal_config=own, enable_prompt_embeds=own.enable_prompt_embeds
+        ),
+        use_v2_model_runner=own.use_v2_model_runner,
         parallel_config=own,
         compilation_config=own,
         lora_config=own.lora_config,
@@ -47,20 +62,38 @@ def engine_config(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
-        ({"speculative_config": object()}, "speculative decoding"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative decoding other"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"compile_mm_encoder": True}, "compile_mm_encoder"),
+        ({"cudagraph_mm_encoder": True}, "cudagraph_mm_encoder"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "connector-lora"),
     ],
 )
 def test_options_that_qwen_cannot_be_pruned_with(
     model: Any, changes: dict[str, Any], named: str
 ) -> None:
-    model.check_engine(engine_config())
-    with pytest.raises(ValueError, match=f"^vispruner: .*{named}.* cannot be used[^\n]*$"):
+    model.check_engine(engine_config(mm_encoder_tp_mode="data"))
+    model.check_engine(engine_config(speculative_config=SimpleNamespace(method="ngram")))
+    message = f"^vispruner: .*{named}.* cannot be used with {model.stock.__name__}: [^\n]+$"
+    with pytest.raises(ValueError, match=message):
         model.check_engine(engine_config(**changes))
+
+
+@pytest.mark.parametrize(
+    "model", [PrunedQwen3VLMoe, PrunedQwen35Moe, PrunedLlavaOnevision], ids=lambda m: m.__name__
+)
+def test_models_without_adapters(model: Any) -> None:
+    lora = SimpleNamespace(enable_tower_connector_lora=False)
+    with pytest.raises(ValueError, match=r"^vispruner: LoRA cannot be used with [^\n]*$"):
+        model.check_engine(engine_config(lora_config=lora))
+
+
+def test_options_that_llava_cannot_be_pruned_with() -> None:
+    PrunedLlava.check_engine(engine_config(enable_prompt_embeds=True, pipeline_parallel_size=2))
+    with pytest.raises(ValueError, match=r"^vispruner: cudagraph_mm_encoder cannot be used[^\n]*$"):
+        PrunedLlava.check_engine(engine_config(cudagraph_mm_encoder=True))
 
 
 def test_the_table_of_the_documentation() -> None:
@@ -73,7 +106,7 @@ def test_the_table_of_the_documentation() -> None:
     options = {
         "tensor parallel": {"tensor_parallel_size": 2},
         "pipeline parallel": {"pipeline_parallel_size": 2},
-        "speculative decoding": {"speculative_config": object()},
+        "speculative decoding": {"speculative_config": SimpleNamespace(method="ngram")},
         "chunked prefill": {}, "prefix cache": {}, "LoRA": {"lora_config": SimpleNamespace(
             enable_tower_connector_lora=False)},
     }  # fmt: skip
@@ -93,8 +126,9 @@ def test_a_runner_that_leaves_positions_alone(monkeypatch: pytest.MonkeyPatch) -
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
-    with pytest.raises(ValueError, match="CPU backend of this vLLM cannot be used"):
+    with pytest.raises(ValueError, match="runner V1 on this vLLM's CPU backend cannot be used"):
         PrunedQwen3VL.check_engine(engine_config())
+    PrunedQwen3VL.check_engine(engine_config(use_v2_model_runner=True))
 
 
 def llava_config(**changes: Any) -> Any:
@@ -106,12 +140,18 @@ def llava_config(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_config": transformers.SiglipVisionConfig()}, "needs a CLIP vision tower.*siglip"),
+        (
+            {"vision_config": engine_models.siglip()},
+            "select_strategy='full' with .*siglip.*'default'",
+        ),
         (
             {"vision_config": transformers.PixtralVisionConfig()},
-            "needs a CLIP vision tower.*pixtral",
+            "needs a CLIP or SigLIP vision tower.*pixtral",
         ),
-        ({"vision_feature_select_strategy": "full"}, "select_strategy='default', got 'full'"),
+        (
+            {"vision_feature_select_strategy": "full"},
+            "select_strategy='default' with .*, got 'full'",
+        ),
         ({"vision_feature_layer": [-2, -3]}, "must be one encoder layer"),
         ({"vision_feature_layer": 0}, "must be one encoder layer"),
         ({"vision_feature_layer": 5}, "must be one encoder layer, got 5 with 4 layers"),
@@ -119,8 +159,32 @@ def llava_config(**changes: Any) -> Any:
 )
 def test_towers_that_cannot_be_read(changes: dict[str, Any], message: str) -> None:
     PrunedLlava.check(llava_config())
+    PrunedLlava.check(
+        llava_config(vision_config=engine_models.siglip(), vision_feature_select_strategy="full")
+    )
     with pytest.raises(UnsupportedModelError, match=f"^vispruner: .*{message}[^\n]*$"):
         PrunedLlava.check(llava_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (PrunedLlavaOnevision, {"vision_aspect_ratio": "anyres_max_2"}, "'anyres_max_9'.*max_2'"),
+        (PrunedInternVL, {"vision_feature_layer": -2}, "vision_feature_layer=-1, got -2"),
+        (PrunedInternVL, {"vision_feature_select_strategy": "full"}, "'default', got 'full'"),
+    ],
+)
+def test_settings_that_vllm_would_ignore(model: Any, changes: dict[str, Any], message: str) -> None:
+    plain = {
+        PrunedInternVL: {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
+        PrunedLlavaOnevision: {
+            "vision_config": engine_models.siglip(), "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+        },
+    }[model]  # fmt: skip
+    model.check(SimpleNamespace(**plain))
+    with pytest.raises(UnsupportedModelError, match=f"^vispruner: needs [^\n]*{message}[^\n]*$"):
+        model.check(SimpleNamespace(**{**plain, **changes}))
 
 
 def test_qwen_needs_full_attention_somewhere() -> None:
@@ -140,6 +204,13 @@ def test_qwen_needs_full_attention_somewhere() -> None:
             "into --hf-overrides",
         ),
         ("qwen25", {"k": 8}, {"video_pruning_rate": 0.5}, "vispruner: --video-pruning-rate"),
+        ("qwen25", {"k": 8}, {"enable_prompt_embeds": True}, "vispruner: --enable-prompt-embeds"),
+        (
+            "qwen3",
+            {"k": 8},
+            {"compilation_config": {"cudagraph_mm_encoder": True}},
+            "vispruner: cudagraph_mm_encoder",
+        ),
     ],
 )
 def test_an_engine_does_not_start(
@@ -151,15 +222,3 @@ def test_an_engine_does_not_start(
 ) -> None:
     with pytest.raises((ValueError, RuntimeError), match=message):
         Engine(checkpoint(family), pruning, **options)
-
-
-def test_an_engine_with_a_tower_without_cls_does_not_start(tmp_path: Path) -> None:
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-        image_size=112, patch_size=14, vision_use_head=False,
-    )  # fmt: skip
-    engine_models.llava(
-        tmp_path, vision=vision, vision_feature_select_strategy="full", vision_feature_layer=-1
-    )
-    with pytest.raises((ValueError, RuntimeError), match="vispruner: needs a CLIP vision tower"):
-        Engine(tmp_path, {"k": 8})

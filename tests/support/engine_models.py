@@ -115,22 +115,22 @@ def llava(
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_token="<image>",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(isinstance(vision, transformers.CLIPVisionConfig)),
         chat_template=_LLAVA_CHAT,
     ).save_pretrained(folder)
     return folder
 
 
-def llava_next(folder: Path) -> Path:
+def llava_next(folder: Path, *, vision: Any = None, strategy: str = "default") -> Path:
     """LLaVA-NeXT: tiles of 64 patches, three layouts."""
     tokenizer = _tokenizer(["<image>"], image_token="<image>")
     pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     config = transformers.LlavaNextConfig(
-        vision_config=clip(),
+        vision_config=vision or clip(),
         text_config=transformers.LlamaConfig(**_text(len(tokenizer), head_dim=32)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         image_grid_pinpoints=pinpoints,
     )
@@ -144,9 +144,9 @@ def llava_next(folder: Path) -> Path:
         ),
         tokenizer=tokenizer,
         patch_size=14,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         image_token="<image>",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(strategy == "default"),
         chat_template=_LLAVA_CHAT,
     ).save_pretrained(folder)
     return folder
@@ -189,7 +189,7 @@ def _qwen(
     return folder
 
 
-def qwen25(folder: Path) -> Path:
+def qwen25(folder: Path, **text: Any) -> Path:
     """Qwen2.5-VL with windows of 2 x 2 merged tokens and two blocks of full attention."""
     vision = {
         "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
@@ -203,26 +203,191 @@ def qwen25(folder: Path) -> Path:
         transformers.Qwen2_5_VLProcessor,
         transformers.Qwen2VLVideoProcessor,
         vision,
+        text,
+    )
+
+
+def qwen2(folder: Path) -> Path:
+    """Qwen2-VL: full attention in all blocks of its vision transformer."""
+    vision = {
+        "depth": 4, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    return _qwen(
+        folder,
+        transformers.Qwen2VLForConditionalGeneration,
+        transformers.Qwen2VLConfig,
+        transformers.Qwen2VLProcessor,
+        transformers.Qwen2VLVideoProcessor,
+        vision,
         {},
+    )
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+            "norm_topk_prob": True}  # fmt: skip
+_SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 64}
+#: Layers of Qwen3.5. Linear attention in vLLM on a CPU takes bfloat16 only, so that all layers but
+#: those of one model here are layers of full attention.
+_HYBRID = {
+    "layer_types": ["full_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+_LINEAR = {**_HYBRID, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def _qwen_from_3_on(folder: Path, name: str, deep: list[int], **text: Any) -> Path:
+    vision = {
+        "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": deep,
+    }  # fmt: skip
+    return _qwen(
+        folder,
+        getattr(transformers, f"{name}ForConditionalGeneration"),
+        getattr(transformers, f"{name}Config"),
+        transformers.Qwen3VLProcessor,
+        transformers.Qwen3VLVideoProcessor,
+        vision,
+        {
+            "head_dim": 32,
+            "rope": {"mrope_interleaved": True, "partial_rotary_factor": 1.0},
+            **text,
+        },
     )
 
 
 def qwen3(folder: Path) -> Path:
     """Qwen3-VL with features of two earlier blocks."""
-    vision = {
-        "depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
-        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    return _qwen_from_3_on(folder, "Qwen3VL", [0, 1])
+
+
+def qwen3_moe(folder: Path) -> Path:
+    _qwen_from_3_on(folder, "Qwen3VLMoe", [0, 1], **_EXPERTS)
+    # As published: transformers 5 saves the experts the other way around, and loads both.
+    file = folder / "model.safetensors"
+    weights = {
+        name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def qwen35(folder: Path) -> Path:
+    return _qwen_from_3_on(folder, "Qwen3_5", [], **_HYBRID)
+
+
+def qwen35_linear(folder: Path) -> Path:
+    """Qwen3.5: a layer of linear and one of full attention."""
+    return _qwen_from_3_on(folder, "Qwen3_5", [], **_LINEAR)
+
+
+def qwen35_moe(folder: Path) -> Path:
+    return _qwen_from_3_on(folder, "Qwen3_5Moe", [], **_HYBRID, **_SHARED)
+
+
+def qwen35_moe_linear(folder: Path) -> Path:
+    return _qwen_from_3_on(folder, "Qwen3_5Moe", [], **_LINEAR, **_SHARED)
+
+
+def qwen25_few_positions(folder: Path) -> Path:
+    """The same as `qwen25` with rotary embeddings for 4 * 128 positions."""
+    return qwen25(folder, max_position_embeddings=128)
+
+
+def siglip(**changes: Any) -> Any:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+             "num_attention_heads": 2, "image_size": SIDE, "patch_size": 14,
+             "vision_use_head": False}  # fmt: skip
+    return transformers.SiglipVisionConfig(**{**shape, **changes})
+
+
+def llava_siglip(folder: Path) -> Path:
+    """LLaVA with a tower without [CLS], all of whose features go to the language model."""
+    return llava(folder, vision=siglip(), vision_feature_select_strategy="full")
+
+
+def llava_next_siglip(folder: Path) -> Path:
+    return llava_next(folder, vision=siglip(), strategy="full")
+
+
+def internvl(folder: Path) -> Path:
+    """InternVL: up to 7 tiles of 16 tokens, which are 2 x 2 patches."""
+    named = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
     }  # fmt: skip
-    return _qwen(
-        folder,
-        transformers.Qwen3VLForConditionalGeneration,
-        transformers.Qwen3VLConfig,
-        transformers.Qwen3VLProcessor,
-        transformers.Qwen3VLVideoProcessor,
-        vision,
-        {"head_dim": 32, "rope": {"mrope_interleaved": True}},
+    tokenizer = _tokenizer(list(named.values()), **named)
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
+            image_size=[SIDE, SIDE], patch_size=[14, 14], use_qk_norm=True,
+        ),
+        text_config=transformers.Qwen2Config(**_text(len(tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    )  # fmt: skip
+    _save(transformers.InternVLForConditionalGeneration, config, folder)
+    size = {"height": SIDE, "width": SIDE}
+    transformers.InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size=size, max_patches=6),
+        tokenizer=tokenizer,
+        video_processor=transformers.InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+        chat_template=_LLAVA_CHAT.replace("<image>", "<IMG_CONTEXT>"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def llava_onevision(folder: Path) -> Path:
+    """LLaVA-OneVision: tiles of 64 patches, the overview beside a pooled rest."""
+    tokenizer = _tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
+    pinpoints = [[SIDE * high, SIDE * wide] for high in (1, 2, 4) for wide in (1, 2, 4)]
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=siglip(),
+        text_config=transformers.Qwen2Config(**_text(len(tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_9",
     )
+    _save(transformers.LlavaOnevisionForConditionalGeneration, config, folder)
+    _as_published(folder)
+    size = {"height": SIDE, "width": SIDE}
+    transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(
+            size=size, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=64,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        video_token="<video>",
+        chat_template=_LLAVA_CHAT,
+    ).save_pretrained(folder)
+    return folder
 
 
-BUILDERS = {"llava": llava, "llava_next": llava_next, "qwen25": qwen25, "qwen3": qwen3}
+BUILDERS = {
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
+    "llava": llava,
+    "llava_next": llava_next,
+    "llava_next_siglip": llava_next_siglip,
+    "llava_siglip": llava_siglip,
+    "qwen2": qwen2,
+    "qwen25": qwen25,
+    "qwen25_few_positions": qwen25_few_positions,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "qwen35": qwen35,
+    "qwen35_linear": qwen35_linear,
+    "qwen35_moe": qwen35_moe,
+    "qwen35_moe_linear": qwen35_moe_linear,
+}

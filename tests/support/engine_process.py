@@ -8,28 +8,35 @@ import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TESTS = Path(__file__).resolve().parents[1]
 SITE = Path(__file__).with_name("engine_site")
 
-#: What every engine of the tests runs with.
+#: What every engine of the tests runs with. Functions that vLLM compiles at their first call are
+#: left to Python, which is faster for a tiny model than the compiler is.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of an engine: this one, the shims, and the changes."""
+    """The environment of a server: this one, the shims, and the changes."""
+    return _environment(**{"VLLM_CPU_KVCACHE_SPACE": "1", **changes})
+
+
+def _environment(**changes: str) -> dict[str, str]:
     path = [str(SITE), str(TESTS), os.environ.get("PYTHONPATH", "")]
     own = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     return {**os.environ, **own, **changes}
@@ -83,6 +90,7 @@ def _serve(
     os.environ.update(variables)
     import vllm
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     if version is not None:
         vllm.__version__ = version
@@ -92,48 +100,79 @@ def _serve(
     try:
         engine = LLM(**options)
     except BaseException as error:
-        connection.send(error if isinstance(error, ValueError) else RuntimeError(repr(error)))
+        connection.send(error if type(error) is ValueError else RuntimeError(repr(error)))
         raise
     connection.send(None)
     while (work := connection.recv()) is not None:
-        requests, length = work
+        requests, length, adapter = work
         sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=0)
+        lora = LoRARequest("adapter", 1, str(adapter)) if adapter is not None else None
         try:
-            outputs = engine.generate(requests, sampling, use_tqdm=False)
+            outputs = engine.generate(requests, sampling, use_tqdm=False, lora_request=lora)
         except ValueError as error:
             connection.send(ValueError(str(error)))
             continue
-        connection.send(
-            [
-                Answer(
-                    list(output.prompt_token_ids or ()),
-                    list(output.outputs[0].token_ids),
-                    [
-                        step[token].logprob
-                        for step, token in zip(
-                            output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
-                        )
-                    ],
-                    output.num_cached_tokens or 0,
-                )
-                for output in outputs
-            ]
-        )
+        counted = {}
+        if not options["disable_log_stats"]:
+            for metric in engine.get_metrics():
+                counted[metric.name] = counted.get(metric.name, 0) + getattr(metric, "value", 0)
+        answers = [
+            Answer(
+                list(output.prompt_token_ids or ()),
+                list(output.outputs[0].token_ids),
+                [
+                    step[token].logprob
+                    for step, token in zip(
+                        output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
+                    )
+                ],
+                output.num_cached_tokens or 0,
+            )
+            for output in outputs
+        ]
+        connection.send((answers, counted))
 
 
-@functools.cache
-def _server() -> Any:
-    """Engines are forked from a process that has imported vLLM and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.model_executor.models.llava"])
+@contextlib.contextmanager
+def _variables(changes: Mapping[str, str]) -> Iterator[None]:
+    """The environment of an engine, for what is started in the block."""
     before = dict(os.environ)
-    os.environ.update(environment())
+    os.environ.update(_environment(**changes))
     try:
-        multiprocessing.forkserver.ensure_running()
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+
+
+#: What makes an engine run model runner V2 on a CPU: Triton's interpreter (`engine_shims`).
+RUNNER_V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+
+@functools.cache
+def _server(runner: str) -> ForkServer:
+    """Engines are forked from a process that has imported vLLM and done nothing else.
+
+    There is one for each model runner: vLLM looks for Triton when it is imported.
+    """
+    server = ForkServer()
+    server.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.model_executor.models.llava"])
+    with _variables(RUNNER_V2 if runner == "V2" else {}):
+        server.ensure_running()
+    return server
+
+
+def _start(runner: str, target: Callable[..., None], *args: Any) -> Any:
+    """A process forked from the server of a runner."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    # The standard library knows one server; this is how it asks it for a process.
+    with mock.patch.object(
+        multiprocessing.forkserver,
+        "connect_to_new_process",
+        _server(runner).connect_to_new_process,
+    ):
+        process.start()
+    return process
 
 
 class Engine:
@@ -146,6 +185,7 @@ class Engine:
         apart: whether the engine core runs in yet another process, as it does in a server.
         record: folder for a file of every choice of tokens, in their order.
         version: that vLLM says it has.
+        runner: "V1", or "V2": vLLM's default on GPUs, here by Triton's interpreter.
         options: further arguments of `vllm.LLM`.
 
     Raises:
@@ -161,6 +201,7 @@ class Engine:
         apart: bool = False,
         record: Path | None = None,
         version: str | None = None,
+        runner: str = "V1",
         **options: Any,
     ) -> None:
         settings = {
@@ -171,24 +212,25 @@ class Engine:
             "max_num_seqs": 4,
             "seed": 0,
             "disable_log_stats": True,
+            # Every start fills it with zeros, and VLLM_CPU_KVCACHE_SPACE counts in gigabytes.
+            "kv_cache_memory_bytes": 2**25,
             "enable_prefix_caching": False,
             **options,
         }
         if pruning is not None:
             settings["hf_overrides"] = {"vispruner": pruning}
-        self._connection, child = _server().Pipe()
+        self._connection, child = multiprocessing.Pipe()
         cores = sorted(os.sched_getaffinity(0))
-        ranks = range(options.get("tensor_parallel_size", 1))
+        ranks = range(
+            options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+        )
         variables = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[i % len(cores)]) for i in ranks)
         }
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
         if not plugin:
             variables["VLLM_PLUGINS"] = ""
-        self._process = _server().Process(
-            target=_serve, args=(child, settings, variables, record, version)
-        )
-        self._process.start()
+        self._process = _start(runner, _serve, child, settings, variables, record, version)
         child.close()
         try:
             problem = self._connection.recv()
@@ -198,14 +240,29 @@ class Engine:
             self.close()
             raise problem
 
-    def __call__(self, requests: Sequence[dict[str, Any]], length: int = 16) -> list[Answer]:
-        """Answers of `length` tokens; ValueError if a request is refused."""
-        self._connection.send((list(requests), length))
+    def __call__(
+        self, requests: Sequence[dict[str, Any]], length: int = 16, adapter: Path | None = None
+    ) -> list[Answer]:
+        """Answers of `length` tokens; ValueError if a request is refused.
+
+        Args:
+            adapter: folder of a LoRA adapter to use, None for the model as it is.
+        """
+        self._connection.send((list(requests), length, adapter))
         answers = self._connection.recv()
         if isinstance(answers, Exception):
             raise answers
-        result: list[Answer] = answers
+        result: list[Answer]
+        result, self._counted = answers
         return result
+
+    def count(self, metric: str) -> float:
+        """A counter of vLLM's after the last answers, of an engine with `disable_log_stats=False`.
+
+        Raises:
+            KeyError: it has no such counter.
+        """
+        return self._counted[metric]
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

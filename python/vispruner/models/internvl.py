@@ -20,6 +20,9 @@ class InternVL(Llava):
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
+    vllm: ClassVar[Mapping[str, str]] = {
+        "InternVLForConditionalGeneration": "internvl:PrunedInternVL"
+    }
 
     @property
     def block(self) -> int:

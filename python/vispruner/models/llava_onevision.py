@@ -24,6 +24,9 @@ class LlavaOnevision(TiledFamily):
     """
 
     model_types = ("llava_onevision",)
+    vllm: ClassVar[Mapping[str, str]] = {
+        "LlavaOnevisionForConditionalGeneration": "llava_onevision:PrunedLlavaOnevision"
+    }
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",
         "video": "get_video_features",

@@ -48,8 +48,12 @@ class QwenVL(Family):
         ("qwen3_vl", "Qwen3_VL", ("simple", "chat")),
     )
     vllm: ClassVar[Mapping[str, str]] = {
+        "Qwen2VLForConditionalGeneration": "qwen_vl:PrunedQwen2VL",
         "Qwen2_5_VLForConditionalGeneration": "qwen_vl:PrunedQwen25VL",
         "Qwen3VLForConditionalGeneration": "qwen_vl:PrunedQwen3VL",
+        "Qwen3VLMoeForConditionalGeneration": "qwen_vl:PrunedQwen3VLMoe",
+        "Qwen3_5ForConditionalGeneration": "qwen_vl:PrunedQwen35",
+        "Qwen3_5MoeForConditionalGeneration": "qwen_vl:PrunedQwen35Moe",
     }
     has_grid_positions = True
 

@@ -11,7 +11,8 @@ has the options, the limits and the supported versions.
 - `config`: what an engine and a request may ask for;
 - `processing`: the front end, which lays out the shortened prompt before any image is encoded;
 - `model`: what the workers share: scores, the choice, tensor parallelism;
-- `llava`, `llava_next`, `qwen_vl`: one module per family, named by the family's file in `models`;
+- `llava`, `llava_next`, `llava_onevision`, `internvl`, `qwen_vl`: one module per family, named by
+  the family's file in `models`;
 - `requests`: k of a request in `vllm_xargs`; `guard`: errors where an option would be ignored;
 - `metrics`, `timing`, `headers`: what operators and clients see;
 - `compatibility`: the versions of vLLM whose internals these modules know.

@@ -19,18 +19,32 @@ SUPPORTED = ("0.32", "0.33")
 
 _MODELS = "vllm.model_executor.models"
 
-#: architecture to the module of vLLM that has its class
-STOCK_MODULES = {
-    "LlavaForConditionalGeneration": f"{_MODELS}.llava",
-    "LlavaNextForConditionalGeneration": f"{_MODELS}.llava_next",
-    "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl",
-    "Qwen3VLForConditionalGeneration": f"{_MODELS}.qwen3_vl",
+#: architecture to the class of vLLM that it has, which mostly has its name
+STOCK = {
+    **{
+        architecture: f"{_MODELS}.{module}:{architecture}"
+        for module, architecture in (
+            ("llava", "LlavaForConditionalGeneration"),
+            ("llava_next", "LlavaNextForConditionalGeneration"),
+            ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+            ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+            ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+            ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+            ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+            ("qwen3_5", "Qwen3_5MoeForConditionalGeneration"),
+        )
+    },
+    "InternVLForConditionalGeneration": f"{_MODELS}.interns1:InternS1ForConditionalGeneration",
 }
 
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 _INFO = "vllm.multimodal.processing:BaseProcessingInfo"
-_QWEN25 = f"{STOCK_MODULES['Qwen2_5_VLForConditionalGeneration']}:"
-_QWEN3 = f"{STOCK_MODULES['Qwen3VLForConditionalGeneration']}:"
+_QWEN_VISION = {
+    f"{_MODELS}.qwen2_vl:Qwen2VisionTransformer",
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VisionTransformer",
+    f"{_MODELS}.qwen3_vl:Qwen3_VisionTransformer",
+}
 _ENCODER_ATTENTION = "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention"
 _POSITIONS = ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens")
 
@@ -86,10 +100,14 @@ INTERNALS: dict[str, tuple[str, ...]] = {
         "patch_embeddings",
         "strategy",
     ),
-    f"{_QWEN25}Qwen2_5_VisionTransformer.get_window_index_thw": ("grid_t", "grid_h", "grid_w"),
+    f"{_MODELS}.qwen2_5_vl:Qwen2_5_VisionTransformer.get_window_index_thw": (
+        "grid_t",
+        "grid_h",
+        "grid_w",
+    ),
     **{
-        f"{module}:{architecture}.{name}": parts
-        for architecture, module in STOCK_MODULES.items()
+        f"{place}.{name}": parts
+        for place in STOCK.values()
         for name, parts in {
             "_processor_factory": ("info", "processor", "dummy_inputs"),
             "_parse_and_validate_image_input": ("kwargs",),
@@ -97,18 +115,30 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     },
     **{
         f"{model}.{method}": parameters
-        for model in (
-            f"{_QWEN25}Qwen2_5_VLForConditionalGeneration",
-            f"{_QWEN3}Qwen3VLForConditionalGeneration",
-        )
+        for architecture, model in STOCK.items()
+        if architecture.startswith("Qwen")
         for method, parameters in {
             "_parse_and_validate_multimodal_inputs": ("kwargs",),
             "_process_image_input": ("image_input",),
             "_process_video_input": ("video_input",),
             "get_mrope_input_positions": ("input_tokens", "mm_features"),
-            "recompute_mrope_positions": _POSITIONS,
         }.items()
     },
+    **{f"{vision}.forward": ("x", "grid_thw") for vision in _QWEN_VISION},
+    **{
+        f"{STOCK[architecture]}.recompute_mrope_positions": _POSITIONS
+        for architecture in (
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration",
+        )
+    },
+    f"{_MODELS}.vision:run_dp_sharded_mrope_vision_model": (
+        "vision_model",
+        "pixel_values",
+        "grid_thw_list",
+        "rope_type",
+    ),
+    "vllm.utils.gpu_sync_debug:gpu_sync_allowed": (),
 }
 
 
@@ -160,7 +190,8 @@ def refuse_unsupported() -> None:
 
 
 def _stand_in(architecture: str) -> type[Any]:
-    stock: type[Any] = getattr(importlib.import_module(STOCK_MODULES[architecture]), architecture)
+    module, _, name = STOCK[architecture].partition(":")
+    stock: type[Any] = getattr(importlib.import_module(module), name)
 
     class StandIn(stock):
         """vLLM's own model; refuses an engine that asks for pruning."""
@@ -175,6 +206,6 @@ def _stand_in(architecture: str) -> type[Any]:
 
 def __getattr__(name: str) -> Any:
     """Stand-ins for the architectures, made when vLLM asks for one."""
-    if name in STOCK_MODULES:
+    if name in STOCK:
         return _stand_in(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

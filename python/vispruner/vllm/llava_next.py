@@ -25,13 +25,13 @@ from .processing import RETAINED, PrunedInfo, PrunedProcessor, register_processo
 from .towers import PrunedTowerModel
 
 
-def _tiles(hf_config: Any, size: Sequence[int]) -> int:
+def tiles_of(hf_config: Any, size: Sequence[int]) -> int:
     """Tiles of an image of (height, width), the overview included."""
     pinpoints, side = hf_config.image_grid_pinpoints, hf_config.vision_config.image_size
     return int(image_size_to_num_patches([int(x) for x in size], pinpoints, side))
 
 
-def _patches(hf_config: Any) -> int:
+def patches_of(hf_config: Any) -> int:
     """Patches of a tile."""
     vision = hf_config.vision_config
     return int((vision.image_size // vision.patch_size) ** 2)
@@ -40,8 +40,8 @@ def _patches(hf_config: Any) -> int:
 class _Info(PrunedInfo, LlavaNextProcessingInfo):
     def most_retained(self) -> int:
         config = self.get_hf_config()
-        tiles = max(_tiles(config, pinpoint) for pinpoint in config.image_grid_pinpoints)
-        most = tiles * self.pruning.cap.count(_patches(config))
+        tiles = max(tiles_of(config, pinpoint) for pinpoint in config.image_grid_pinpoints)
+        most = tiles * self.pruning.cap.count(patches_of(config))
         return min(most, self.get_max_image_tokens())
 
 
@@ -50,10 +50,10 @@ class _Processor(PrunedProcessor, LlavaNextMultiModalProcessor):
         if processed.get("pixel_values") is None:
             return {}
         config = self.info.get_hf_config()
-        patches = _patches(config)
+        patches = patches_of(config)
         count = budget.count(patches)
         counts = [
-            count if _tiles(config, size) * count < self._whole(size) else patches
+            count if tiles_of(config, size) * count < self._whole(size) else patches
             for size in processed["image_sizes"]
         ]
         return {"image": counts}
@@ -65,9 +65,9 @@ class _Processor(PrunedProcessor, LlavaNextMultiModalProcessor):
 
     def shortened(self, tokens: Any, retained: int, item: Mapping[str, Any]) -> Any:
         config = self.info.get_hf_config()
-        if retained == _patches(config):
+        if retained == patches_of(config):
             return tokens
-        return tokens[: _tiles(config, item["image_sizes"].data) * retained]
+        return tokens[: tiles_of(config, item["image_sizes"].data) * retained]
 
 
 @register_processor(_Info, _Processor)
@@ -83,9 +83,9 @@ class PrunedLlavaNext(PrunedTowerModel, LlavaNextForConditionalGeneration):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         sizes = image_input["image_sizes"]
-        patches = _patches(self.config)
+        patches = patches_of(self.config)
         # Beside larger images an image is padded with empty tiles.
-        tiles = [_tiles(self.config, size) for size in sizes]
+        tiles = [tiles_of(self.config, size) for size in sizes]
         pixels = [
             own[:count] for own, count in zip(image_input["pixel_values"], tiles, strict=True)
         ]
@@ -111,6 +111,6 @@ class PrunedLlavaNext(PrunedTowerModel, LlavaNextForConditionalGeneration):
 
     def _whole(self, projected: Tensor, size: Tensor) -> Tensor:
         """An unpruned image, without its padding and with line ends, of (tiles * N, C)."""
-        tiles = projected.unflatten(0, (-1, _patches(self.config)))
+        tiles = projected.unflatten(0, (-1, patches_of(self.config)))
         merged: Tensor = self._merge_image_patch_embeddings(size, tiles, strategy="spatial_unpad")
         return merged

@@ -121,11 +121,24 @@ class PrunedModel(Mixin):
             raise ValueError(
                 f"{KEY}: an engine's options go into --hf-overrides, not --mm-processor-kwargs"
             )
+        for option, (used, why) in cls.refused_options(vllm_config).items():
+            if used:
+                raise ValueError(f"{KEY}: {option} cannot be used with {cls.stock.__name__}: {why}")
+
+    @classmethod
+    def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
+        """Options that cannot be used, whether each is, and why not."""
         lora = vllm_config.lora_config
-        if lora is not None and lora.enable_tower_connector_lora:
-            raise ValueError(
-                f"{KEY}: --enable-tower-connector-lora counts unpruned tokens and cannot be used"
-            )
+        return {
+            "--enable-tower-connector-lora": (
+                lora is not None and lora.enable_tower_connector_lora,
+                "it counts unpruned tokens",
+            ),
+            "cudagraph_mm_encoder": (
+                vllm_config.compilation_config.cudagraph_mm_encoder,
+                "a graph of the encoder does not call the hook that reads its attention",
+            ),
+        }
 
     def choose(
         self, features: Tensor, scores: Tensor, lengths: Sequence[int], counts: Sequence[int]

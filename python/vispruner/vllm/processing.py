@@ -34,9 +34,13 @@ class _Shortened(PromptUpdateDetails):
 
     vLLM's caches of processed items keep the placeholders and drop the rest, so this is where the
     counts of an item are that is not processed again.
+
+    Attributes:
+        ahead: positions that the item takes beyond one for each placeholder.
     """
 
     pruned: metrics.Pruned | None = None
+    ahead: int = 0
 
 
 def _embedded(details: PromptUpdateDetails) -> int:
@@ -113,6 +117,17 @@ class PrunedProcessor(Mixin):
         """
         return tokens[:retained]
 
+    def ahead(self, retained: int, item: Mapping[str, Any]) -> int:
+        """Positions that an item takes beyond one a placeholder; arguments as for `shortened`."""
+        return 0
+
+    def check_positions(self, ahead: int) -> None:
+        """Raises ValueError for a prompt whose positions the model has no rotary embedding for.
+
+        Args:
+            ahead: positions beyond one for each token, of all its items.
+        """
+
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         # The caches of processed images, of encoder outputs and of prefixes, and whatever they are
         # shared with outside, must not confuse an image with itself pruned in another way.
@@ -150,9 +165,9 @@ class PrunedProcessor(Mixin):
             for updates in of_items
             if updates
         ]
-        _laid_out.set(
-            [own.pruned for own in contents if isinstance(own, _Shortened) and own.pruned]
-        )
+        short = [own for own in contents if isinstance(own, _Shortened)]
+        self.check_positions(sum(max(0, own.ahead) for own in short))
+        _laid_out.set([own.pruned for own in short if own.pruned])
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
     def _get_prompt_updates(
@@ -168,10 +183,11 @@ class PrunedProcessor(Mixin):
                 tokens = whole(index)
                 if count is None:
                     return tokens
-                short = _details(self.shortened(tokens, int(count.data), item))
+                retained = count.data.tolist()
+                short = _details(self.shortened(tokens, retained, item))
                 before, kept = _embedded(_details(tokens)), _embedded(short)
                 pruned = metrics.Pruned(modality, budget, before, kept)
-                return _Shortened(short.full, short.is_embed, pruned)
+                return _Shortened(short.full, short.is_embed, pruned, self.ahead(retained, item))
 
             return replacement
 

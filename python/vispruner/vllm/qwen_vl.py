@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: pictures of any size, merged 2 x 2, at their own positions.
+"""Qwen2-VL to Qwen3.5: pictures of any size, merged 2 x 2, at their own positions.
 
 Scores and choice are those of `vispruner.models.qwen_vl`: the attention that patches receive in the
 last block with full attention, averaged over the four patches of a merged token. Each frame of a
@@ -9,24 +9,42 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen2_vl import (
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLMultiModalProcessor,
+    Qwen2VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_5 import (
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeProcessingInfo,
+    Qwen3_5ProcessingInfo,
 )
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_vl_moe import (
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeProcessingInfo,
+)
+from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from .. import selection
 from ..models import UnsupportedModelError
@@ -53,9 +71,9 @@ def _always() -> bool:
     return True
 
 
-def _positions_are_recomputed() -> bool:
-    """Whether the model runner of this platform asks for it, which the CPU's does not in 0.32."""
-    if not current_platform.is_cpu():
+def _positions_are_recomputed(vllm_config: VllmConfig) -> bool:
+    """Whether the model runner asks for it, which V1 on a CPU does not up to 0.33."""
+    if vllm_config.use_v2_model_runner or not current_platform.is_cpu():
         return True
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -92,9 +110,90 @@ class _Processor(PrunedProcessor):
                 kept.append(token)
         return PromptUpdateDetails.select_token_id(kept, video)
 
+    def ahead(self, retained: int, item: Mapping[str, Any]) -> int:
+        modality = "video" if "video_grid_thw" in item else "image"
+        ((frames, height, width),) = _grids(item[f"{modality}_grid_thw"].data.view(1, 3))
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        size = (frames, height // merge, width // merge)
+        return self.positions(size, item) - frames * retained
+
+    def positions(self, size: Grid, item: Mapping[str, Any]) -> int:
+        """Positions that an image or video takes: the length of its longest side.
+
+        Args:
+            size: frames, rows and columns of merged tokens; item: its processed fields.
+        """
+        _, height, width = size
+        if "video_grid_thw" not in item:
+            return max(height, width)
+        (times,) = _times_of_frames(
+            self.info.get_hf_config(), item.get("second_per_grid_ts"), [size]
+        )
+        return max(height, width, int(times[-1]) + 1)
+
+    def check_positions(self, ahead: int) -> None:
+        model_config = self.info.ctx.model_config
+        there = _rotary_positions(model_config.hf_config)
+        if ahead + model_config.max_model_len > there:
+            raise ValueError(
+                f"{KEY}: the pictures of this prompt take {ahead} positions more than tokens, and "
+                f"--max-model-len {model_config.max_model_len} leaves "
+                f"{there - model_config.max_model_len} of {there}: send fewer pictures, or keep "
+                "more of each"
+            )
+
+
+def _rotary_positions(hf_config: Any) -> int:
+    """Positions that a language model has rotary embeddings for, at least."""
+    # vLLM's factor for video pruning, whose positions are those of the unpruned prompt as well.
+    return 4 * int(hf_config.get_text_config().max_position_embeddings)
+
+
+def _times_of_frames(hf_config: Any, seconds: Any, sizes: Sequence[Grid]) -> list[Tensor]:
+    """How far each frame is behind the first, (t,) int64 of each video, in positions.
+
+    In the arithmetic of `get_mrope_input_positions`, of models that read videos frame after frame.
+
+    Args:
+        seconds: between frames, of each video; None where the model does not look at them.
+    """
+    per_second = getattr(hf_config.vision_config, "tokens_per_second", 1.0)
+    seconds = getattr(seconds, "data", seconds)  # a field of an item, or of a batch
+    steps = [1.0] * len(sizes) if seconds is None else torch.as_tensor(seconds).view(-1).tolist()
+    return [
+        (torch.arange(t).double() * (step * per_second)).long()
+        for (t, _, _), step in zip(sizes, steps, strict=True)
+    ]
+
+
+class _Scored:
+    """A vision transformer whose tokens carry their scores, for ranks that gather each other's.
+
+    The bits of a float32 are as many channels as it takes in the type of the tokens.
+    """
+
+    def __init__(
+        self, visual: Any, encode: Callable[[Tensor, Sequence[Grid]], tuple[Tensor, Tensor]]
+    ) -> None:
+        self.parameters, self._encode = visual.parameters, encode
+        self.spatial_merge_size = visual.spatial_merge_size
+        dtype = next(visual.parameters()).dtype
+        self.out_hidden_size = visual.out_hidden_size + torch.float32.itemsize // dtype.itemsize
+
+    def __call__(self, pixels: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
+        tokens, scores = self._encode(pixels, [(t, h, w) for t, h, w in grids])
+        return torch.cat([tokens, scores.unsqueeze(1).view(tokens.dtype)], 1)
+
+
+def _without_scores(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and scores of what a _Scored returned."""
+    channels = torch.float32.itemsize // tokens.dtype.itemsize
+    scores = tokens[:, -channels:].contiguous().view(torch.float32)
+    return tokens[:, :-channels], scores.squeeze(1)
+
 
 class _PrunedQwen(PrunedModel):
-    """What the two generations share."""
+    """What the generations share."""
 
     config: Any
     visual: Any
@@ -106,6 +205,14 @@ class _PrunedQwen(PrunedModel):
         multimodal = vllm_config.model_config.multimodal_config
         object.__setattr__(multimodal, "is_multimodal_pruning_enabled", _always)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for module in self.modules():
+            if isinstance(module, MRotaryEmbedding):
+                there, needed = len(module.cos_sin_cache), _rotary_positions(self.config)
+                if there < needed:
+                    raise UnsupportedModelError(
+                        f"{KEY}: the rotary embedding has {there} positions, and positions of a "
+                        f"pruned prompt go up to {needed}"
+                    )
 
     @classmethod
     def check(cls, hf_config: Any) -> None:
@@ -117,20 +224,36 @@ class _PrunedQwen(PrunedModel):
             )
 
     @classmethod
-    def check_engine(cls, vllm_config: VllmConfig) -> None:
-        super().check_engine(vllm_config)
+    def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
         multimodal = vllm_config.model_config.multimodal_config
-        refused = {
-            "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
-            "--video-pruning-rate": bool(multimodal.video_pruning_rate),
-            "speculative decoding": vllm_config.speculative_config is not None,
-            "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
-            "the CPU backend of this vLLM": not _positions_are_recomputed(),
-            "compile_mm_encoder": vllm_config.compilation_config.compile_mm_encoder,
+        speculative = vllm_config.speculative_config
+        return {
+            **super().refused_options(vllm_config),
+            "--video-pruning-rate": (
+                bool(multimodal.video_pruning_rate),
+                "two prunings of a video do not add up",
+            ),
+            "--enable-prompt-embeds": (
+                vllm_config.model_config.enable_prompt_embeds,
+                "embeddings of a prompt do not say where a picture's tokens are",
+            ),
+            "speculative decoding other than ngram": (
+                speculative is not None and speculative.method != "ngram",
+                "the look-ahead of a draft model would shift the positions of kept tokens",
+            ),
+            "pipeline parallelism": (
+                vllm_config.parallel_config.pipeline_parallel_size > 1,
+                "only its first stage knows the positions of kept tokens",
+            ),
+            "model runner V1 on this vLLM's CPU backend": (
+                not _positions_are_recomputed(vllm_config),
+                "it never updates positions",
+            ),
+            "compile_mm_encoder": (
+                vllm_config.compilation_config.compile_mm_encoder,
+                "a compiled encoder does not call the hook that reads its attention",
+            ),
         }
-        for option, used in refused.items():
-            if used:
-                raise ValueError(f"{KEY}: {option} cannot be used with a pruned Qwen-VL")
 
     # ----------------------------------------------------------------------------- the embeddings
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -138,7 +261,8 @@ class _PrunedQwen(PrunedModel):
         retained = {modality: kwargs.pop(name, None) for modality, name in RETAINED.items()}
         embeddings: list[Tensor] = []
         inputs: Mapping[str, Any] = self._parse_and_validate_multimodal_inputs(**kwargs)
-        for modality, given in inputs.items():
+        for name, given in inputs.items():
+            modality = name.removesuffix("s")
             if retained[modality] is not None:
                 embeddings += self._pruned(modality, given, counts_of(retained[modality]))
             else:  # embeddings that were passed as such
@@ -158,7 +282,7 @@ class _PrunedQwen(PrunedModel):
         for part in encoder_batches(lengths, self.encoder_tokens):
             whole, scores = self._encode(torch.cat(pixels[part]), grids[part])
             # The features of earlier blocks that Qwen3-VL appends do not take part in the choice.
-            main = whole[:, : self.config.vision_config.out_hidden_size]
+            main = whole[:, : self.config.get_text_config().hidden_size]
             items = list(zip(sizes[part], counts[part], strict=True))
             _, rows = self.choose(
                 main,
@@ -178,10 +302,10 @@ class _PrunedQwen(PrunedModel):
 
     def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
         """How far each frame is behind the first, (t,) int64 of each item, in positions."""
-        return [torch.zeros(t, dtype=torch.long) for t, _, _ in sizes]
+        return _times_of_frames(self.config, given.get("second_per_grid_ts"), sizes)
 
     def _encode(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """Runs the vision transformer.
+        """Runs the vision transformer, on every rank or (`--mm-encoder-tp-mode data`) on one each.
 
         Args:
             pixels: (patches, values) of images or videos; grids: of each.
@@ -189,14 +313,21 @@ class _PrunedQwen(PrunedModel):
         Returns:
             (T, C) merged tokens and (T,) float32 attention that each receives within its picture.
         """
+        if not self.use_data_parallel:
+            return self._encode_here(pixels, grids)
+        scored = _Scored(self.visual, self._encode_here)
+        of_items = run_dp_sharded_mrope_vision_model(
+            scored, pixels, [list(grid) for grid in grids], rope_type="rope_3d"
+        )
+        return _without_scores(torch.cat(list(of_items)))
+
+    def _encode_here(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+        """`_encode` of what this rank is given."""
         blocks = self.visual.blocks
         last = getattr(self.visual, "fullatt_block_indexes", [len(blocks) - 1])[-1]
         attention = blocks[last].attn
-        parsed = self._parse_and_validate_image_input(
-            pixel_values=pixels, image_grid_thw=torch.tensor(grids)
-        )
         with AttentionTap(attention.attn) as tap:
-            encoded = self._process_image_input(parsed)
+            encoded = self.visual(pixels, [list(grid) for grid in grids])
         q, k = (x.squeeze(0) for x in tap.take())  # (patches, H, D), rotary embedding applied
         pictures = (h * w for t, h, w in grids for _ in range(t))
         bounds = list(itertools.accumulate(pictures, initial=0))
@@ -206,7 +337,7 @@ class _PrunedQwen(PrunedModel):
             scores = over_all_heads(scores, attention.tp_size)
             scores = scores.view(-1, self.visual.spatial_merge_size**2).mean(-1)
             scores = self._in_raster_order(scores, grids)
-        return torch.cat(list(encoded)), scores
+        return encoded, scores
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Scores (T,) of merged tokens in the order of the blocks, in that of the embeddings."""
@@ -249,13 +380,22 @@ class _PrunedQwen(PrunedModel):
             The embeddings without their extra channels, the positions (3, L), and how far the
             answer is ahead of the prompt's length.
         """
-        if multimodal_embeddings:
-            visual = (self.config.image_token_id, self.config.video_token_id)
-            mrope_positions = write_places(
-                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens, visual
-            )
-        ahead = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
+        with gpu_sync_allowed():  # the host has to know how far the answer is ahead
+            if multimodal_embeddings:
+                visual = (self.config.image_token_id, self.config.video_token_id)
+                mrope_positions = write_places(
+                    input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens, visual
+                )
+            ahead = int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
         return [x[:, :-CHANNELS] for x in multimodal_embeddings], mrope_positions, ahead
+
+
+class _Info2(PrunedInfo, Qwen2VLProcessingInfo):
+    pass
+
+
+class _Processor2(_Processor, Qwen2VLMultiModalProcessor):
+    pass
 
 
 class _Info25(PrunedInfo, Qwen2_5_VLProcessingInfo):
@@ -266,12 +406,34 @@ class _Processor25(_Processor, Qwen2_5_VLMultiModalProcessor):
     pass
 
 
+class _Processor3(_Processor, Qwen3VLMultiModalProcessor):
+    def positions(self, size: Grid, item: Mapping[str, Any]) -> int:
+        frames, height, width = size  # each frame is a picture, and its time is text
+        return frames * max(height, width)
+
+
 class _Info3(PrunedInfo, Qwen3VLProcessingInfo):
     pass
 
 
-class _Processor3(_Processor, Qwen3VLMultiModalProcessor):
+class _Info3Moe(PrunedInfo, Qwen3VLMoeProcessingInfo):
     pass
+
+
+class _Info35(PrunedInfo, Qwen3_5ProcessingInfo):
+    pass
+
+
+class _Info35Moe(PrunedInfo, Qwen3_5MoeProcessingInfo):
+    pass
+
+
+@register_processor(_Info2, _Processor2)
+class PrunedQwen2VL(_PrunedQwen, Qwen2VLForConditionalGeneration):
+    """`Qwen2VLForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen2VLForConditionalGeneration
+    supports_multimodal_pruning = True  # which has the runner recompute positions
 
 
 @register_processor(_Info25, _Processor25)
@@ -279,16 +441,6 @@ class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
     """`Qwen2_5_VLForConditionalGeneration` with k visual tokens an image or frame."""
 
     stock = Qwen2_5_VLForConditionalGeneration
-
-    def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
-        # In the arithmetic of get_mrope_input_positions.
-        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        seconds = given.get("second_per_grid_ts")
-        steps = [1.0] * len(sizes) if seconds is None else [float(x) for x in seconds]
-        return [
-            (torch.arange(t).double() * (step * per_second)).long()
-            for (t, _, _), step in zip(sizes, steps, strict=True)
-        ]
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
         # The blocks see the patches window by window.
@@ -301,8 +453,51 @@ class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
         return torch.empty_like(scores).scatter_(0, torch.cat(orders).to(scores.device), scores)
 
 
+class _Experts(_PrunedQwen):
+    """The models with a mixture of experts."""
+
+    @classmethod
+    def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
+        return {
+            **super().refused_options(vllm_config),
+            "LoRA": (
+                vllm_config.lora_config is not None,
+                "adapters of experts run on GPUs only, where no test has run them",
+            ),
+        }
+
+
+class _PrunedQwen3(_PrunedQwen):
+    """The models with Qwen3-VL's vision transformer and prompts."""
+
+    def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
+        # The time of a frame is text before it.
+        return [torch.zeros(t, dtype=torch.long) for t, _, _ in sizes]
+
+
 @register_processor(_Info3, _Processor3)
-class PrunedQwen3VL(_PrunedQwen, Qwen3VLForConditionalGeneration):
+class PrunedQwen3VL(_PrunedQwen3, Qwen3VLForConditionalGeneration):
     """`Qwen3VLForConditionalGeneration` with k visual tokens an image or frame."""
 
     stock = Qwen3VLForConditionalGeneration
+
+
+@register_processor(_Info3Moe, _Processor3)
+class PrunedQwen3VLMoe(_Experts, _PrunedQwen3, Qwen3VLMoeForConditionalGeneration):
+    """`Qwen3VLMoeForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3VLMoeForConditionalGeneration
+
+
+@register_processor(_Info35, _Processor3)
+class PrunedQwen35(_PrunedQwen3, Qwen3_5ForConditionalGeneration):
+    """`Qwen3_5ForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3_5ForConditionalGeneration
+
+
+@register_processor(_Info35Moe, _Processor3)
+class PrunedQwen35Moe(_Experts, _PrunedQwen3, Qwen3_5MoeForConditionalGeneration):
+    """`Qwen3_5MoeForConditionalGeneration` with k visual tokens an image or frame."""
+
+    stock = Qwen3_5MoeForConditionalGeneration

@@ -1,11 +1,11 @@
-"""What LLaVA-1.5 and LLaVA-NeXT share: a CLIP tower whose last built layer makes the features."""
+"""What the LLaVA models share: a CLIP or SigLIP tower whose last built layer makes the features."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from .. import selection
 from ..models import UnsupportedModelError
@@ -16,20 +16,24 @@ from .model import AttentionTap, PrunedModel, over_all_heads
 class PrunedTowerModel(PrunedModel):
     """Mixin before a LLaVA model of vLLM."""
 
+    config: Any
     vision_tower: Any
 
     @classmethod
     def check(cls, hf_config: Any) -> None:
         tower = hf_config.vision_config
-        if not isinstance(tower, CLIPVisionConfig):
+        if not isinstance(tower, CLIPVisionConfig | SiglipVisionConfig):
             raise UnsupportedModelError(
-                f"{KEY}: needs a CLIP vision tower, whose [CLS] token ranks the patches; this one "
-                f"is {tower.model_type!r}"
+                f"{KEY}: needs a CLIP or SigLIP vision tower, whose attention ranks the patches; "
+                f"this one is {tower.model_type!r}"
             )
-        if hf_config.vision_feature_select_strategy != "default":
+        # The features must be the patches: all of them, and not [CLS].
+        own = hf_config.vision_feature_select_strategy
+        needed = "default" if _has_cls(hf_config) else "full"
+        if own != needed:
             raise UnsupportedModelError(
-                f"{KEY}: needs vision_feature_select_strategy='default', got "
-                f"{hf_config.vision_feature_select_strategy!r}"
+                f"{KEY}: needs vision_feature_select_strategy={needed!r} with a tower of type "
+                f"{tower.model_type!r}, got {own!r}"
             )
         # vLLM builds the tower up to the feature layer, so that layer is the last it has.
         layer, layers = hf_config.vision_feature_layer, tower.num_hidden_layers
@@ -46,14 +50,26 @@ class PrunedTowerModel(PrunedModel):
             pixels: (B, 3, H, W).
 
         Returns:
-            (B, N, C) features of the patches and (B, N) float32 attention that [CLS] pays them.
+            (B, N, C) features of the patches and (B, N) float32 scores: attention that [CLS] pays
+            them or, in a tower without it, that they receive.
         """
         layer = self.vision_tower.vision_model.encoder.layers[-1].self_attn
         with AttentionTap(layer.attn) as tap:
             features: Tensor = self._image_pixels_to_features(self.vision_tower, pixels)
         heads = (layer.num_heads_per_partition, layer.head_dim)
-        q, k = (x.unflatten(-1, heads) for x in tap.take())  # (B, 1 + N, H, D)
+        q, k = (x.unflatten(-1, heads) for x in tap.take())  # (B, tokens, H, D)
         with self.timing("scoring"):
-            scores = selection.cls_attention(q[:, 0], k.transpose(1, 2), layer.scale)
+            if _has_cls(self.config):
+                scores = selection.cls_attention(q[:, 0], k.transpose(1, 2), layer.scale)
+            else:
+                bounds = range(0, q.shape[0] * q.shape[1] + 1, q.shape[1])
+                scores = selection.received_attention(
+                    q.flatten(0, 1), k.flatten(0, 1), layer.scale, list(bounds)
+                ).view(q.shape[:2])
             scores = over_all_heads(scores, layer.tp_size)
         return features, scores
+
+
+def _has_cls(hf_config: Any) -> bool:
+    """Whether the tower puts [CLS] before its patches."""
+    return isinstance(hf_config.vision_config, CLIPVisionConfig)

@@ -2,17 +2,22 @@
 
 - The torchvision that it depends on is built for CUDA: beside a CPU-only torch its operators cannot
   be registered and its import fails. They are declared here; nobody calls them.
-- Its CPU model runner overrides `load_model` and leaves out what the GPU runner does there: asking
-  the model whether M-RoPE positions are to be recomputed (vLLM's own video pruning suffers, too).
+- Its CPU model runner V1 overrides `load_model` and leaves out what the GPU runner does there:
+  asking the model whether M-RoPE positions are to be recomputed (vLLM's own video pruning suffers,
+  too).
+- Its model runner V2 is made of Triton kernels, and Triton comes without a backend for the CPU
+  here. Where TRITON_INTERPRET=1 asks for Triton's interpreter, which needs no backend, vLLM finds
+  one that is only a name.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 _libraries: list[Any] = []  # an operator is declared as long as its library is alive
@@ -40,6 +45,10 @@ def _ask_on_cpu_as_on_gpu(module: ModuleType) -> None:
         )
 
     runner.load_model = load_model
+
+
+def _name_a_backend(module: ModuleType) -> None:
+    module.backends.setdefault("cpu", SimpleNamespace(driver=SimpleNamespace(is_active=bool)))
 
 
 class _Finder:
@@ -80,8 +89,10 @@ def install() -> None:
     """Before torchvision or vLLM is imported; does nothing the second time."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path) or _libraries:
         return
-    for finder in (
+    finders = [
         _Finder("torchvision", before=_declare_torchvision_operators),
         _Finder("vllm.v1.worker.cpu_model_runner", after=_ask_on_cpu_as_on_gpu),
-    ):
-        sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+    ]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        finders.append(_Finder("triton.backends", after=_name_a_backend))
+    sys.meta_path[:0] = finders  # type: ignore[list-item]
