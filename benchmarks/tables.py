@@ -142,12 +142,12 @@ def rounding_sensitivity(results: Callable[[str], Any]) -> str:
     head = [
         "features",
         *(f"{x} and float64 loop" for x in _LOOPS),
-        "random choice and float64 loop",
-        "canonical v1 and the same, channels reversed, in a batch",
+        "random and float64 loop",
+        "canonical v1, and with channels reversed, in a batch",
     ]
     kinds = ["features", "float64", "float32", "bfloat16", "canonical v1", "random diverse half"]
     return (
-        "Share of the diverse half that two runs have in common:\n\n"
+        "Agreement of two runs on the diverse half:\n\n"
         f"{table(head, agreement)}\n"
         "Coverage of the dropped tokens:\n\n"
         f"{table(kinds, coverage)}\n"
@@ -303,11 +303,13 @@ def capacity(results: Callable[[str], Any]) -> str:
     for model in data["models"]:
         whole = model["rows"][0]["visual_tokens"]
         for row in model["rows"]:
-            kept = row["visual_tokens"]
+            retained = row["visual_tokens"]
             rows.append(
                 [
                     f"{model['name']}, {model['image']}",
-                    f"{kept}" if kept == whole else f"{kept} ({whole / kept:.1f} x fewer)",
+                    f"{retained}"
+                    if retained == whole
+                    else f"{retained} ({whole / retained:.1f} x fewer)",
                     f"{row['kv_bytes_of_the_image'] / 2**20:.1f} MiB",
                     str(row["users_per_gpu"]),
                     *(str(row["gpus"][users]) for users in wanted),
@@ -317,14 +319,14 @@ def capacity(results: Callable[[str], Any]) -> str:
         "model, image",
         "visual tokens",
         "KV cache of the image",
-        "users on a GPU",
+        "users per GPU",
         *(f"GPUs for {int(users):,} users" for users in wanted),
     ]
     return (
         f"{table(head, rows)}\nComputed, not measured: weights and cache in 16 bits, "
-        f"{setup['text_tokens']} tokens of text a user, {setup['gpu_bytes'] / 1e9:.0f} GB a GPU of "
-        f"which vLLM uses {_percent(setup['utilization'])} less "
-        f"{setup['reserve_bytes'] / 1e9:.0f} GB for activations; every user in flight at once.\n"
+        f"{setup['text_tokens']} tokens of text per user, {setup['gpu_bytes'] / 1e9:.0f} GB per "
+        f"GPU, of which vLLM uses {_percent(setup['utilization'])}, minus "
+        f"{setup['reserve_bytes'] / 1e9:.0f} GB for activations; all users at the same time.\n"
     )
 
 
@@ -342,12 +344,13 @@ def serving(results: Callable[[str], Any]) -> str:
         ]
         for row in data["results"]
     ]
-    head = ["server", "tokens a prompt", "requests/s", "first token, median", "90 %"]
+    head = ["server", "tokens per prompt", "requests/s", "first token, median", "90 %"]
     return (
         f"{table(head, rows)}\n{data['speedup']:.2f} x the requests, first token "
         f"{data['first_token_earlier']:.2f} x earlier. {setup['model']}; {setup['concurrency']} "
-        f"requests in flight, {setup['output_tokens']} tokens an answer, {setup['rounds']} rounds "
-        f"of {setup['requests']} requests in turns, median; vLLM {versions['vllm']}. "
+        f"requests in flight, {setup['output_tokens']} tokens per answer; median of "
+        f"{setup['rounds']} alternating rounds of {setup['requests']} requests; vLLM "
+        f"{versions['vllm']}. "
         f"{_where(data)}\n"
     )
 
@@ -371,12 +374,12 @@ def load(results: Callable[[str], Any]) -> str:
         for row in data["results"]
     ]
     head = [
-        "server", "tokens a prompt", "requests/s", "first token, median", "90 %",
-        "KV cache, highest", "failed",
+        "server", "tokens per prompt", "requests/s", "first token, median", "90 %",
+        "KV cache, peak", "failed",
     ]  # fmt: skip
     return (
         f"{table(head, rows)}\n{setup['model']}; {setup['requests']} requests, "
-        f"{setup['concurrency']} in flight, {setup['output_tokens']} tokens an answer; vLLM "
+        f"{setup['concurrency']} in flight, {setup['output_tokens']} tokens per answer; vLLM "
         f"{versions['vllm']}. {_where(data)}\n"
     )
 
