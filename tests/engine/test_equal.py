@@ -253,6 +253,22 @@ def test_ratio(
     assert [(len(a.prompt), a.tokens) for a in found] == expected
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": "scope", "scope_alpha": 0.5}, {"method": "random", "seed": 3}]
+)
+def test_another_method(
+    engine: Callable[..., Engine],
+    transformers_of: Callable[[str], Transformers],
+    options: dict[str, Any],
+) -> None:
+    pruned = engine("llava", {"k": K, "max_k": ALL, **options})
+    requests = [ONE, TWO, replace(OTHER, k=20)]
+    found = asked(pruned, "llava", requests)
+    expected = transformers_of("llava")(requests, K, **options)
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+    assert expected != transformers_of("llava")(requests, K)
+
+
 @pytest.mark.parametrize("family", ["llava_siglip", "llava_next_siglip"])
 def test_a_tower_without_cls(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
