@@ -108,6 +108,15 @@ class _Text:
         return 2 * self.layers * tokens * self.kv_heads * self.head_dim * element
 
 
+def cache_bytes(config: Any, tokens: int, element: int) -> int:
+    """Bytes of the keys and values of a prompt.
+
+    Args:
+        config: of the model; tokens: of the prompt; element: bytes of a number.
+    """
+    return _Text.of(config).cache_bytes(tokens, element)
+
+
 def vision_flops(config: Any, inputs: Mapping[str, Any], projected: int) -> int:
     """Operations of the vision encoder with its projector.
 

@@ -1,9 +1,9 @@
-"""Times an unpruned model in the phases of a pruned one."""
+"""Phases of a call: their times, also of an unpruned model."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,4 +54,16 @@ def unpruned(model: Any) -> Iterator[Clock]:
         yield clock
 
 
-__all__ = ["Clock", "Prefill", "unpruned"]
+def phases_of(milliseconds: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds for people: pruning as one phase, and the total."""
+    pruning = ("score", "select", "rewrite")
+    rows = {
+        "vision": milliseconds.get("vision", 0.0),
+        "prune": sum(milliseconds.get(name, 0.0) for name in pruning),
+        "prefill": milliseconds.get("prefill", 0.0),
+        "decode": milliseconds.get("decode", 0.0),
+    }
+    return rows | {"total": sum(rows.values())}
+
+
+__all__ = ["Clock", "Prefill", "phases_of", "unpruned"]

@@ -68,7 +68,9 @@ def test_keeping_all_is_plain_vllm(engine: Callable[..., Engine], family: str) -
 def test_fewer_tokens_are_those_of_transformers(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
 ) -> None:
-    requests = [*requests_of(family), replace(ONE, k=ALL)]
+    requests = requests_of(family)
+    if family != "llava_next":  # tiles="all" with every token is refused in transformers
+        requests = [*requests, replace(ONE, k=ALL)]
     pruned = engine(family, {"k": K, "max_k": ALL}, limit_mm_per_prompt=limits(family))
     found = asked(pruned, family, requests)
     expected = transformers_of(family)(requests, K)

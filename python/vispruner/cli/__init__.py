@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .common import CommandError
 
-COMMANDS = ("ask", "show", "web", "flops", "draw", "info")
+COMMANDS = ("ask", "show", "sweep", "web", "flops", "draw", "info")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def _remedy(error: ImportError) -> str:
     for requirement in metadata.requires("vispruner-cuda") or ():
         wanted, _, marker = requirement.partition(";")
         extra = re.search(r"extra == .([\w-]+).", marker)
-        if extra and extra[1] in ("transformers", "web"):
+        if extra and extra[1] in ("transformers", "sweep", "web"):
             extras.setdefault(extra[1], []).append(wanted.strip())
             if re.split(r"[^\w-]", wanted)[0] == missing:
                 chosen = extra[1]

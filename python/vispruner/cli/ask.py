@@ -24,7 +24,6 @@ from .common import (
     load_model,
     model_inputs,
     one_line,
-    phases_of,
     positive,
     read_image,
 )
@@ -69,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from .. import embedded
-    from ..phases import unpruned
+    from ..phases import phases_of, unpruned
 
     budget = budget_of(options)
     device = device_of(options)

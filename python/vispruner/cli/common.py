@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,18 +278,6 @@ def apply_budget(model: Any, budget: Budget) -> Pruner:
     from ..hf import apply
 
     return apply(model, budget)
-
-
-def phases_of(milliseconds: Mapping[str, float]) -> dict[str, float]:
-    """Milliseconds as the commands show them: pruning as one phase, and the total."""
-    pruning = ("score", "select", "rewrite")
-    rows = {
-        "vision": milliseconds.get("vision", 0.0),
-        "prune": sum(milliseconds.get(name, 0.0) for name in pruning),
-        "prefill": milliseconds.get("prefill", 0.0),
-        "decode": milliseconds.get("decode", 0.0),
-    }
-    return rows | {"total": sum(rows.values())}
 
 
 def model_inputs(processor: Any, image: Image.Image, question: str, device: torch.device) -> Any:

@@ -24,7 +24,6 @@ from .common import (
     load_model,
     model_inputs,
     one_line,
-    phases_of,
     positive,
     read_image,
 )
@@ -94,7 +93,7 @@ class Viewer:
         """Rows of both models: name, answer, visual tokens, prefill and total milliseconds."""
         import torch
 
-        from ..phases import unpruned
+        from ..phases import phases_of, unpruned
 
         if not question.strip():
             raise CommandError("type a question")

@@ -1,0 +1,265 @@
+"""Choose k on your own pictures: what each setting loses, and what it saves.
+
+Asks the unpruned model every question once, then each setting, and reports which is the smallest
+setting that loses less than the tolerance. Interrupt it at any time: the next run with the same
+directory goes on where this one was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    METHODS,
+    CommandError,
+    add_device,
+    add_model,
+    device_of,
+    load_model,
+    model_inputs,
+    one_line,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from ..selection import Budget
+    from ..sweep import Item, Measurement, Subject, Summary
+
+SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)  # of the tokens, if neither --k nor --ratio is given
+MOST_CHANGED = 8  # answers that the page shows
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "list of numbers"  # argparse uses it in its error
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--data",
+        metavar="FILE_OR_DIRECTORY",
+        help="JSON lines with image, question and perhaps answer; a directory of pictures; or a "
+        "Hugging Face dataset (default: drawn scenes)",
+    )
+    add("--question", help="for pictures that come without one")
+    add("--limit", type=positive, help="questions to ask (scenes: pictures, default 32)")
+    settings = parser.add_argument_group("settings").add_mutually_exclusive_group()
+    settings.add_argument("--k", type=_numbers(int), help="such as 32,64,128")
+    settings.add_argument(
+        "--ratio",
+        type=_numbers(float),
+        help=f"or shares of the tokens (default: {','.join(map(str, SHARES))})",
+    )
+    add(
+        "--method",
+        type=lambda text: text.split(","),
+        default=METHODS[0],
+        help=f"one or several of {', '.join(METHODS)}",
+    )
+    add("--tolerance", type=float, default=1.0, metavar="POINTS", help="acceptable loss")
+    add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("sweep"),
+        metavar="DIRECTORY",
+        help="for the report, and for the measurements of an interrupted run",
+    )
+    add_model(parser)
+    add_device(parser)
+
+
+def _settings(options: argparse.Namespace) -> list[Budget]:
+    from ..selection import Budget
+
+    methods = [options.method] if isinstance(options.method, str) else options.method
+    amounts: list[tuple[int | None, float | None]]
+    if options.k is not None:
+        amounts = [(k, None) for k in options.k]
+    else:
+        amounts = [(None, ratio) for ratio in options.ratio or SHARES]
+    try:
+        found = [
+            Budget(k, ratio, method=method)
+            for (k, ratio), method in itertools.product(amounts, methods)
+        ]
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise CommandError(f"argument --{name}: {rest}") from error
+    if len(set(found)) < len(found):
+        raise CommandError("argument --k, --ratio or --method: a setting is there twice")
+    return found
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import embedded, sweep
+    from ..sweep import report
+
+    settings = _settings(options)
+    if options.tolerance < 0:
+        raise CommandError(f"argument --tolerance: must be at least 0, got {options.tolerance}")
+    device = device_of(options)
+    console = Console()
+    try:
+        items = list(sweep.read(options.data, options.question, options.limit))
+    except sweep.DataError as error:
+        raise CommandError(f"argument --data: {error}") from error
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        records = sweep.Records(options.output / "measurements.jsonl")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"argument -o: {one_line(error)}") from error
+    with records:
+        with console.status("loading the model"):
+            model, processor = load_model(options, device)
+            name = options.model or embedded.path()
+            subject = sweep.Subject(
+                model,
+                processor,
+                lambda image, question: model_inputs(processor, image, question, device),
+                name,
+                options.max_new_tokens,
+            )
+        asked, skipped = _measure(console, subject, items, [None, *settings], records)
+    for line in skipped:
+        console.print(f"skipped {line}", highlight=False, markup=False)
+    if not asked:
+        raise CommandError("argument --data: no picture could be read")
+
+    kept = [item for item, _ in asked]
+    measured = [
+        (budget, [found[number] for _, found in asked])
+        for number, budget in enumerate([None, *settings])
+    ]
+    summaries = sweep.summarize(kept, measured)
+    best = sweep.recommended(summaries, options.tolerance)
+    table = Table(*report.HEADINGS)
+    for summary in summaries:
+        table.add_row(*report.row(summary), style="bold" if summary is best else None)
+    console.print(table)
+    console.print(report.advice(best, summaries, options.tolerance), highlight=False)
+    about = {
+        "model": options.model or "the bundled model",
+        "data": options.data or "drawn scenes",
+        "device": str(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    with console.status("writing the report"):
+        try:
+            changed = _changed(subject, kept, summaries, measured)
+            report.write(
+                options.output, summaries, best, options.tolerance, about, changed, skipped
+            )
+        except OSError as error:
+            raise CommandError(f"argument -o: {one_line(error)}") from error
+    console.print(f"report: {options.output / 'report.html'}", highlight=False, markup=False)
+    return 1 if skipped else 0
+
+
+def _measure(
+    console: Any,
+    subject: Subject,
+    items: Sequence[Item],
+    settings: Sequence[Budget | None],
+    records: Any,
+) -> tuple[list[tuple[Item, list[Measurement]]], list[str]]:
+    """Every item under every setting, and a line for each picture that was skipped."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    asked, skipped = [], {}
+    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    warm = False
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("asking", total=len(items) * len(settings))
+        for item in items:
+            found: list[Measurement] = []
+            try:
+                for budget in settings:
+                    key = subject.key(item, budget)
+                    one = records.get(key)
+                    if one is None:
+                        if not warm:
+                            subject.warm_up(item)
+                            warm = True
+                        one = subject.measure(item, budget)
+                        try:
+                            records.add(key, one)
+                        except OSError as error:
+                            raise CommandError(f"argument -o: {one_line(error)}") from error
+                    found.append(one)
+                    bar.advance(task)
+                asked.append((item, found))
+            except CommandError:
+                raise
+            except (OSError, ValueError, TypeError, RuntimeError) as error:
+                skipped[item.name] = f"{item.name}: {one_line(error)}"
+                bar.advance(task, len(settings) - len(found))
+    return asked, list(skipped.values())
+
+
+def _changed(
+    subject: Subject,
+    items: Sequence[Item],
+    summaries: Sequence[Summary],
+    measured: Sequence[tuple[Budget | None, Sequence[Measurement]]],
+) -> list[Any]:
+    """The answers that lost most of their probability, each under the largest setting that changed
+    it, one per picture."""
+    import io
+
+    from PIL import Image
+
+    from ..sweep.report import Changed
+    from ..sweep.summary import name_of
+    from .show import montage, retained_by
+
+    order = sorted(range(1, len(measured)), key=lambda n: -summaries[n].visual_tokens)
+    reference = measured[0][1]
+    candidates = []
+    for i in range(len(items)):
+        for number in order:
+            after = measured[number][1][i]
+            if after.answer != reference[i].answer:
+                lost = reference[i].log_probability - after.log_probability
+                candidates.append((lost, i, number))
+                break
+    found, pictures = [], set()
+    for _, i, number in sorted(candidates, reverse=True):
+        item, budget = items[i], measured[number][0]
+        assert budget is not None
+        if item.picture in pictures:
+            continue
+        pictures.add(item.picture)
+        with Image.open(io.BytesIO(item.content)) as file:
+            image = file.convert("RGB")
+        drawn = retained_by(subject.model, subject.processor, budget, subject.model.device, [image])
+        found.append(
+            Changed(
+                item,
+                name_of(budget),
+                reference[i],
+                measured[number][1][i],
+                montage(drawn, budget.method),
+            )
+        )
+        if len(found) == MOST_CHANGED:
+            break
+    return found

@@ -1,0 +1,23 @@
+"""How many tokens may be dropped for one's own pictures: `vispruner sweep`.
+
+`data` reads pictures and questions, `measuring` asks the unpruned model once and then each setting,
+`records` stores every measurement at once so that an interrupted sweep goes on, `summary` compares
+the settings, and `report` writes the table, the page and the plots.
+"""
+
+from .data import DataError, Item, read
+from .measuring import Measurement, Subject
+from .records import Records
+from .summary import Summary, recommended, summarize
+
+__all__ = [
+    "DataError",
+    "Item",
+    "Measurement",
+    "Records",
+    "Subject",
+    "Summary",
+    "read",
+    "recommended",
+    "summarize",
+]

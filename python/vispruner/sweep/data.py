@@ -1,0 +1,148 @@
+"""Pictures and questions, with answers where the data have them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+QUESTION = "Describe the image in one sentence."
+
+
+class DataError(ValueError):
+    """The data cannot be read; the message is one line that names the file."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question about a picture.
+
+    Attributes:
+        name: of the picture, for people.
+        content: the bytes of its file.
+        question: the text that the model is asked.
+        answer: the right answer, None if it is unknown.
+    """
+
+    name: str
+    content: bytes
+    question: str
+    answer: str | None = None
+
+    @property
+    def picture(self) -> str:
+        """Hash of the picture's content."""
+        return hashlib.sha256(self.content).hexdigest()[:16]
+
+
+def read(source: str | None, question: str | None, limit: int | None = None) -> Iterator[Item]:
+    """Items of a source.
+
+    Args:
+        source: a JSON lines file whose objects have `image` (a path, relative to the file),
+            `question` and perhaps `answer`; a directory of pictures; the name of a Hugging Face
+            dataset with these columns; None: drawn scenes (`vispruner.embedded.scenes`).
+        question: of pictures that come without one.
+        limit: number of items to read, None for all; scenes have no end, so 32 of them then.
+
+    Raises:
+        DataError: nothing of the kind is there, or a line is wrong. A picture whose file cannot
+            be read has empty content.
+    """
+    if source is None:
+        yield from _scenes(limit or 32)
+        return
+    path = Path(source)
+    if path.is_dir():
+        items = _directory(path, question or QUESTION)
+    elif path.is_file():
+        items = _lines(path, question)
+    elif importlib.util.find_spec("datasets") is not None:
+        items = _dataset(source, question)
+    else:
+        raise DataError(
+            f"{source} is no file or directory; for a Hugging Face dataset, pip install datasets"
+        )
+    count = 0
+    for item in items:
+        if limit is not None and count == limit:
+            return
+        count += 1
+        yield item
+    if count == 0:
+        raise DataError(f"{source} has no pictures")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _directory(path: Path, question: str) -> Iterator[Item]:
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in SUFFIXES:
+            yield Item(str(file.relative_to(path)), _content(file), question)
+
+
+def _lines(path: Path, question: str | None) -> Iterator[Item]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: no JSON: {error.msg}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise DataError(f'{where}: expected an object with "image", a path')
+        asked = entry.get("question", question)
+        if not isinstance(asked, str) or not asked.strip():
+            raise DataError(f'{where}: expected "question", a text (or --question for all)')
+        answer = entry.get("answer")
+        if answer is not None and not isinstance(answer, str):
+            raise DataError(f'{where}: "answer" must be a text, got {answer!r}')
+        yield Item(entry["image"], _content(path.parent / entry["image"]), asked, answer)
+
+
+def _dataset(name: str, question: str | None) -> Iterator[Item]:
+    import io
+
+    import datasets  # type: ignore[import-not-found]
+
+    try:
+        rows: Any = datasets.load_dataset(name, split="test")
+    except Exception as error:  # of the hub, of files, of formats
+        raise DataError(
+            f"cannot load the dataset {name}: {' '.join(str(error).split())}"
+        ) from error
+    for number, row in enumerate(rows):
+        asked = row.get("question", question)
+        if "image" not in row or not asked:
+            raise DataError(f'{name}: expected the columns "image" and "question"')
+        content = io.BytesIO()
+        row["image"].convert("RGB").save(content, "PNG")
+        yield Item(f"{name} {number}", content.getvalue(), str(asked), row.get("answer"))
+
+
+def _scenes(count: int) -> Iterator[Item]:
+    import io
+
+    from ..embedded import scenes
+
+    for number in range(count):
+        scene = scenes.draw(10_000 + number)
+        content = io.BytesIO()
+        scene.image.save(content, "PNG")
+        for question, answer in scene.questions:
+            yield Item(f"scene {number}", content.getvalue(), question, answer)

@@ -1,0 +1,165 @@
+"""Compares settings with the unpruned model, question by question."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..selection import Budget
+from .data import Item
+from .measuring import Measurement
+
+#: Whether an answer is right: (answer, right answer) -> a score in [0, 1].
+Scorer = Callable[[str, str], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, clustered by picture: the questions about a picture are not
+    independent."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A setting on all questions.
+
+    Attributes:
+        budget: the setting; None is the unpruned model.
+        questions: that were measured; pictures: that they are about.
+        equal: share of answers equal to the unpruned model's.
+        right: mean score of the answers, None without right answers.
+        loss: in points (of 100), paired: of the score where there are right answers, otherwise of
+            the first choices of the unpruned model's answer.
+        log_probability: mean of the unpruned model's answers under this model.
+        first_choices: share of their tokens that stay the first choice.
+        visual_tokens, cache_bytes, prefill, first_token: medians; times in milliseconds.
+    """
+
+    budget: Budget | None
+    questions: int
+    pictures: int
+    equal: float
+    right: float | None
+    loss: Estimate
+    log_probability: float
+    first_choices: float
+    visual_tokens: float
+    cache_bytes: float
+    prefill: float
+    first_token: float
+
+    def probability_below(self, tolerance: float) -> float:
+        """How probable it is that the loss is below a tolerance, in points.
+
+        From a normal distribution. If no picture differs, its standard error says nothing: then
+        from the share of pictures that lose, with a uniform prior (the rule of succession).
+        """
+        if self.loss.error == 0:
+            return 1 - (1 - min(tolerance, 100) / 100) ** (self.pictures + 1)
+        return statistics.NormalDist(self.loss.mean, self.loss.error).cdf(tolerance)
+
+    def data(self) -> dict[str, Any]:
+        setting = None if self.budget is None else setting_of(self.budget)
+        return {**vars(self), "budget": setting, "loss": vars(self.loss)}
+
+
+def setting_of(budget: Budget) -> dict[str, Any]:
+    """A setting as plain data."""
+    share = {"k": budget.k} if budget.k is not None else {"ratio": budget.ratio}
+    return {**share, **budget.parameters}
+
+
+def name_of(budget: Budget | None) -> str:
+    if budget is None:
+        return "unpruned"
+    amount = f"k = {budget.k}" if budget.k is not None else f"{100 * (budget.ratio or 0):g} %"
+    others = {name: value for name, value in budget.parameters.items() if name != "method"}
+    defaults = Budget(1, method=budget.method).parameters
+    changed = [f"{name} {value:g}" for name, value in others.items() if value != defaults[name]]
+    method = [] if budget.method == "vispruner" else [budget.method]
+    return ", ".join([amount, *method, *changed])
+
+
+def exact_match(answer: str, right: str) -> float:
+    """1 if the answers are equal but for case, punctuation, articles and spaces."""
+
+    def normal(text: str) -> str:
+        words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+        return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+    return float(normal(answer) == normal(right))
+
+
+def _clustered(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
+    count = len(values)
+    mean = sum(values) / count
+    sums: dict[str, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    groups = len(sums)
+    if groups < 2:
+        return Estimate(mean, math.inf)  # one picture tells nothing about others
+    variance = sum(s * s for s in sums.values()) / count**2 * groups / (groups - 1)
+    return Estimate(mean, math.sqrt(variance))
+
+
+def summarize(
+    items: Sequence[Item],
+    measured: Sequence[tuple[Budget | None, Sequence[Measurement]]],
+    scorer: Scorer = exact_match,
+) -> list[Summary]:
+    """A summary of each setting.
+
+    Args:
+        items: the questions.
+        measured: settings with a measurement of each item; the first is the unpruned model.
+        scorer: of answers, where the items have right ones.
+    """
+    reference = measured[0][1]
+    clusters = [item.picture for item in items]
+    judged = all(item.answer is not None for item in items)
+
+    def scores(of: Sequence[Measurement]) -> list[float]:
+        pairs = zip(of, items, strict=True)
+        return [scorer(one.answer, str(item.answer)) for one, item in pairs]
+
+    summaries = []
+    for budget, found in measured:
+        if judged:
+            pairs = zip(scores(reference), scores(found), strict=True)
+            losses = [100 * (before - after) for before, after in pairs]
+        else:
+            pairs_ = zip(reference, found, strict=True)
+            losses = [100 * (a.first_choices - b.first_choices) for a, b in pairs_]
+        times = [one.milliseconds for one in found]
+        equal = [one.answer == r.answer for one, r in zip(found, reference, strict=True)]
+        summaries.append(
+            Summary(
+                budget,
+                len(items),
+                len(set(clusters)),
+                sum(equal) / len(items),
+                sum(scores(found)) / len(items) if judged else None,
+                _clustered(losses, clusters),
+                statistics.fmean(one.log_probability for one in found),
+                statistics.fmean(one.first_choices for one in found),
+                statistics.median(one.visual_tokens for one in found),
+                statistics.median(one.cache_bytes for one in found),
+                statistics.median(t["prefill"] for t in times),
+                statistics.median(t["first token"] for t in times),
+            )
+        )
+    return summaries
+
+
+def recommended(summaries: Sequence[Summary], tolerance: float) -> Summary | None:
+    """The setting with the fewest visual tokens whose estimated loss is below the tolerance."""
+    pruned = [s for s in summaries if s.budget is not None and s.loss.mean < tolerance]
+    return min(pruned, key=lambda s: (s.visual_tokens, s.loss.mean), default=None)

@@ -1,0 +1,365 @@
+"""`vispruner sweep`: measurements that survive, statistics, and the report."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+import torch
+from PIL import Image
+from support import environment
+
+from vispruner import Budget, cli, embedded, sweep
+from vispruner.cli.common import load_model, model_inputs
+from vispruner.embedded import scenes
+from vispruner.sweep import Item, Measurement, Records, Subject
+from vispruner.sweep.summary import exact_match, name_of, summarize
+
+TIMES = {"vision": 1.0, "prune": 1.0, "prefill": 3.0, "decode": 1.0, "total": 6.0, "first token": 5}
+
+
+def measurement(answer: str = "red", first: float = 1.0, **changes: Any) -> Measurement:
+    values: dict[str, Any] = {
+        "answer": answer,
+        "log_probability": -0.5,
+        "first_choices": first,
+        "visual_tokens": 22,
+        "cache_bytes": 1024,
+        "milliseconds": dict(TIMES),
+    }
+    return Measurement(**{**values, **changes})
+
+
+def item(picture: int, question: str = "?", answer: str | None = "red") -> Item:
+    return Item(f"{picture}.png", bytes([picture]), question, answer)
+
+
+# -------------------------------------------------------------------------------- the measurements
+def test_records_survive(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    with Records(path) as records:
+        records.add("a", measurement())
+        records.add("b", measurement("blue"))
+    with path.open("ab") as file:  # a process that was killed while it wrote
+        file.write(b'{"key": "c", "answer": "gr')
+    with Records(path) as records:
+        assert len(records) == 2
+        assert records.get("b") == measurement("blue")
+        assert records.get("c") is None
+        records.add("c", measurement("green"))
+    with Records(path) as records:
+        assert records.get("c") == measurement("green")
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "nothing", '{"key": "a"}', '{"key": "a", "x": 1}'])
+def test_a_file_that_holds_something_else(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "measurements.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="line 1 is no measurement: move the file away"):
+        Records(path)
+    assert path.read_text() == line + "\n"
+
+
+@pytest.mark.parametrize("fails", ["partly", "whole", "at the sync"])
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    path = tmp_path / "measurements.jsonl"
+    write = os.write
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Records(path) as records:
+        records.add("a", measurement())
+        if fails == "at the sync":
+            monkeypatch.setattr(os, "fsync", full)
+        else:
+            partly = lambda fd, data: write(fd, data[:10])  # noqa: E731
+            monkeypatch.setattr(os, "write", partly if fails == "partly" else full)
+        with pytest.raises(OSError, match="No space left on device"):
+            records.add("b", measurement("blue"))
+        monkeypatch.undo()
+        records.add("c", measurement("green"))
+    with Records(path) as records:
+        assert len(records) == 2
+        assert records.get("c") == measurement("green")
+
+
+# ------------------------------------------------------------------------------------ the data
+def test_json_lines(tmp_path: Path) -> None:
+    scenes.draw(0).image.save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "question": "what?", "answer": "red"},
+        {"image": "missing.png", "question": "what?"},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    first, second = sweep.read(str(path), None)
+    assert (first.name, first.question, first.answer) == ("a.png", "what?", "red")
+    assert first.content == (tmp_path / "a.png").read_bytes()
+    assert (second.content, second.answer) == (b"", None)
+    assert len(list(sweep.read(str(path), None, limit=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "line 1: no JSON"),
+        ("[]", 'line 1: expected an object with "image"'),
+        ('{"question": "what?"}', 'line 1: expected an object with "image"'),
+        ('{"image": "a.png"}', 'line 1: expected "question"'),
+        ('{"image": "a.png", "question": " "}', 'line 1: expected "question"'),
+        ('{"image": "a.png", "question": "?", "answer": 3}', 'line 1: "answer" must be a text'),
+        ("", "has no pictures"),
+    ],
+)
+def test_wrong_data(tmp_path: Path, line: str, complaint: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(line)
+    with pytest.raises(sweep.DataError, match=complaint) as error:
+        list(sweep.read(str(path), None))
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("b.png", "more/a.JPG", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    found = list(sweep.read(str(tmp_path), "what?"))
+    assert [one.name for one in found] == ["b.png", "more/a.JPG"]
+    assert {one.question for one in found} == {"what?"}
+
+
+# -------------------------------------------------------------------------------- the statistics
+@pytest.mark.parametrize(
+    ("answer", "right", "score"),
+    [
+        ("Red.", "red", 1),
+        ("a red  circle", "the red circle", 1),
+        ("reddish", "red", 0),
+        ("", "", 1),
+    ],
+)
+def test_exact_match(answer: str, right: str, score: float) -> None:
+    assert exact_match(answer, right) == score
+
+
+def test_errors_are_clustered_by_picture() -> None:
+    """Four copies of a question about a picture tell no more than one."""
+    wrong = [True, False, False, True, False, False]
+    for copies in (1, 4):
+        items = [item(i, str(c)) for i in range(6) for c in range(copies)]
+        whole = [measurement() for _ in items]
+        pruned = [
+            measurement("blue" if wrong[i] else "red") for i in range(6) for _ in range(copies)
+        ]
+        _, found = summarize(items, [(None, whole), (Budget(8), pruned)])
+        assert found.loss.mean == pytest.approx(100 / 3)
+        deviation = math.sqrt(sum((100 * w - 100 / 3) ** 2 for w in wrong) / 5)
+        assert found.loss.error == pytest.approx(deviation / math.sqrt(6))
+        assert (found.equal, found.right, found.pictures) == (pytest.approx(2 / 3), found.equal, 6)
+
+
+def test_the_smallest_setting_within_the_tolerance() -> None:
+    items = [item(i) for i in range(200)]
+    whole = [measurement(visual_tokens=196) for _ in items]
+
+    def pruned(tokens: int, wrong: int) -> list[Measurement]:
+        answers = ["blue"] * wrong + ["red"] * (200 - wrong)
+        return [measurement(a, visual_tokens=tokens) for a in answers]
+
+    measured = [(Budget(k), pruned(k, wrong)) for k, wrong in ((8, 20), (16, 1), (32, 0))]
+    summaries = summarize(items, [(None, whole), *measured])
+    best = sweep.recommended(summaries, 1.0)
+    assert best is not None
+    assert best.budget == Budget(16)
+    assert 0.8 < best.probability_below(1.0) < 0.9  # 0.5 +- 0.5 points
+    assert sweep.recommended(summaries, 0.0) is None
+    # Without any difference the error is 0, but not everything is known.
+    assert summaries[3].probability_below(1.0) == pytest.approx(1 - 0.99**201)
+
+
+def test_without_right_answers_the_first_choices_count() -> None:
+    items = [item(i, answer=None) for i in range(4)]
+    whole = [measurement(first=1.0) for _ in items]
+    pruned = [measurement("another", first=f) for f in (1.0, 0.5, 1.0, 0.5)]
+    _, found = summarize(items, [(None, whole), (Budget(8), pruned)])
+    assert (found.right, found.loss.mean, found.equal) == (None, 25.0, 0.0)
+
+
+def test_names() -> None:
+    assert name_of(None) == "unpruned"
+    assert name_of(Budget(8)) == "k = 8"
+    assert name_of(Budget(ratio=0.25, method="scope")) == "25 %, scope"
+    assert name_of(Budget(8, step=4, method="vispruner")) == "k = 8, step 4"
+
+
+# -------------------------------------------------------------------------------------- the model
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    options = cli.parser().parse_args(["ask", "--device", "cpu"])
+    model, processor = load_model(options, torch.device("cpu"))
+
+    def inputs_of(image: Image.Image, question: str) -> Any:
+        return model_inputs(processor, image, question, torch.device("cpu"))
+
+    return Subject(model, processor, inputs_of, embedded.path(), 16)
+
+
+def test_measurements(subject: Subject) -> None:
+    (one, *_) = sweep.read(None, None, limit=1)
+    whole, pruned = subject.measure(one, None), subject.measure(one, Budget(8))
+    assert whole.first_choices == 1.0  # its own answer
+    assert (whole.visual_tokens, pruned.visual_tokens) == (196, 8)
+    per_token = whole.cache_bytes / (whole.cache_bytes - pruned.cache_bytes) * (196 - 8)
+    assert per_token == pytest.approx(round(per_token))  # the prompt's columns
+    assert whole.log_probability >= pruned.log_probability
+    # All tokens are retained: nothing changes.
+    every = subject.measure(one, Budget(196))
+    assert every.log_probability == pytest.approx(whole.log_probability, abs=1e-5)
+    assert (every.answer, every.first_choices) == (whole.answer, 1.0)
+
+
+def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Subject) -> None:
+    (one, *_) = sweep.read(None, None, limit=1)
+    inputs, answer = subject._reference(one)
+    with torch.no_grad():
+        found = subject.model.generate(
+            **inputs, max_new_tokens=16, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    chances = torch.stack(found.logits, dim=1).float().log_softmax(dim=-1)
+    want = chances.gather(2, answer.unsqueeze(-1)).mean().item()
+    assert subject.measure(one, None).log_probability == pytest.approx(want, abs=1e-4)
+
+
+def test_keys(subject: Subject) -> None:
+    one, other = item(1), item(2)
+    keys = {
+        subject.key(one, None),
+        subject.key(other, None),
+        subject.key(item(1, "else?"), None),
+        subject.key(one, Budget(8)),
+        subject.key(one, Budget(8, method="mmr")),
+    }
+    assert len(keys) == 5
+    assert subject.key(item(1, answer="blue"), None) == subject.key(one, None)
+
+
+# ------------------------------------------------------------------------------------ the command
+def run(directory: Path, *arguments: str) -> int:
+    return cli.main(["sweep", "--device", "cpu", "-o", str(directory), *arguments])
+
+
+def numbers(directory: Path) -> list[dict[str, Any]]:
+    """The results without times."""
+    settings = json.loads((directory / "results.json").read_text())["settings"]
+    return [{k: v for k, v in s.items() if k not in ("prefill", "first_token")} for s in settings]
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(tmp_path, "--limit", "2", "--k", "4,22", "--method", "vispruner,topk") == 0
+    said = capsys.readouterr().out
+    assert "unpruned" in said
+    assert "smallest setting" in said or "try a larger k" in said
+    page = (tmp_path / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")  # names of SVG's formats
+    assert "https://" not in page
+    assert "<svg" in page
+    assert {"sweep.png", "sweep.svg", "results.json"} <= {p.name for p in tmp_path.iterdir()}
+    before = numbers(tmp_path)
+    assert [s["budget"] and s["budget"]["k"] for s in before] == [None, 4, 4, 22, 22]
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Subject, "measure", never)
+    assert run(tmp_path, "--limit", "2", "--k", "4,22", "--method", "vispruner,topk") == 0
+    assert numbers(tmp_path) == before
+
+
+def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        scenes.draw(number).image.save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
+    (tmp_path / "empty.png").touch()
+    assert run(tmp_path / "out", "--data", str(tmp_path), "--question", "count:", "--k", "8") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "skipped broken.png" in said
+    assert "skipped empty.png" in said
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [s["pictures"] for s in found["settings"]] == [2, 2]
+    assert len(found["skipped"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--k", "0"], "--k: must be at least 1"),
+        (["--k", "8,8"], "a setting is there twice"),
+        (["--k", "8,x"], "--k"),
+        (["--ratio", "1.5"], "--ratio: must be in (0, 1]"),
+        (["--k", "8", "--ratio", "0.5"], "not allowed with argument"),
+        (["--method", "divprune"], "--method: must be one of vispruner, topk"),
+        (["--tolerance", "-1"], "--tolerance: must be at least 0"),
+        (["--limit", "0"], "--limit"),
+        (["--data", "nowhere"], "--data: nowhere is no file or directory"),
+    ],
+)
+def test_wrong_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    try:
+        status = run(tmp_path, *arguments)
+    except SystemExit as error:  # from argparse
+        status = int(str(error.code))
+    assert status == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """Killed again and again, it ends with the numbers of a run that was left alone."""
+    options = ["--limit", "4", "--k", "8,22", "--device", "cpu"]
+    assert run(tmp_path / "whole", *options[:4]) == 0
+    program = "import sys; from vispruner import cli; sys.exit(cli.main())"
+    command = [sys.executable, "-c", program, "sweep", *options, "-o", str(tmp_path / "killed")]
+    records = tmp_path / "killed" / "measurements.jsonl"
+    lines = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            while process.poll() is None:
+                now = records.read_bytes().count(b"\n") if records.exists() else 0
+                if now >= lines + 3:
+                    break
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+        finally:
+            process.wait()
+        now = records.read_bytes().count(b"\n")
+        assert now >= lines
+        lines = now
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
