@@ -22,6 +22,11 @@ def mean_scores(cls_attn: Tensor) -> Tensor:
     return cls_attn if cls_attn.dim() == 2 else cls_attn.mean(dim=1)
 
 
+def retained(feats: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` (B, k) of feats (B, N, C). Indexing is faster than an expanded gather."""
+    return feats[torch.arange(len(feats), device=feats.device).unsqueeze(1), indices]
+
+
 def dedup_list(normalized: Tensor, residual: Tensor, keep: int, step: int = 8) -> Tensor:
     """The loop for one image.
 
@@ -132,7 +137,7 @@ def prune_each(
     scores = mean_scores(cls_attn)
     images = zip(feats, scores, strict=True)
     indices = torch.stack([_ONE[method](x, s, k).sort().values for x, s in images])
-    return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])), indices
+    return retained(feats, indices), indices
 
 
 def greedy_batched(feats: Tensor, scores: Tensor, k: int, method: str) -> Tensor:
@@ -176,7 +181,7 @@ def prune(
         else:
             indices = greedy_batched(feats, scores, k, method)
         indices = indices.sort(dim=1).values
-        return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])), indices
+        return retained(feats, indices), indices
     k_important = int(k * important_ratio)
     ranking = scores.argsort(dim=1, descending=True)
     important, residual = ranking[:, :k_important], ranking[:, k_important:]
@@ -196,7 +201,7 @@ def prune(
         survivors = redundancy.argsort(dim=1, descending=True)[:, drop:]
         residual = torch.cat([a.gather(1, survivors), b], dim=1)
     indices = torch.cat([important, residual], dim=1).sort(dim=1).values
-    return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])), indices
+    return retained(feats, indices), indices
 
 
 def topk(cls_attn: Tensor, k: int) -> tuple[Tensor, Tensor]:

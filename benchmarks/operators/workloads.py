@@ -166,7 +166,7 @@ CPU_CASES = (
 
 #: Every method at the same shapes.
 CPU_METHOD_CASES = tuple(
-    Case("prune", images, 576, dtype, rounds=101 if images == 1 else 31, method=method)
+    Case("prune", images, 576, dtype, rounds=201 if images == 1 else 15, method=method)
     for images in (1, 8)
     for dtype in ("float32", "bfloat16")
     for method in vispruner_cuda.methods.METHODS
