@@ -33,8 +33,9 @@ def _where(data: Any) -> str:
     device, versions = data["device"], data["versions"]
     if gpu := device.get("gpu"):
         return f"{gpu['name']}, driver {gpu['driver']}; torch {versions['torch']}; {data['date']}."
+    threads = "thread" if device["threads"] == 1 else "threads"
     return (
-        f"{device['processor']}, {device['threads']} threads, {device['instruction_set']}; "
+        f"{device['processor']}, {device['threads']} {threads}, {device['instruction_set']}; "
         f"torch {versions['torch']}; {data['date']}."
     )
 
@@ -73,7 +74,7 @@ def _cpu_speed(data: Any, only: Sequence[str] = ()) -> str:
                 f"`{row['name']}`",
                 f"{_milliseconds(median[baseline])} ({baseline})",
                 _milliseconds(ours),
-                f"{row['speedup']:.1f} x" if row["speedup"] < 10 else f"{row['speedup']:.0f} x",
+                _times(row["speedup"]),
             ]
         )
     speeds = table(
@@ -90,6 +91,64 @@ def cpu_speed(results: Callable[[str], Any]) -> str:
 def cpu_speed_summary(results: Callable[[str], Any]) -> str:
     """The rows for the README."""
     return _cpu_speed(results("cpu"), _SUMMARY)
+
+
+def _times(speedup: float) -> str:
+    return f"{speedup:.1f} x" if speedup < 10 else f"{speedup:.0f} x"
+
+
+def cpu_methods(results: Callable[[str], Any]) -> str:
+    """Every method of prune compared with its fastest eager baseline."""
+    data = results("methods_cpu")
+    rows = []
+    for row in data["speed"]:
+        shortest = dict(row["min_ms"])
+        ours = shortest.pop("vispruner_cuda")
+        baseline = min(shortest, key=lambda name: shortest[name])
+        shape = f"{row['images']} x {row['tokens']}, {row['dtype']}, k = {row['k']}"
+        rows.append(
+            [
+                f"`{row['method']}`, {shape}",
+                f"{_milliseconds(shortest[baseline])} ({baseline})",
+                _milliseconds(ours),
+                _times(row["speedup_of_minima"]),
+                _times(row["speedup"]),
+            ]
+        )
+    head = ["work", "eager PyTorch", "vispruner_cuda", "speed-up", "speed-up of medians"]
+    return (
+        f"{table(head, rows)}\nFastest runs, interleaved in one process; the machine was shared. "
+        f"{row['channels']} channels. {_where(data)}\n"
+    )
+
+
+def method_counts(results: Callable[[str], Any]) -> str:
+    """Warp instructions of every greedy method's loop, and of the whole call."""
+    rows = [row for row in results("kernel_counts")["rows"] if row["tokens"] == 576]
+
+    def loop(row: Any) -> int:  # its kernel has one block per image
+        return int(max(c["longest_block"] for c in row["kernels"].values() if c["blocks"] == 1))
+
+    def whole(row: Any) -> int:
+        return int(sum(c["warp_instructions"] for c in row["kernels"].values()))
+
+    first = rows[0]
+    cells = [
+        [
+            f"`{row['method']}`",
+            row["features"],
+            f"{loop(row):,}",
+            f"{loop(row) / loop(first):.2f}",
+            f"{whole(row):,}",
+            f"{whole(row) / whole(first):.2f}",
+        ]
+        for row in rows
+    ]
+    head = ["method", "features", "loop", "of the first row", "all kernels", "of the first row"]
+    return (
+        f"{table(head, cells)}\nWarp instructions at {first['tokens']} x {first['channels']}, "
+        f"k = {first['k']}, {first['dtype']}, PTX of {first['device']}.\n"
+    )
 
 
 def cpu_memory(results: Callable[[str], Any]) -> str:
@@ -398,9 +457,11 @@ def loop_counts(results: Callable[[str], Any]) -> str:
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-speed-summary": cpu_speed_summary,
+    "cpu-methods": cpu_methods,
     "cpu-memory": cpu_memory,
     "rounding-sensitivity": rounding_sensitivity,
     "loop-counts": loop_counts,
+    "method-counts": method_counts,
     "gpu-status": gpu_status,
     "compiled-kernels": compiled_kernels,
     "gpu-goals": gpu_goals,

@@ -16,10 +16,11 @@ from . import recipe as recipes
 COMMANDS = {
     "train": "train a model, or resume an interrupted run",
     "evaluate": "answer the test questions with every rule",
+    "methods": "answer the test questions with every method of prune",
     "analyze": "attention, dispersion, ablations",
     "export": "copy the model into the package",
     "report": "tables and plots of the documentation, from all result files",
-    "all": "train, evaluate, analyze and report",
+    "all": "train, evaluate, methods, analyze and report",
 }
 
 
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
             "--runs", type=Path, default=Path("runs"), help="directory for all checkpoints"
         )
         command.add_argument("--threads", type=int, help="CPU threads")
-        if name in ("evaluate", "analyze", "all"):
+        if name in ("evaluate", "methods", "analyze", "all"):
             command.add_argument("--scenes", type=int, default=130, help="per background")
         if name == "export":
             command.add_argument(
@@ -71,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .evaluation import evaluate
 
         print(evaluate(recipe, name, options.seed, directory, options.scenes))
+    if everything or options.command == "methods":
+        from .evaluation import evaluate_methods
+
+        print(evaluate_methods(recipe, name, options.seed, directory, options.scenes))
     if everything or options.command == "analyze":
         from .analyses import analyze
 

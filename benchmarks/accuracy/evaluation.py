@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 import vispruner
+from vispruner import embedded
 from vispruner.embedded import scenes
 from vispruner.embedded.scenes import Scene
 
@@ -30,13 +31,14 @@ from .data import Packed, owners, pack, stack_pixels
 from .language import right_answers
 from .model import processor, word_tokenizer
 from .recipe import Recipe
-from .rules import RULES, Cues, read_cues
+from .rules import METHODS, RULES, Cues, read_cues
 from .train import load_model
 
 CHECKPOINTS = ("language", "subset")
 SPLIT = "test"
 UNSEEN = "photo"  # a background that the CPU recipe is not trained on
 QUESTIONS = 4  # per image
+EMBEDDED = 0  # seed of the model in the package
 FASTV_AFTER = (1, 2)
 _BATCH = 65
 _LONGEST_ANSWER = 4  # tokens
@@ -162,6 +164,22 @@ def ask_all(subject: Subject, drawn: Sequence[Scene], note: str) -> dict[str, li
     return results
 
 
+@torch.no_grad()
+def ask_methods(subject: Subject, drawn: Sequence[Scene]) -> dict[str, list[bool]]:
+    """Whether each answer is correct, for every METHOD@K, and for "full" with all tokens."""
+    results: dict[str, list[bool]] = {}
+    for first, some in track(list(in_batches(drawn)), description="methods"):
+        cues, packed = subject.cues(some, first), subject.packed(some)
+        asked = {"full": right_answers(subject.model, cues.features, packed)}
+        for name, rule in METHODS.items():
+            for k in subject.recipe.budgets:
+                answers = subject.answers(cues.features, rule(cues, k), packed)
+                asked[f"{name}@{k}"] = answers
+        for name, right in asked.items():
+            results.setdefault(name, []).extend(flat(right, some))
+    return results
+
+
 def generated(model: Any, reader: Any, drawn: Sequence[Scene], k: int) -> list[bool]:
     """Whether the first question of each scene is answered correctly.
 
@@ -272,5 +290,37 @@ def evaluate(recipe: Recipe, name: str, seed: int, directory: Path, count: int) 
             "asked": to_lines(asked),
             "checkpoints": checkpoints,
             "training": _log(directory),
+        },
+    )
+
+
+def trained(recipe: Recipe, seed: int, directory: Path) -> Any:
+    """The model after the subset stage: from a training run, or seed 0 from the package."""
+    if seed == EMBEDDED and not (directory / "subset.pt").exists():
+        from transformers import AutoModelForImageTextToText
+
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            embedded.path(), dtype=torch.float32
+        )
+        return model.to(training.device()).eval()
+    return shipped(load_model(recipe, directory, "subset"))
+
+
+def evaluate_methods(recipe: Recipe, name: str, seed: int, directory: Path, count: int) -> Path:
+    """Writes results/accuracy_methods_NAME_seedS.json: arguments as of `evaluate`."""
+    drawn = test_scenes(recipe, count)
+    answers = ask_methods(Subject(trained(recipe, seed, directory), recipe), drawn)
+    asked = describe(drawn)
+    return provenance.write(
+        f"accuracy_methods_{name}_seed{seed}",
+        {
+            "recipe": name,
+            "seed": seed,
+            "scenes_per_background": count,
+            "questions": len(asked),
+            "asked": to_lines(asked),
+            "checkpoints": {
+                "subset": {"answers": {rule: to_bits(right) for rule, right in answers.items()}}
+            },
         },
     )

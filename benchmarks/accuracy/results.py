@@ -40,16 +40,17 @@ class Results:
     asked: tuple[Asked, ...]
 
     @staticmethod
-    def load(recipe: str) -> Results:
-        """results/accuracy_RECIPE_seed*.json.
+    def load(recipe: str, part: str = "") -> Results:
+        """results/accuracy_RECIPE_seed*.json, or accuracy_PART_RECIPE_seed*.json.
 
         Raises:
             FileNotFoundError: there are none.
             ValueError: they contain answers to different questions.
         """
-        runs = _load(f"accuracy_{recipe}")
+        name = f"accuracy_{part}_{recipe}" if part else f"accuracy_{recipe}"
+        runs = _load(name)
         if not runs:
-            raise FileNotFoundError(f"no accuracy_{recipe}_seed*.json in {provenance.RESULTS}")
+            raise FileNotFoundError(f"no {name}_seed*.json in {provenance.RESULTS}")
         if any(run["asked"] != runs[0]["asked"] for run in runs):
             raise ValueError("the results files contain answers to different questions")
         return Results(tuple(runs), tuple(from_lines(runs[0]["asked"])))

@@ -62,6 +62,16 @@ def vispruner(important_ratio: float = 0.5, step: int = 8) -> Rule:
     return rule
 
 
+def method(name: str, **parameters: Any) -> Rule:
+    """A method of the operator, with its defaults for parameters that are not given."""
+
+    def rule(cues: Cues, k: int) -> Tensor:
+        pruned = vispruner_cuda.prune(cues.features, cues.scores, k, method=name, **parameters)
+        return pruned.indices
+
+    return rule
+
+
 def highest(scores: Tensor, k: int) -> Tensor:
     """(B, k) tokens with the highest scores (B, N), ascending."""
     return scores.topk(k).indices.sort().values
@@ -110,4 +120,19 @@ RULES: dict[str, Rule] = {
     "grid": grid,
     "oracle": oracle,
     **{f"random/{draw}": random(draw) for draw in range(RANDOM_DRAWS)},
+}
+
+#: The values of `method=`, and other values of their parameters.
+METHODS: dict[str, Rule] = {
+    "vispruner": method("vispruner"),
+    "diverse": vispruner(important_ratio=0.0),
+    "topk": method("topk"),
+    "maxmin": method("maxmin"),
+    "scope": method("scope"),
+    "scope, alpha 0.5": method("scope", scope_alpha=0.5),
+    "scope, alpha 2": method("scope", scope_alpha=2.0),
+    "mmr": method("mmr"),
+    "mmr, lambda 0.25": method("mmr", mmr_lambda=0.25),
+    "mmr, lambda 4": method("mmr", mmr_lambda=4.0),
+    **{f"random/{seed}": method("random", seed=seed) for seed in range(RANDOM_DRAWS)},
 }

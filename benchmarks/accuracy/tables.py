@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from documents import table
 from vispruner.embedded.scenes import KINDS
 
 from .analyses import RATIOS, STEPS
-from .evaluation import UNSEEN, Asked
+from .evaluation import EMBEDDED, UNSEEN, Asked
 from .recipe import Recipe, load
 from .results import Filter, Results, load_analyses
 from .rules import RANDOM_DRAWS
@@ -28,9 +29,23 @@ SHOWN = {
     "matched": "FastV after layer 1, cost-matched",
     "oracle": "objects first (oracle)",
 }
+METHODS_SHOWN = {
+    "vispruner": "`vispruner`",
+    "diverse": "`vispruner`, ratio 0",
+    "topk": "`topk`",
+    "random": f"`random` ({RANDOM_DRAWS} seeds)",
+    "maxmin": "`maxmin`",
+    "scope": "`scope`",
+    "scope, alpha 0.5": "`scope`, alpha 0.5",
+    "scope, alpha 2": "`scope`, alpha 2",
+    "mmr": "`mmr`",
+    "mmr, lambda 0.25": "`mmr`, lambda 0.25",
+    "mmr, lambda 4": "`mmr`, lambda 4",
+}
+METHODS_SLICED = ("full", "vispruner", "topk", "random", "maxmin", "scope", "mmr")
+METHODS_SLICE_BUDGET = 3  # index into the recipe's budgets
 SLICED = ("full", "vispruner", "important", "diverse", "random", "fastv/2", "oracle")
 SLICE_BUDGETS = (2, 3)  # indices into the recipe's budgets
-EMBEDDED = 0  # seed of the model in the package
 DECAYS = ("decay", "no decay")
 COMPARED = ("important", "diverse", "fastv/2")  # by seed
 
@@ -107,6 +122,10 @@ class Tables:
             "rules": lambda: self._rules("subset"),
             "rules-before": lambda: self._rules("language"),
             "embedded": lambda: self._rules("subset", self._results.seeds.index(EMBEDDED)),
+            "methods": self._methods,
+            "methods-random": lambda: self._methods_minus("random"),
+            "methods-vispruner": lambda: self._methods_minus("vispruner"),
+            "methods-slices": self._methods_sliced,
             "kinds": self._by_kind,
             "paired": self._paired,
             "slices": self._sliced,
@@ -158,6 +177,52 @@ class Tables:
             f"All {self._recipe.patches} tokens: {full.percent()} %. Accuracy (%) ± standard "
             f"error, {_asked(self._results)} questions, {_seeds(seeds)}:\n\n{accuracies}"
         )
+
+    @functools.cached_property
+    def _method_results(self) -> Results:
+        return Results.load(str(self._results.runs[0]["recipe"]), "methods")
+
+    def _methods(self) -> str:
+        """Accuracy of every method of `prune`."""
+        results, budgets = self._method_results, self._recipe.budgets
+        rows = [
+            [name, *(results.mean("subset", f"{m}@{k}", everything).percent() for k in budgets)]
+            for m, name in METHODS_SHOWN.items()
+        ]
+        run = results.runs[0]
+        return (
+            f"All {self._recipe.patches} tokens: "
+            f"{results.mean('subset', 'full', everything).percent()} %. Accuracy (%) ± standard "
+            f"error, {_asked(results)} questions, {_seeds(results.seeds)}:\n\n"
+            f"{table(['k =', *map(str, budgets)], rows)}\n"
+            f"{run['device']['processor']}; torch {run['versions']['torch']}; {run['date']}.\n"
+        )
+
+    def _methods_minus(self, other: str) -> str:
+        """Differences of every method from another one, paired by question."""
+        results, budgets = self._method_results, self._recipe.budgets
+        rows = [
+            [
+                name,
+                *(
+                    _points(results.mean("subset", f"{m}@{k}", everything, minus=f"{other}@{k}"))
+                    for k in budgets
+                ),
+            ]
+            for m, name in METHODS_SHOWN.items()
+            if m != other
+        ]
+        return table([f"minus `{other}`, k =", *map(str, budgets)], rows)
+
+    def _methods_sliced(self) -> str:
+        results, k = self._method_results, self._recipe.budgets[METHODS_SLICE_BUDGET]
+        rows = []
+        for label, where in _slices(self._recipe.style.backgrounds).items():
+            keys = (m if m == "full" else f"{m}@{k}" for m in METHODS_SLICED)
+            means = [results.mean("subset", key, where) for key in keys]
+            rows.append([label, str(means[0].count), *(mean.percent() for mean in means)])
+        names = ["all tokens", *(METHODS_SHOWN[m] for m in METHODS_SLICED[1:])]
+        return table([f"k = {k}", "questions", *names], rows)
 
     def _paired(self) -> str:
         budgets = self._recipe.budgets

@@ -1,13 +1,16 @@
-"""The method in plain PyTorch: the baselines of the operators, under the same names.
+"""The methods in plain PyTorch: the baselines of the operators, under the same names.
 
-Written from the description of the method (docs/numerics.md, "The method"), with the steps and the
-dtype handling of an ordinary eager implementation: features are normalized once in their own
-dtype, and every round multiplies A with B and sorts. Lists of odd length are split by this
-project's rule. Nothing here is canonical: in another precision it retains other tokens, which
+Written from the descriptions of the methods, with the steps and the dtype handling of an ordinary
+eager implementation: features are normalized once in their own dtype. VisPruner (docs/numerics.md,
+"The method") multiplies A with B and sorts in every round; lists of odd length are split by this
+project's rule. The greedy methods evaluate their authors' formula for all tokens before every pick.
+Nothing here is canonical: in another precision it retains other tokens, which
 rounding_sensitivity.py measures.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,11 @@ from torch import Tensor
 def mean_scores(cls_attn: Tensor) -> Tensor:
     """(B, N) or (B, H, N) attention to (B, N) scores: the mean over heads."""
     return cls_attn if cls_attn.dim() == 2 else cls_attn.mean(dim=1)
+
+
+def retained(feats: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` (B, k) of feats (B, N, C). Indexing is faster than an expanded gather."""
+    return feats[torch.arange(len(feats), device=feats.device).unsqueeze(1), indices]
 
 
 def dedup_list(normalized: Tensor, residual: Tensor, keep: int, step: int = 8) -> Tensor:
@@ -54,21 +62,126 @@ def prune_one(
     return torch.cat([important, diverse]).sort().values
 
 
+def topk_one(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    """The k highest scores of one image."""
+    return scores.topk(k).indices
+
+
+def random_one(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    """k random tokens of one image."""
+    return torch.randperm(len(scores), device=scores.device)[:k]
+
+
+def maxmin_one(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Farthest points (DivPrune) of one image, by 1 - cosine.
+
+    The smallest distance of a token is the one to itself, so the first pick goes by the second
+    smallest.
+    """
+    unit = F.normalize(feats, dim=-1)
+    distances = 1 - unit @ unit.T
+    picks = torch.empty(k, dtype=torch.int64, device=feats.device)
+    nearest = distances.topk(2, dim=0, largest=False).values[1]
+    for i in range(k):
+        if i > 0:
+            nearest = distances.index_select(0, picks[:i]).amin(dim=0)
+        picks[i] = nearest.argmax()
+    return picks
+
+
+def scope_one(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Largest attention times coverage gain (SCOPE) of one image."""
+    unit = F.normalize(feats, dim=-1)
+    cosines = unit @ unit.T
+    covered = torch.zeros_like(cosines[0])
+    left = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    picks = torch.empty(k, dtype=torch.int64, device=feats.device)
+    for i in range(k):
+        gains = (cosines - covered).clamp_min(0).sum(dim=1) * scores
+        picks[i] = pick = gains.masked_fill(~left, float("-inf")).argmax()
+        left[pick] = False
+        covered = torch.maximum(covered, cosines[pick])
+    return picks
+
+
+def mmr_one(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Largest importance minus the largest cosine to a pick (lambda = 1) of one image."""
+    unit = F.normalize(feats, dim=-1)
+    cosines = unit @ unit.T
+    importance = scores / scores.max()
+    largest = torch.zeros_like(importance)
+    left = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    picks = torch.empty(k, dtype=torch.int64, device=feats.device)
+    for i in range(k):
+        values = importance - largest
+        picks[i] = pick = values.masked_fill(~left, float("-inf")).argmax()
+        left[pick] = False
+        largest = cosines[pick] if i == 0 else torch.maximum(largest, cosines[pick])
+    return picks
+
+
+_ONE: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "vispruner": prune_one,
+    "topk": topk_one,
+    "random": random_one,
+    "maxmin": maxmin_one,
+    "scope": scope_one,
+    "mmr": mmr_one,
+}
+
+
 def prune_each(
-    feats: Tensor, cls_attn: Tensor, k: int, *, important_ratio: float = 0.5, step: int = 8
+    feats: Tensor, cls_attn: Tensor, k: int, *, method: str = "vispruner"
 ) -> tuple[Tensor, Tensor]:
     """The eager loop, one image after another: (features, indices) as `prune` returns them."""
     scores = mean_scores(cls_attn)
     images = zip(feats, scores, strict=True)
-    indices = torch.stack([prune_one(x, s, k, important_ratio, step) for x, s in images])
-    return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])), indices
+    indices = torch.stack([_ONE[method](x, s, k).sort().values for x, s in images])
+    return retained(feats, indices), indices
+
+
+def greedy_batched(feats: Tensor, scores: Tensor, k: int, method: str) -> Tensor:
+    """maxmin, scope or mmr on all images at once: (B, k) picks."""
+    cosines = pairwise_cosine(feats)
+    images = torch.arange(len(feats), device=feats.device)
+    importance = scores / scores.amax(dim=1, keepdim=True)
+    covered = torch.zeros_like(cosines[:, 0])
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    picks = torch.empty((len(feats), k), dtype=torch.int64, device=feats.device)
+    for i in range(k):
+        if method == "scope":
+            values = (cosines - covered.unsqueeze(1)).clamp_min(0).sum(dim=2) * scores
+        elif method == "mmr":
+            values = importance - covered
+        else:
+            values = -(cosines.topk(2, dim=1).values[:, 1] if i == 0 else covered)
+        picks[:, i] = pick = values.masked_fill(taken, float("-inf")).argmax(dim=1)
+        taken[images, pick] = True
+        row = cosines[images, pick]
+        covered = row if i == 0 and method != "scope" else torch.maximum(covered, row)
+    return picks
 
 
 def prune(
-    feats: Tensor, cls_attn: Tensor, k: int, *, important_ratio: float = 0.5, step: int = 8
+    feats: Tensor,
+    cls_attn: Tensor,
+    k: int,
+    *,
+    method: str = "vispruner",
+    important_ratio: float = 0.5,
+    step: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """The eager loop on all images at once; every list has the same length."""
     scores = mean_scores(cls_attn)
+    if method != "vispruner":
+        if method == "topk":
+            indices = scores.topk(k, dim=1).indices
+        elif method == "random":
+            indices = torch.rand(scores.shape, device=scores.device).topk(k, dim=1).indices
+        else:
+            indices = greedy_batched(feats, scores, k, method)
+        indices = indices.sort(dim=1).values
+        return retained(feats, indices), indices
     k_important = int(k * important_ratio)
     ranking = scores.argsort(dim=1, descending=True)
     important, residual = ranking[:, :k_important], ranking[:, k_important:]
@@ -88,7 +201,7 @@ def prune(
         survivors = redundancy.argsort(dim=1, descending=True)[:, drop:]
         residual = torch.cat([a.gather(1, survivors), b], dim=1)
     indices = torch.cat([important, residual], dim=1).sort(dim=1).values
-    return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])), indices
+    return retained(feats, indices), indices
 
 
 def topk(cls_attn: Tensor, k: int) -> tuple[Tensor, Tensor]:

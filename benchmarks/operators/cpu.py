@@ -1,5 +1,7 @@
 """Measures the CPU operators against eager PyTorch and writes results/cpu.json.
 
+With `--methods` it measures every method of `prune` and writes results/methods_cpu.json.
+
 All candidates of a case run in one process on the same tensors, interleaved round by round, so
 that a slow moment of the machine affects all of them; the table has medians. Before timing, every
 operator is compared with the reference. Extra memory is the growth of the peak resident set over
@@ -27,7 +29,7 @@ from rich.progress import Progress
 import vispruner_cuda
 
 from . import baselines
-from .workloads import CPU_CASES, CPU_MEMORY_CASES, Case
+from .workloads import CPU_CASES, CPU_MEMORY_CASES, CPU_METHOD_CASES, Case
 
 OPERATOR = "vispruner_cuda"
 
@@ -37,7 +39,9 @@ def candidates(case: Case) -> dict[str, Callable[[], Any]]:
     x = case.inputs()
     found = {OPERATOR: case.call(x)}
     if case.op == "prune":
-        found["eager loop"] = lambda: baselines.prune_each(x["feats"], x["attn"], case.k)
+        found["eager loop"] = lambda: baselines.prune_each(
+            x["feats"], x["attn"], case.k, method=case.method
+        )
         if case.images > 1:
             found["eager loop, batched"] = case.call(x, baselines)
         return found
@@ -81,6 +85,7 @@ def measure(case: Case, rounds: int, tick: Callable[[], None]) -> dict[str, Any]
     return {
         "name": case.name,
         "op": case.op,
+        **({"method": case.method} if case.op == "prune" else {}),
         "images": case.images,
         "tokens": case.tokens,
         "channels": case.channels,
@@ -144,6 +149,7 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small cases; no file")
+    parser.add_argument("--methods", action="store_true", help="every method of prune instead")
     parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -152,7 +158,8 @@ def main() -> int:
         print(peak_growth(case))
         return 0
 
-    cases = [c for c in CPU_CASES if not options.quick or c.tokens <= 576]
+    measured = CPU_METHOD_CASES if options.methods else CPU_CASES
+    cases = [c for c in measured if not options.quick or c.tokens <= 576]
     rounds = {c: 3 if options.quick else c.rounds for c in cases}
     speed = []
     console = Console(stderr=True)
@@ -167,6 +174,10 @@ def main() -> int:
                 f"{case.name:<42} {row['median_ms']}  "
                 f"{row['speedup']}x (minima: {row['speedup_of_minima']}x)"
             )
+    if options.methods:
+        if not options.quick:
+            console.print(f"wrote {provenance.write('methods_cpu', {'speed': speed})}")
+        return 0
     extra = [
         memory(c, options.threads) for c in CPU_MEMORY_CASES if not options.quick or c.tokens < 1000
     ]

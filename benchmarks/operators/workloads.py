@@ -70,6 +70,7 @@ class Case:
     Attributes:
         op: prune, topk, pairwise_cosine, dedup, cls_attention, received_attention, or
             received_attention_lse (the same with the log-sum-exp given).
+        method: of prune.
         tokens: per image, without [CLS].
         channels: of the features; per head, for the attention scores.
         rounds: timed rounds on the CPU, fewer where the baseline takes seconds.
@@ -83,13 +84,15 @@ class Case:
     channels: int = 1024
     heads: int = 16
     rounds: int = 31
+    method: str = vispruner_cuda.methods.DEFAULT
 
     @property
     def name(self) -> str:
         shape = f"{self.images}x{self.tokens}"
         shape += "" if self.op == "topk" else f"x{self.channels}"
         k = f" k={self.k}" if self.op in ("prune", "topk", "dedup") else ""
-        return f"{self.op} {shape} {self.dtype}{k}"
+        method = "" if self.method == vispruner_cuda.methods.DEFAULT else f" {self.method}"
+        return f"{self.op}{method} {shape} {self.dtype}{k}"
 
     @property
     def is_score(self) -> bool:
@@ -127,7 +130,7 @@ class Case:
             operators: a module with the functional API.
         """
         if self.op == "prune":
-            return lambda: operators.prune(x["feats"], x["attn"], self.k)
+            return lambda: operators.prune(x["feats"], x["attn"], self.k, method=self.method)
         if self.op == "topk":
             return lambda: operators.topk(x["attn"], self.k)
         if self.op == "pairwise_cosine":
@@ -159,6 +162,14 @@ CPU_CASES = (
     Case("cls_attention", 8, 576, channels=64),
     Case("received_attention", 1, 2304, channels=80, rounds=11),
     Case("received_attention", 1, 2304, "bfloat16", channels=80, rounds=11),
+)
+
+#: Every method at the same shapes.
+CPU_METHOD_CASES = tuple(
+    Case("prune", images, 576, dtype, rounds=201 if images == 1 else 15, method=method)
+    for images in (1, 8)
+    for dtype in ("float32", "bfloat16")
+    for method in vispruner_cuda.methods.METHODS
 )
 
 #: Those whose extra memory is measured.

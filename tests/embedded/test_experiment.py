@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from accuracy.evaluation import Subject
 from accuracy.statistics import clustered_mean
 
 import vispruner
+import vispruner_cuda
 from vispruner.embedded import scenes
 from vispruner.embedded.scenes import Scene
 
@@ -59,15 +61,39 @@ def test_the_rule_equals_apply(subject: Subject, processor: Any, drawn: list[Sce
     assert torch.equal(torch.stack([item.indices for item in pruner.last.items]), kept)
 
 
-@pytest.mark.parametrize("name", list(rules.RULES))
+@pytest.mark.parametrize(
+    "rule",
+    [*rules.RULES.values(), *rules.METHODS.values()],
+    ids=[*rules.RULES, *(f"method {name}" for name in rules.METHODS)],
+)
 @pytest.mark.parametrize("k", [96, 5, 1])
 def test_rules_retain_k_different_tokens_in_order(
-    name: str, k: int, subject: Subject, drawn: list[Scene]
+    rule: rules.Rule, k: int, subject: Subject, drawn: list[Scene]
 ) -> None:
-    kept = rules.RULES[name](subject.cues(drawn, 0), k)
+    kept = rule(subject.cues(drawn, 0), k)
     assert kept.shape == (len(drawn), k)
     assert (kept.diff(dim=1) > 0).all()
     assert ((kept >= 0) & (kept < RECIPE.patches)).all()
+
+
+def test_methods_are_those_of_the_operator(subject: Subject, drawn: list[Scene]) -> None:
+    assert {name.split(",")[0].split("/")[0] for name in rules.METHODS} == {
+        *vispruner_cuda.methods.METHODS,
+        "diverse",
+    }
+    cues = subject.cues(drawn, 0)
+    for old, new in (("vispruner", "vispruner"), ("important", "topk")):
+        assert torch.equal(rules.RULES[old](cues, 16), rules.METHODS[new](cues, 16))
+
+
+def test_without_a_training_run_seed_0_is_the_model_of_the_package(
+    model: Any, tmp_path: Path
+) -> None:
+    found = evaluation.trained(RECIPE, 0, tmp_path)
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(w, weights[name]) for name, w in found.named_parameters())
+    with pytest.raises(FileNotFoundError):
+        evaluation.trained(RECIPE, 1, tmp_path)
 
 
 def test_the_oracle_takes_a_patch_of_every_object_first(
