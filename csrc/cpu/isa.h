@@ -15,7 +15,7 @@ constexpr int kPanelTokens = 16;
 constexpr int kTileRows = kPanelTokens;
 constexpr int kTileCols = 32;
 
-// Products of quantized values whose sum fits int32 whatever they are: 512 * 2047^2 < 2^31.
+// Number of products of quantized values whose sum always fits int32: 512 * 2047^2 < 2^31.
 constexpr int64_t kInt32Products = 512;
 
 constexpr int kTransposedRows = 16;
@@ -23,8 +23,8 @@ constexpr int kTransposedRows = 16;
 // Neighbour lists: kListStride - 1 entries at most, best first, then the sentinel.
 constexpr int kListStride = 32;
 
-// Received attention: queries that go through the keys together, and keys side by side in a panel:
-// panel[word][key % 16]. A word is a channel in float32, or two of them in bfloat16.
+// Received attention: queries that are processed together, and keys per panel: panel[word][key %
+// 16]. A word is a channel in float32, or two of them in bfloat16.
 constexpr int kQueryTile = 8;
 constexpr int kPanelKeys = 16;
 
@@ -46,20 +46,20 @@ struct IsaKernels {
 
   // The most similar tokens of one token, best first, as (id, redundancy); every token that is
   // more similar than the last entry is in the list. Returns the number of entries.
-  // similarity(gram[j], inv[j]) is ranked; `self` is left out. `scratch` holds round_up(n, 32).
+  // similarity(gram[j], inv[j]) is ranked; `self` is skipped. `scratch` holds round_up(n, 32).
   int (*neighbours)(const float* gram, const float* inv, int n, int self, uint16_t* ids,
                     float* redundancy, int32_t* scratch);
 
   // The cosines of token `self` to the `n` tokens of its row of the Gram matrix, which is padded to
-  // whole tiles: the largest to another one, and most[j] = max(most[j], cosine).
+  // whole tiles. Returns the largest one to another token, and sets most[j] = max(most[j], cosine).
   float (*nearest)(const float* gram, const float* inv, int n, int self);
   void (*raise)(const float* gram, const float* inv, int n, int self, float* most);
 
-  // In place of row `self` of the Gram matrix, padded to whole tiles: how much it covers each token
+  // Replaces row `self` of the Gram matrix, padded to whole tiles, by the coverage of each token
   // (numerics.h, of the pair's cosine with the later token's inverse norm first). Returns the sum.
   uint32_t (*cover)(float* gram, const float* inv, int n, int self);
 
-  // gains[j] -= what row[j] has between `before` and `after`.
+  // gains[j] -= the part of row[j] between `before` and `after`.
   void (*lower_gains)(const uint32_t* row, uint32_t before, uint32_t after, int n, uint32_t* gains);
 
   // Upcasts `count` elements.
