@@ -299,7 +299,7 @@ def test_a_device_that_is_gone_ends_it() -> None:
     result = verify(Backend("gone", operators), many)
     assert result["operators"]["dedup"]["cases"] == MOST_ERRORS
     assert result["problems"] == [
-        f"left out {100 - MOST_ERRORS} cases after {MOST_ERRORS} in a row that failed"
+        f"skipped {100 - MOST_ERRORS} cases after {MOST_ERRORS} failed in a row"
     ]
 
 
