@@ -147,7 +147,7 @@ def test_the_time_of_workers_is_seen_where_processes_share_counters(
         assert 0 < server.metric(name) - earlier < spent
     lines = re.findall(
         r"Pruned (\d+) pictures in [\d.]+ s: (\d+) visual tokens, (\d+) kept; "
-        r"scoring [\d.]+ ms and selection [\d.]+ ms a picture", log.read_text(),
+        r"scoring [\d.]+ ms and selection [\d.]+ ms per picture", log.read_text(),
     )  # fmt: skip
     assert sum(int(n) for n, _, _ in lines) == pictures + 3
     assert all(0 < int(kept) < int(before) for _, before, kept in lines)
