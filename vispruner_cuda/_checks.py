@@ -250,7 +250,7 @@ def received_attention(
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (T, H, D), got {describe(q)}")
     if q.shape[2] > MAX_HEAD_DIM:
-        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels a head, got {describe(q)}")
+        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels per head, got {describe(q)}")
     _tensor("k", k)
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {describe(k)}")

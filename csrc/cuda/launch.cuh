@@ -14,7 +14,7 @@ namespace vispruner::cuda {
 constexpr int kRefused = -1;
 int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Bytes of dynamic shared memory that a block may ask for on a device. 2 KiB are reserved for the
+// Bytes of dynamic shared memory that a block may request on a device. 2 KiB are reserved for the
 // static variables of a kernel and for what the system takes per block.
 int shared_memory_limit(int device, int* bytes);
 

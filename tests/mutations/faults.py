@@ -447,7 +447,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "dedup: merging forgets stability",
+        "dedup: merging is not stable",
         DEDUP,
         "(uint64_t{~key} << 32) | static_cast<uint32_t>(p)",
         "(uint64_t{~key} << 32) | (0xffffu - static_cast<uint32_t>(p))",
@@ -468,7 +468,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "received attention: two of the four lanes of a row are forgotten",
+        "received attention: two of the four lanes of a row are not added",
         RECEIVED,
         "int offset = 1; offset < 4; offset *= 2",
         "int offset = 1; offset < 2; offset *= 2",
@@ -654,7 +654,7 @@ METHODS = [
         RESULTS,
     ),
     Mutation(
-        "scope: what was covered is forgotten",
+        "scope: coverage is not stored",
         SCOPE,
         "image.covered[token] = after;",
         "",
