@@ -139,7 +139,7 @@ inline void RaceChecker::add_user(const Current& now, Users& users, uint32_t lan
   users.other_warp = kNobody;
 }
 
-// For units with users since the last barrier.
+// Adds this access to the users of a unit since the last barrier.
 void RaceChecker::join_users(const Current& now, Users& users, uint32_t lanes) {
   const auto lane = static_cast<uint32_t>(__builtin_ctz(lanes));
   const auto thread = static_cast<uint16_t>(now.warp * kLanes + lane);
