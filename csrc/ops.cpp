@@ -1,9 +1,9 @@
 // Torch operators: schemas, memory-safety checks, dispatch to the CPU and CUDA kernels.
 //
-// The only file that knows torch, and of torch only the stable ABI, so one binary serves every
-// torch >= 2.10. Errors for bad input that users see (TypeError and ValueError with names, shapes
-// and expected values) are raised by vispruner_cuda/_checks.py. The checks here prevent
-// out-of-bounds accesses in direct calls of torch.ops.vispruner.*.
+// The only file that uses torch, and only its stable ABI, so one binary works with every torch >=
+// 2.10. Errors for bad input that users see (TypeError and ValueError with names, shapes and
+// expected values) are raised by vispruner_cuda/_checks.py. The checks here prevent out-of-bounds
+// accesses in direct calls of torch.ops.vispruner.*.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -109,7 +109,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
-    """Drops near-duplicates until k tokens are left: the diverse half of the method on its own.
+    """Drops near-duplicates until k tokens are left: the diverse half of the method only.
 
     Every round splits the list into even and odd positions (A and B), ranks A by its largest
     cosine similarity to B, drops the `step` most redundant tokens and continues with the rest of A,

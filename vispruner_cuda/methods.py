@@ -83,7 +83,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "scope",
-            "tokens that cover what is not covered yet, weighted by importance",
+            "tokens with the largest gain in coverage, weighted by importance",
             "SCOPE, arXiv 2510.24214",
             (SCOPE_ALPHA,),
         ),

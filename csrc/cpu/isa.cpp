@@ -388,7 +388,7 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 float nearest(const float* gram, const float* inv, int n, int self) {
-  // Rounding is monotone and inv[self] is not negative: the largest comes first.
+  // Rounding is monotone and inv[self] is not negative: take the maximum first.
   constexpr float kNone = -__builtin_inff();
   Floats most = all(kNone);
   float best = kNone;

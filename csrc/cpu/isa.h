@@ -6,9 +6,9 @@
 
 namespace vispruner::cpu {
 
-// Quantized tokens lie in panels of 16: panel[c / 2][token % 16][c % 2], int16. The same layout
-// serves both sides of the Gram product: 16 tokens x 2 channels are one 64-byte vector, and one
-// token's 2 channels are one 32-bit broadcast.
+// Quantized tokens are stored in panels of 16: panel[c / 2][token % 16][c % 2], int16. The same
+// layout serves both sides of the Gram product: 16 tokens x 2 channels are one 64-byte vector, and
+// one token's 2 channels are one 32-bit broadcast.
 constexpr int kPanelTokens = 16;
 
 // A Gram tile is kTileRows x kTileCols; matrices are padded to multiples of kTileCols.
@@ -23,8 +23,8 @@ constexpr int kTransposedRows = 16;
 // Neighbour lists: kListStride - 1 entries at most, best first, then the sentinel.
 constexpr int kListStride = 32;
 
-// Received attention: queries that are processed together, and keys per panel: panel[word][key %
-// 16]. A word is a channel in float32, or two of them in bfloat16.
+// Received attention: queries that are processed together, and keys per panel:
+// panel[word][key % 16]. A word is a channel in float32, or two of them in bfloat16.
 constexpr int kQueryTile = 8;
 constexpr int kPanelKeys = 16;
 

@@ -2,8 +2,8 @@
 //
 // A block takes one head of one image: eight lanes per key compute its logit, four keys at a time
 // (keys are read once, 16 bytes per lane and key), the logits stay in shared memory, and their
-// softmax goes to the workspace. A second launch adds the heads in index order, so that the result
-// does not depend on timing.
+// softmax is written to the workspace. A second launch adds the heads in index order, so that the
+// result does not depend on timing.
 //
 // If a head has too many keys for shared memory, its logits are in the workspace.
 //

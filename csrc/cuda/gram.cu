@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   }
 
   const int warp = threadIdx.x / kWarp;
-  constexpr int kAcross = S::kColumns / S::kWarpColumns;  // warps per row of warps
+  constexpr int kAcross = S::kColumns / S::kWarpColumns;  // warps across the block's columns
   const int warp_row = warp / kAcross * S::kWarpRows;
   const int warp_column = warp % kAcross * S::kWarpColumns;
   int high_sums[S::kRowTiles][4][4] = {}, low_sums[S::kRowTiles][4][4] = {};

@@ -146,7 +146,7 @@ struct RowPart {
   }
 
   // The largest magnitude_bits of this lane's channels. The bits of 16-bit formats are in the same
-  // order, so that one instruction compares two of them.
+  // order, so that two are compared in one word.
   __device__ __forceinline__ uint32_t peak() const {
     uint32_t most = 0, upper = 0;
 #pragma unroll

@@ -30,7 +30,7 @@ constexpr int kVectorBytes = 16;
 static_assert(kWarpRows == 16, "the rows of one matrix instruction");
 
 // Channels of a row in shared memory: whole matrix instructions, and 16 bytes more, so that the
-// eight rows of a matrix load fall into different banks.
+// eight rows of a matrix load are in different banks.
 template <typename T>
 VP_HD int row_elements(int head_dim) {
   constexpr int kStep = 32 / sizeof(T);
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto row_operand = operand<T>(row_view, image.first_kept, head);
   const auto column_operand = operand<T>(column_view, image.first_kept, head);
 
-  // Starts the copies and commits them: a wait covers committed copies alone.
+  // Starts the copies and commits them: a wait covers committed copies only.
   const auto load_columns = [&](int tile) {
     load_tile<S::kColumns>(column_tile(tile), column_operand.data, column_operand.token_stride,
                            tile * S::kColumns, tokens, head_dim, column_operand.aligned);

@@ -584,7 +584,7 @@ METHODS = [
     ),
     Mutation("maxmin: a token is near to itself", MAXMIN, "if (j != row)", "if (j != -1)", RESULTS),
     Mutation(
-        "maxmin: what chose the first pick counts for the others",
+        "maxmin: the keys of the first pick count for the others",
         MAXMIN,
         "nearest[v] = first ? key : max(nearest[v], key);",
         "nearest[v] = max(nearest[v], key);",

@@ -68,7 +68,7 @@ def check(runner, instruction: str, kind: str, count: int, expected: Callable[..
 
 
 def with_specials(operation: Callable[..., float], exact: Callable[..., float]):
-    """`exact` for finite operands; else what IEEE arithmetic in Python says."""
+    """`exact` for finite operands; otherwise the result of Python's IEEE arithmetic."""
 
     def result(*operands: float) -> float:
         if all(map(math.isfinite, operands)):

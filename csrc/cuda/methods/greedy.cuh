@@ -98,8 +98,9 @@ struct OwnValues {
 // The selection with the rule of a method, for methods that read one row of similarities per pick.
 //
 //   Rule(image, parameter, slots)   has kValues tokens: own_token(v) for v in [0, kValues)
-//   uint32_t key(int v)             the key of the token void take(int v)                it is
-//   picked void see(int v, float cosine, bool first)   the cosine to the pick
+//   uint32_t key(int v)             the key of the token
+//   void take(int v)                it is picked
+//   void see(int v, float cosine, bool first)   the cosine to the pick
 template <typename Rule>
 __global__ void __launch_bounds__(kMostThreads, 1)
     greedy_kernel(Batch batch, int64_t channels, float parameter, int64_t* indices,

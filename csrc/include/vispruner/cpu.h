@@ -10,7 +10,7 @@
 
 namespace vispruner::cpu {
 
-// Threads come from the caller (torch's own pool): run(tasks, body) calls body(i) for i in
+// The caller provides the threads (torch's own pool): run(tasks, body) calls body(i) for i in
 // [0, tasks), on as many threads as there are.
 struct Threads {
   int count;

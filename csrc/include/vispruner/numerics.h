@@ -151,7 +151,7 @@ VP_HD float importance(float score, float highest) {
   return highest > 0.0f ? score / highest : 0.0f;
 }
 
-// x^(quarters / 4) for x in [0, 1], by square roots and multiplications alone, in this order.
+// x^(quarters / 4) for x in [0, 1], by square roots and multiplications only, in this order.
 VP_HD float power_of_quarters(float x, int quarters) {
   float result = 1.0f;
   for (int whole = quarters / 4; whole > 0; --whole) result = result * x;

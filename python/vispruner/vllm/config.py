@@ -60,7 +60,7 @@ class Pruning:
                 `max_ratio`.
 
         Raises:
-            ValueError: an option is unknown or out of its bounds.
+            ValueError: an option is unknown or out of bounds.
         """
         raw = getattr(hf_config, KEY, None)
         if raw is None:

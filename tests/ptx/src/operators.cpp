@@ -1,5 +1,6 @@
 // The Python module vispruner_ptx: the executor, and the project's operators with their real host
-// code. Tensors come as addresses, shapes and strides; tests/support/compiled_kernels.py owns them.
+// code. Tensors are passed as addresses, shapes and strides; tests/support/compiled_kernels.py owns
+// them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

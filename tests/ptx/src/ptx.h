@@ -182,7 +182,7 @@ struct SharedVariable {
   std::string name;
   uint32_t alignment = 1, bytes = 0;
   bool dynamic = false;
-  // Here variables lie kRedZone bytes further apart than on hardware, so that they have the same
+  // Here variables are kRedZone bytes further apart than on hardware, so that they have the same
   // banks and an access beyond one of them is not in the next.
   uint32_t address = 0;
 };
