@@ -1,9 +1,9 @@
 // Torch operators: schemas, memory-safety checks, dispatch to the CPU and CUDA kernels.
 //
-// The only file that knows torch, and of torch only the stable ABI, so one binary serves every
-// torch >= 2.10. What users see of bad input (TypeError and ValueError with names, shapes and
-// expectations) is raised by vispruner_cuda/_checks.py; the checks here keep a direct call of
-// torch.ops.vispruner.* from reading or writing what it must not.
+// The only file that uses torch, and only its stable ABI, so one binary works with every torch >=
+// 2.10. Errors for bad input that users see (TypeError and ValueError with names, shapes and
+// expected values) are raised by vispruner_cuda/_checks.py. The checks here prevent out-of-bounds
+// accesses in direct calls of torch.ops.vispruner.*.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@
 #if defined(VP_WITH_CUDA)
 #include "vispruner/cuda.h"
 
-// Lives in libtorch_cuda alone: weak, so that the library also loads into a torch without CUDA.
+// Defined in libtorch_cuda only: weak, so that the library also loads into a torch without CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
 #endif
@@ -38,8 +38,8 @@ namespace {
 using torch::stable::Tensor;
 
 // ---- memory -----------------------------------------------------------------------------------
-// Numbers are compared as torch's C interface has them: translating them to ScalarType and
-// DeviceType, as the methods of Tensor do, takes a tenth of a small call.
+// Types are compared as the integers of torch's C interface: the methods of Tensor translate them
+// to ScalarType and DeviceType, which takes a tenth of the time of a small call.
 int32_t dtype_number(const Tensor& t) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
@@ -56,8 +56,8 @@ struct Place {
   bool operator==(const Place& other) const { return type == other.type && index == other.index; }
 };
 
-// An uninitialized tensor on the device of `like`, by the shortest way there is: new_empty takes
-// four times as long.
+// An uninitialized tensor on the device of `like`, by the fastest call: new_empty takes four times
+// as long.
 template <size_t kDims>
 Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], int32_t dtype) {
   int64_t strides[kDims];
@@ -73,7 +73,7 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], int32_t dtype) {
   return Tensor(handle);
 }
 
-// Memory of the host for the time of a call; a little comes from the stack.
+// Host memory for the duration of a call; small amounts come from the stack.
 class HostMemory {
  public:
   static constexpr int64_t kAlign = 64;
@@ -311,8 +311,8 @@ cpu::Threads one_thread() {
           }};
 }
 
-// A large allocation is mapped afresh each time, and its page faults take a fifth of the time of a
-// large image; with pages of 2 MiB there are few.
+// A large allocation is mapped on every call, and its page faults take a fifth of the time of a
+// large image. Pages of 2 MiB cause few faults.
 void prefer_huge_pages(char* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kPage = int64_t{2} << 20;
@@ -325,9 +325,9 @@ void prefer_huge_pages(char* memory, int64_t bytes) {
 #endif
 }
 
-// Images run side by side where there are enough of them and they are small (a workspace each);
-// otherwise one after the other with all threads on each, or with one where there is little to do.
-// Calls body(image, threads, workspace); bytes(threads) are those of one workspace.
+// If there are enough images and they are small, they run in parallel, with one workspace each.
+// Otherwise they run one after the other, each on all threads, or on one thread if there is little
+// work. Calls body(image, threads, workspace); bytes(threads) are those of one workspace.
 template <typename Bytes, typename Body>
 void for_each_image(int64_t images, int largest_residual, int64_t channels, const Bytes& bytes,
                     const Body& body) {
@@ -373,7 +373,7 @@ void prune_images_cpu(const FeatureView& feats, const AttentionView& attention, 
                  });
 }
 
-// What an operator does on the CPU. `like` is an input: outputs have its device.
+// The operators on the CPU. `like` is an input: outputs have its device.
 struct OnCpu {
   static void check_plans() {
     STD_TORCH_CHECK(cpu::isa_supported(plan::current_cpu()),
@@ -452,15 +452,15 @@ struct OnCpu {
 // ---- CUDA -------------------------------------------------------------------------------------
 #if defined(VP_WITH_CUDA)
 
-// Images run in waves whose workspaces fit this; one image may take more. 160 images of LLaVA-1.5
-// fit, enough to fill any GPU.
+// Images run in waves whose workspaces fit this limit; one image may exceed it. 160 images of
+// LLaVA-1.5 fit, enough to fill any GPU.
 constexpr int64_t kWorkspaceLimit = int64_t{512} << 20;
 
 void check_cuda(int error) {
   STD_TORCH_CHECK(error == 0, "vispruner: ", cuda::error_string(error));
 }
 
-// Makes the tensor's device current (for torch and for our own runtime) and knows its stream.
+// Makes the tensor's device current (for torch and for our own runtime) and provides its stream.
 class Launch {
  public:
   explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
@@ -687,7 +687,7 @@ void register_on(Library& m) {
   m.impl("received_attention", TORCH_BOX(&received_attention<Backend>));
 }
 
-// ---- what was built ---------------------------------------------------------------------------
+// ---- build report -----------------------------------------------------------------------------
 #if !defined(VP_VERSION)
 #define VP_VERSION "unknown"
 #endif
@@ -751,7 +751,7 @@ STABLE_TORCH_LIBRARY(vispruner, m) {
   m.def(
       "prune(Tensor feats, Tensor cls_attn, int k, float important_ratio, int step) -> "
       "(Tensor feats, Tensor indices)");
-  // With another method than VisPruner, and its parameter, or 0 where it has none.
+  // With a method other than VisPruner, and its parameter, or 0 if it has none.
   m.def(
       "prune_by(Tensor feats, Tensor cls_attn, int k, str method, float parameter) -> "
       "(Tensor feats, Tensor indices)");

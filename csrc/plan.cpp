@@ -1,4 +1,4 @@
-// The plans that were asked for: their names, the environment variables, and the values.
+// Requested plans: their names, environment variables and values.
 #include "vispruner/plan.h"
 
 #include <atomic>
@@ -23,7 +23,7 @@ struct Stage {
     return static_cast<Plan>(asked.load(std::memory_order_relaxed));
   }
 
-  // What is wrong with the name, or an empty string.
+  // An error message if the name is invalid, or an empty string.
   std::string ask(const std::string& plan) {
     std::string known;
     for (size_t i = 0; i < plans.size(); ++i) {
@@ -81,7 +81,7 @@ Registry& registry() {
 }
 
 // Reads the environment when the library is loaded, before threads that may write to it.
-// NOLINTNEXTLINE(bugprone-throwing-static-initialization): only for want of memory
+// NOLINTNEXTLINE(bugprone-throwing-static-initialization): throws only if out of memory
 [[maybe_unused]] const Registry& loaded = registry();
 
 }  // namespace

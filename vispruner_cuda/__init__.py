@@ -3,8 +3,8 @@
     import vispruner_cuda
     kept = vispruner_cuda.prune(feats, cls_attn, k=64)   # kept.feats, kept.indices
 
-`vispruner_cuda.reference` holds the same functions in plain PyTorch; `python -m vispruner_cuda`
-says what this installation can do.
+`vispruner_cuda.reference` has the same functions in plain PyTorch. `python -m vispruner_cuda`
+prints what is installed.
 """
 
 from . import _library, methods, plans, reference

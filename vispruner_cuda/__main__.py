@@ -1,4 +1,4 @@
-"""`python -m vispruner_cuda`: what is installed, and whether it works here.
+"""`python -m vispruner_cuda`: prints what is installed and whether it works on this machine.
 
 With `--verify` it compares every operator with the reference on every device.
 """
@@ -25,14 +25,15 @@ DEFAULT_OUTPUT = "vispruner_verify.json"  # of --verify
 
 
 def coverage(archs: str, major: int, minor: int) -> str:
-    """How a list like "80+PTX 86 90a" serves a GPU: by machine "code", by "PTX", or "none"."""
+    """How a list such as "80+PTX 86 90a" covers a GPU: by machine "code", by "PTX", or "none"."""
     found = "none"
     for arch in archs.split():
         match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
         if match is None:
             continue
         built = (int(match[1]), int(match[2]))
-        # Machine code runs on its own and later minor versions; that of an "a" on its own alone.
+        # Machine code runs on its version and on later minor ones; code for an "a" architecture on
+        # that only.
         same_family = built[0] == major and built[1] <= minor
         if built == (major, minor) or (same_family and match[3] != "a"):
             return "code"
@@ -42,7 +43,7 @@ def coverage(archs: str, major: int, minor: int) -> str:
 
 
 def compiler_warning(compiler: str, torch_cuda: str | None) -> str | None:
-    """What to know of kernels that a newer CUDA than torch's compiled; None if there is nothing."""
+    """A warning if the kernels were compiled with a newer CUDA than torch's; otherwise None."""
     if not compiler or not torch_cuda:
         return None
     major, torch_major = (int(version.split(".")[0]) for version in (compiler, torch_cuda))
@@ -55,7 +56,7 @@ def compiler_warning(compiler: str, torch_cuda: str | None) -> str | None:
 
 
 def probe(device: torch.device) -> str | None:
-    """Prune on the device and on the CPU and compare; what went wrong, or None."""
+    """Prune on the device and on the CPU and compare. Returns an error message or None."""
     feats = torch.arange(64 * 16).mul(37).remainder(101).sub(50).to(torch.float16).view(1, 64, 16)
     scores = torch.arange(64).mul(29).remainder(64).to(torch.float16).view(1, 64)
     want = vispruner_cuda.prune(feats, scores, 16)
@@ -68,7 +69,7 @@ def probe(device: torch.device) -> str | None:
 
 
 def report() -> dict[str, Any]:
-    """Everything the command prints, as plain data; "problems" is empty if all is well."""
+    """Everything the command prints, as plain data; "problems" is empty if there are none."""
     info = _library.load()
     devices: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -139,7 +140,7 @@ def _text(data: dict[str, Any]) -> str:
 
 
 def _chosen_devices(wanted: Sequence[str] | None, available: Sequence[str]) -> list[str]:
-    """The devices to verify; ValueError for one that is not there."""
+    """The devices to verify; ValueError for one that does not exist."""
     if wanted is None:
         return list(available)
     chosen: list[str] = []
@@ -171,9 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--device",
         nargs="+",
         metavar="DEVICE",
-        help="verify these alone: cpu, cuda (each GPU) or cuda:N",
+        help="verify only these: cpu, cuda (each GPU) or cuda:N",
     )
-    verifying.add_argument("--quick", action="store_true", help="a small part of the cases")
+    verifying.add_argument("--quick", action="store_true", help="run a small subset of the cases")
     verifying.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help=f"default: {DEFAULT_OUTPUT}"
     )

@@ -1,9 +1,9 @@
-"""Argument checks: one place, one wording, the same for every backend.
+"""Argument checks, with the same messages for every backend.
 
 TypeError for types and dtypes, ValueError for shapes and values. Each message names the
-argument, what it was and what was expected. Only metadata is looked at: a check never reads a
-tensor's values, so it never makes the host wait for the device (NaN and Inf inside tensors are
-defined behaviour, docs/numerics.md).
+argument, what it was and what was expected. Checks read metadata only, never a tensor's values, so
+the host does not wait for the device (NaN and Inf inside tensors are defined behaviour,
+docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def number(name: str, value: object, low: float, high: float, step: float | None
     real = type(value) is float or isinstance(value, (numbers.Real, torch.SymFloat))
     if not real or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {describe(value)}")
-    if not low <= value <= high:  # type: ignore[operator]  # false for NaN as well
+    if not low <= value <= high:  # type: ignore[operator]  # also false for NaN
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
     if step is not None and value % step != 0:  # type: ignore[operator]
         raise ValueError(f"{name} must be a multiple of {step}, got {value}")
@@ -67,7 +67,7 @@ def number(name: str, value: object, low: float, high: float, step: float | None
 
 def _tokens(name: str, n: int) -> None:
     if n > MAX_TOKENS:
-        raise ValueError(f"{name} has {n} tokens an image, at most {MAX_TOKENS} are supported")
+        raise ValueError(f"{name} has {n} tokens per image, at most {MAX_TOKENS} are supported")
 
 
 def _feats(feats: object) -> None:
@@ -138,7 +138,7 @@ def prune(feats: Tensor, cls_attn: Tensor, k: object) -> None:
 
 
 def _host_ints(name: str, value: object) -> list[int]:
-    """A list of ints out of a sequence or a CPU integer tensor."""
+    """A list of ints from a sequence or a CPU integer tensor."""
     if isinstance(value, Tensor):
         if value.dim() != 1 or value.is_floating_point() or value.is_complex():
             raise TypeError(
@@ -180,7 +180,7 @@ def prune_varlen(
     cu_seqlens: object,
     k: object,
 ) -> tuple[list[int], list[int]]:
-    """Checks, and returns (bounds of the images, k of each image)."""
+    """Checks the arguments and returns (bounds of the images, k of each image)."""
     _tensor("feats", feats)
     if feats.dim() != 2:
         raise ValueError(f"feats must have shape (T, C), got {describe(feats)}")
@@ -245,12 +245,12 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> None:
 def received_attention(
     q: Tensor, k: Tensor, scale: object, cu_seqlens: object, lse: object
 ) -> list[int]:
-    """Checks, and returns the bounds of the images."""
+    """Checks the arguments and returns the bounds of the images."""
     _tensor("q", q)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (T, H, D), got {describe(q)}")
     if q.shape[2] > MAX_HEAD_DIM:
-        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels a head, got {describe(q)}")
+        raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels per head, got {describe(q)}")
     _tensor("k", k)
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {describe(k)}")

@@ -1,4 +1,4 @@
-"""Finds and loads libvispruner.so, and says in one line what is wrong where that fails."""
+"""Finds and loads libvispruner.so. If that fails, the error gives the reason in one line."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MACHINES = {21: "ppc64le", 22: "s390x", 62: "x86_64", 183: "aarch64", 243: "ris
 
 # BuildInfo.cuda_runtime_state
 CPU_ONLY = 0  # the library has no CUDA kernels
-NO_CUDA_TORCH = 1  # it has, but found no CUDA in this torch
-READY = 2  # it has, and found the CUDA of this torch
+NO_CUDA_TORCH = 1  # it has kernels, but this torch has no CUDA
+READY = 2  # it has kernels, and this torch has CUDA
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What the loaded library says of itself."""
+    """Build information of the loaded library."""
 
     version: str
     sources: str  # hash of the sources in csrc/ that it was built from
@@ -37,10 +37,10 @@ class BuildInfo:
     cuda_version: str  # of the compiler; empty if there are no CUDA kernels
     cuda_archs: str  # like "80+PTX 86 90 120+PTX"
     cuda_runtime_state: int  # CPU_ONLY, NO_CUDA_TORCH or READY
-    environment_error: str  # what is wrong with an environment variable that names a launch plan
+    environment_error: str  # an error in an environment variable that names a launch plan
     cpu_isa: str  # the instruction set in use
-    cpu_isas: tuple[str, ...]  # those that were built
-    cpu_isas_usable: tuple[str, ...]  # those of them that this processor has
+    cpu_isas: tuple[str, ...]  # the instruction sets that were built
+    cpu_isas_usable: tuple[str, ...]  # the built ones that this processor has
 
 
 def _check_torch() -> None:
@@ -53,22 +53,22 @@ def _check_torch() -> None:
 
 
 def _defect(path: Path) -> str | None:
-    """What the header of the file says against loading it."""
+    """A reason from the file's header not to load it, or None."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(64)
     if len(header) < 64 or header[:4] != b"\x7fELF":
-        return "it is no Linux library"
+        return "it is not a Linux library"
     order = "<" if header[5] == 1 else ">"
     (machine,) = struct.unpack_from(order + "H", header, 18)
     name = _MACHINES.get(machine, f"another machine (ELF machine {machine})")
     if name != platform.machine():
         return f"it is built for {name}, and this machine is {platform.machine()}"
-    # The table of sections ends the file; loading a part of a file would kill the process.
+    # The section table is at the end of the file; loading a truncated file would kill the process.
     (table,) = struct.unpack_from(order + "Q", header, 40)
     entry_size, entries = struct.unpack_from(order + "HH", header, 58)
     if table + entry_size * entries > size:
-        return "it is cut short"
+        return "it is truncated"
     return None
 
 
@@ -84,7 +84,7 @@ def _load_file(path: Path) -> None:
             torch.ops.load_library(path)
             return
         except (OSError, RuntimeError) as error:
-            # torch says only that it failed, and chains what the linker says; in one line
+            # torch's error only says that it failed; the linker's is chained. In one line:
             reason = " ".join(str(error.__cause__ or error).split())
     raise ImportError(
         f"vispruner_cuda: the compiled library {path} cannot be loaded: {reason}; "
@@ -107,7 +107,7 @@ def _check(info: BuildInfo) -> None:
             f"vispruner_cuda: torch {torch.__version__} has CUDA, but {PATH} does not find its "
             "current-stream function (linked without libtorch.so?): run `pip install .` again"
         )
-    # device_count() asks NVML and so leaves CUDA uninitialized, for programs that fork later.
+    # device_count() uses NVML, so CUDA stays uninitialized for programs that fork later.
     if info.cuda_runtime_state == CPU_ONLY and torch.cuda.device_count() > 0:
         warnings.warn(
             "vispruner_cuda was built without CUDA kernels, so it works on CPU tensors only, "
@@ -120,7 +120,7 @@ def _check(info: BuildInfo) -> None:
 
 @functools.cache
 def load() -> BuildInfo:
-    """Load the library (once) and return what it says of itself; ImportError if it is unusable."""
+    """Load the library (once) and return its build information; ImportError if it is unusable."""
     _check_torch()
     _load_file(PATH)
     fields = json.loads(torch.ops.vispruner.build_info())

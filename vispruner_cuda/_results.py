@@ -1,4 +1,4 @@
-"""What the functions return: named tuples, so that they unpack, trace and compile."""
+"""Results of the functions: named tuples, so that they unpack, trace and compile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TopkResult(NamedTuple):
-    """Tokens of the highest ranking score.
+    """Tokens with the highest scores.
 
     Attributes:
         scores: (B, min(k, N)) float32, highest first: heads *summed*, NaN as -inf.
@@ -20,7 +20,7 @@ class TopkResult(NamedTuple):
 
 
 class PruneResult(NamedTuple):
-    """Retained tokens of a batch of equally long images.
+    """Retained tokens of a batch of images with equally many tokens.
 
     Attributes:
         feats: (B, min(k, N), C) retained features, in the dtype of the input.

@@ -13,7 +13,7 @@ from . import _checks, methods
 from ._results import PruneResult, PruneVarlenResult, TopkResult
 from .reference import gather_tokens
 
-# Looking an operator up takes a while of every small call.
+# Looking up an operator takes a noticeable part of a small call.
 _topk = torch.ops.vispruner.topk.default
 _pairwise_cosine = torch.ops.vispruner.pairwise_cosine.default
 _dedup = torch.ops.vispruner.dedup.default
@@ -30,9 +30,9 @@ def _detached(tensor: Tensor) -> Tensor:
 
 
 def _plain(tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> bool:
-    """Whether the operator itself refuses whatever is wrong with these arguments.
+    """Whether the operator rejects all invalid arguments of these types.
 
-    Fake and meta tensors have operators that look at nothing.
+    The operators of fake and meta tensors check nothing.
     """
     for tensor in tensors:
         if type(tensor) is not Tensor or tensor.requires_grad or tensor.is_meta:
@@ -50,10 +50,9 @@ def _call(
     numbers: tuple[Any, ...],
     types: tuple[type, ...],
 ) -> Any:
-    """Calls an operator with arguments of which `check` approves.
+    """Calls an operator with arguments that pass `check`.
 
-    With plain arguments the check runs only after the operator refused them, for the clearer
-    message.
+    With plain arguments the check runs only if the operator rejects them, for a clearer message.
     """
     if _plain(tensors, numbers):
         try:
@@ -91,7 +90,7 @@ def topk(cls_attn: Tensor, k: int) -> TopkResult:
 def pairwise_cosine(feats: Tensor) -> Tensor:
     """Cosine similarity of every pair of tokens, from exact 12-bit integer inner products.
 
-    Row i holds the similarities as the dedup loop sees them when token i is in A, so the matrix
+    Row i holds the similarities that the dedup loop uses when token i is in A, so the matrix
     is symmetric up to the last bit only. A token that is all zeros, or holds a NaN or Inf, has
     cosine 0 with everything.
 
@@ -110,17 +109,17 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
-    """Drops near-duplicates until k tokens are left: the diverse half of the method on its own.
+    """Drops near-duplicates until k tokens are left: the diverse half of the method only.
 
     Every round splits the list into even and odd positions (A and B), ranks A by its largest
-    cosine similarity to B, drops the `step` most redundant tokens and goes on with the rest of A,
+    cosine similarity to B, drops the `step` most redundant tokens and continues with the rest of A,
     in that order, followed by B.
 
     Args:
         feats: (B, N, C) tokens *in ranking order*, most important first; dtypes as for
             `prune`.
         k: tokens to keep, at least 1; all N if k >= N.
-        step: tokens to drop a round, at least 1.
+        step: tokens to drop per round, at least 1.
 
     Returns:
         (B, min(k, N)) int64 positions in `feats`, ascending.
@@ -142,7 +141,7 @@ def _check_vispruner(
 
 
 def _parameter(values: Mapping[str, float]) -> float:
-    """The one parameter of a method as the operators take it; 0 of methods that have none."""
+    """The single parameter of a method as the operators take it; 0 for methods without one."""
     return float(next(iter(values.values()), 0.0))
 
 
@@ -158,25 +157,25 @@ def prune(
     scope_alpha: float | None = None,
     mmr_lambda: float | None = None,
 ) -> PruneResult:
-    """Keeps the k visual tokens that matter, from visual cues alone.
+    """Keeps the k most useful visual tokens, chosen from visual information only.
 
     With the default method, VisPruner, `int(k * important_ratio)` tokens are kept for their [CLS]
-    attention; the others are deduplicated by cosine similarity until k are kept in all. The same
-    tokens come out on every device, in every batch and under every compiler (docs/numerics.md).
+    attention; the others are deduplicated by cosine similarity until k are kept in total. The
+    result is the same on every device, in every batch and with every compiler (docs/numerics.md).
 
     Args:
         feats: (B, N, C) patch features of the encoder layer, float16, bfloat16 or float32; N <=
             32768. Strided batches and tokens (`hidden[:, 1:]`) are read in place.
         cls_attn: (B, N) scores or (B, H, N) [CLS] attention of each head, on the same device; the
             dtype may differ from that of feats.
-        k: visual tokens to keep of each image, at least 1; all N if k >= N.
+        k: visual tokens to keep per image, at least 1; all N if k >= N.
         method: "vispruner", "topk", "random", "maxmin", "scope" or "mmr" (`methods.METHODS` and
-            docs/choosing-k.md say what each does). A parameter below belongs to one method; None
-            is its default.
+            docs/choosing-k.md describe them). Each parameter below belongs to one method; None
+            selects its default.
         important_ratio: of vispruner: share of k kept by score, in [0, 1]; default 0.5.
         step: of vispruner: tokens the dedup loop drops per round, at least 1; default 8.
-        seed: of random: an int in [0, 2**32); default 0. The same image loses the same tokens
-            under the same seed, wherever it is in a batch.
+        seed: of random: an int in [0, 2**32); default 0. With the same seed an image loses the same
+            tokens at any place in a batch.
         scope_alpha: of scope: exponent of the importance, a multiple of 0.25 in [0, 4]; default 1.
         mmr_lambda: of mmr: weight of the redundancy, in [0, 100]; default 1.
 
@@ -235,10 +234,10 @@ def prune_varlen(
 
     Args:
         feats: (T, C) packed patch features; dtypes as in `prune`.
-        cls_attn: (T,) or (H, T), packed alike.
+        cls_attn: (T,) or (H, T), packed in the same way.
         cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1]; ints, or an integer tensor
-            on the CPU (a tensor on the GPU would make the host wait: keep the lengths there).
-        k: tokens to keep, one int for all images or one for each, on the host, at least 1.
+            on the CPU (with a tensor on the GPU the host would wait for the device).
+        k: tokens to keep, one int for all images or one per image, on the host, at least 1.
         method: of all images, with its parameters, as in `prune`.
 
     Returns:
@@ -277,7 +276,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
     """[CLS]-to-patch attention, without materializing the attention matrix.
 
     The softmax runs over all keys, [CLS] included; its own column is dropped and the heads are
-    averaged. With it the encoder can stay on FlashAttention or SDPA.
+    averaged. The encoder can keep using FlashAttention or SDPA.
 
     Args:
         q_cls: (B, H, D) the query of [CLS], float16, bfloat16 or float32.
@@ -286,8 +285,8 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
         scale: factor of the logits, usually D ** -0.5.
 
     Returns:
-        (B, N) float32, from float32 arithmetic; the same for an image alone and in any batch.
-        Ready for `prune` as `cls_attn`.
+        (B, N) float32, from float32 arithmetic; the same for an image alone and in any batch. Pass
+        it to `prune` as `cls_attn`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -317,7 +316,7 @@ def received_attention(
         scale: factor of the logits, usually D ** -0.5.
         cu_seqlens: image i is rows cu_seqlens[i] to cu_seqlens[i + 1], on the host; None: all
             rows are one image.
-        lse: (H, T) float32 log-sum-exp of each query's logits, as a flash forward returns it;
+        lse: (H, T) float32 log-sum-exp of each query's logits, as a flash forward returns it. It
             saves one of two passes over q k^T.
 
     Returns:

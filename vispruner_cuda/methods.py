@@ -1,4 +1,4 @@
-"""Methods of selection and their parameters: one table that everything which selects reads.
+"""The selection methods and their parameters, in one table for operators, models and commands.
 
 A method chooses k of an image's tokens from their scores, their cosines, or both
 (docs/numerics.md, "Methods"). Parameters are keyword arguments of `prune` and `prune_varlen`.
@@ -14,12 +14,12 @@ from . import _checks
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a method takes.
+    """A numeric parameter of a method.
 
     Attributes:
         name: of the keyword argument.
-        default: where it is not given.
-        low, high: bounds, both included; None: there is none.
+        default: used if it is not given.
+        low, high: bounds, both inclusive; None: unbounded.
         step: values are multiples of it; 1: an int; None: any number.
         help: one line for users.
     """
@@ -42,13 +42,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of selection.
+    """A selection method.
 
     Attributes:
         name: the value of `method=`.
         help: one line for users.
         source: where it is published.
-        parameters: that it takes, in the order of the operator.
+        parameters: in the order of the operator.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Method:
 
 
 IMPORTANT_RATIO = Parameter("important_ratio", 0.5, 0, 1, None, "share of k kept by score")
-STEP = Parameter("step", 8, 1, None, 1, "tokens that a round of the loop drops")
-SEED = Parameter("seed", 0, 0, 2**32 - 1, 1, "of the random order")
+STEP = Parameter("step", 8, 1, None, 1, "tokens dropped per round of the loop")
+SEED = Parameter("seed", 0, 0, 2**32 - 1, 1, "seed of the random order")
 SCOPE_ALPHA = Parameter("scope_alpha", 1.0, 0, 4, 0.25, "exponent of the importance")
 MMR_LAMBDA = Parameter("mmr_lambda", 1.0, 0, 100, None, "weight of the redundancy")
 
@@ -68,28 +68,28 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method(
             "vispruner",
-            "the most attended tokens, and of the rest those that repeat others least",
+            "the tokens with the highest scores, then those least similar to the others",
             "VisPruner, arXiv 2412.01818",
             (IMPORTANT_RATIO, STEP),
         ),
-        Method("topk", "the most attended tokens", "the important part of VisPruner alone"),
+        Method("topk", "the tokens with the highest scores", "the important half of VisPruner"),
         Method(
             "random", "tokens in a random order, the same for the same image", "baseline", (SEED,)
         ),
         Method(
             "maxmin",
-            "tokens farthest from each other; attention plays no part",
+            "tokens farthest from each other, without the scores",
             "DivPrune, arXiv 2503.02175",
         ),
         Method(
             "scope",
-            "tokens that cover what is not covered yet, weighted by importance",
+            "tokens with the largest gain in coverage, weighted by importance",
             "SCOPE, arXiv 2510.24214",
             (SCOPE_ALPHA,),
         ),
         Method(
             "mmr",
-            "importance minus the similarity to what is kept",
+            "importance minus the similarity to retained tokens",
             "maximal marginal relevance, SIGIR 1998",
             (MMR_LAMBDA,),
         ),
@@ -104,7 +104,8 @@ PARAMETERS: Mapping[str, Parameter] = {
 
 
 def resolve(method: object, given: Mapping[str, object]) -> dict[str, float]:
-    """The parameters of a method: those given (not None), checked, and defaults for the others.
+    """The parameters of a method: the given ones (not None), after a check, and defaults for the
+    others.
 
     Args:
         method: a name in METHODS.

@@ -1,8 +1,8 @@
-"""Launch plans: which of its kernels or algorithms each stage uses.
+"""Launch plans: the kernel or algorithm that each stage uses.
 
-Every plan returns the same tokens; `auto` chooses by the shape of the work. Asking for a plan by
-name is for measuring and testing: a plan that cannot do the work raises RuntimeError, it never
-gives way to another one. The environment variables of :func:`variables` set the plans for a whole
+Every plan returns the same tokens; `auto` chooses by the shape of the work. Selecting a plan by
+name is for measuring and testing: a plan that cannot do the work raises RuntimeError and is not
+replaced by another one. The environment variables of :func:`variables` set the plans for a whole
 process; they are read once, when the library is loaded.
 
 Source: docs/performance.md, "Launch plans".
@@ -31,7 +31,7 @@ def _described() -> dict[str, dict[str, Any]]:
 def choices() -> dict[str, tuple[str, ...]]:
     """The plans of each stage that this build and this processor have, `auto` first.
 
-    A library without CUDA kernels has the stage `cpu` (the instruction set) alone.
+    A library without CUDA kernels has only the stage `cpu` (the instruction set).
     """
     return {stage: tuple(entry["names"]) for stage, entry in _described().items()}
 
@@ -42,16 +42,16 @@ def variables() -> dict[str, str]:
 
 
 def current() -> dict[str, str]:
-    """The plan that each stage was asked for; `auto` if none was."""
+    """The selected plan of each stage; `auto` if none was selected."""
     return {stage: entry["current"] for stage, entry in _described().items()}
 
 
 def select(**stages: str) -> None:
-    """Asks for plans, in this process and until they are changed: `select(gram="tiles_64")`.
+    """Selects plans in this process until they are changed: `select(gram="tiles_64")`.
 
     Raises:
-        ValueError: no such stage, or no such plan in this build or on this processor. Then
-            nothing is changed.
+        ValueError: no such stage, or no such plan in this build or on this processor. No plan is
+            changed then.
     """
     known = choices()
     for stage, name in stages.items():

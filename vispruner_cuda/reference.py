@@ -1,10 +1,10 @@
-"""The method in plain PyTorch: what every kernel of this package is tested against.
+"""The methods in plain PyTorch, which every kernel of this package is tested against.
 
 Canonical numerics v1 (docs/numerics.md): every arithmetic step is either exact or one
-correctly rounded IEEE operation, so the decisions (which tokens stay) are the same on every
-device, for every batch size and in every implementation. Nothing here is fast; everything
-here is meant to be read. The functions take the same arguments as their namesakes in
-`vispruner_cuda` and run on any device that has float64.
+correctly rounded IEEE operation, so the retained tokens are the same on every device, for every
+batch size and in every implementation. The code is written to be read, not for speed. The functions
+take the same arguments as their namesakes in `vispruner_cuda` and run on any device that has
+float64.
 
 Source: VisPruner, arXiv 2412.01818 (ICCV 2025), section 3; rules for odd list lengths and
 very small k are this project's own, because the authors' code is undefined there. Sources of the
@@ -89,7 +89,7 @@ def _dedup_list(s: Tensor, inv: Tensor, residual: Tensor, k: int, step: int) -> 
         residual: (R,) rows of `s` in ranking order.
 
     Returns:
-        (min(k, R),) the surviving entries of `residual`, in the list order of the last round.
+        (min(k, R),) the remaining entries of `residual`, in the list order of the last round.
     """
     while len(residual) > k:
         a, b = residual[0::2], residual[1::2]
@@ -150,8 +150,8 @@ def _first_highest(values: Tensor, taken: Tensor) -> Tensor:
 
 
 def _maxmin(feats: Tensor, scores: Tensor, k: int) -> Tensor:
-    """Farthest-point selection on the distance 1 - cosine, which is not formed: the smallest
-    cosine is the largest distance."""
+    """Farthest-point selection on the distance 1 - cosine. It is not computed: the smallest cosine
+    is the largest distance."""
     s, inv = _similarities(feats)
     cosines = s * inv.unsqueeze(1)
     taken = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
@@ -168,7 +168,7 @@ def _maxmin(feats: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def _importance(scores: Tensor) -> Tensor:
-    """Scores as shares of the highest one, in [0, 1]; those below 0 count as 0."""
+    """Scores divided by the highest one, in [0, 1]; those below 0 count as 0."""
     positive = scores.clamp(0.0, torch.finfo(torch.float32).max)
     highest = positive.max()
     return torch.where(highest > 0, positive / highest, 0.0)

@@ -1,8 +1,8 @@
 // Attention scores on the CPU: products of the inputs summed in float32, memory linear in tokens.
 // The one row of [CLS] is computed in float64, because one weight can dominate its softmax.
 //
-// Every image and head is computed alone and sums run in a fixed order, so that neither the batch
-// nor the number of threads changes a bit.
+// Every image and head is computed separately and sums run in a fixed order, so that results do not
+// depend on the batch or the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -46,7 +46,7 @@ std::vector<float> load_bfloat16_rows(const HeadsView& view, int64_t first_token
   return rows;
 }
 
-// Rows of `words` words, as many as whole panels have, to panels of kPanelKeys keys (isa.h).
+// Converts rows of `words` words, a multiple of kPanelKeys, to panels of kPanelKeys keys (isa.h).
 std::vector<float> to_panels(const std::vector<float>& rows, int words) {
   static_assert(kPanelKeys == kTransposedRows);
   std::vector<float> panels(rows.size());
@@ -67,7 +67,7 @@ double exponentials(const double* logits, int count, float* weights) {
   return sum;
 }
 
-// Runs body(task) for every task, on the threads there are.
+// Runs body(task) for every task, on the available threads.
 void for_each(const Threads& threads, int64_t tasks, const std::function<void(int64_t)>& body) {
   if (tasks > 0) threads.run(tasks, body);
 }
@@ -94,7 +94,7 @@ void cls_attention(const ClsAttentionArgs& args, float* out, const Threads& thre
 }
 
 void received_attention(const ReceivedAttentionArgs& args, float* out, const Threads& threads) {
-  constexpr int kBlock = 32;  // queries whose weights are added in float32 before float64 does
+  constexpr int kBlock = 32;  // queries per float32 sum; blocks are added in float64
   const int64_t rows = args.rows();
   const bool in_bfloat16 = args.dtype == DType::kBFloat16 && isa().add_weights_bfloat16;
   const auto add_weights = in_bfloat16 ? isa().add_weights_bfloat16 : isa().add_weights;

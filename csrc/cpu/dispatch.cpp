@@ -1,4 +1,4 @@
-// Chooses the instruction set: the best one of this processor, unless a plan asks for another.
+// Chooses the instruction set: the best one of this processor, unless a plan selects another.
 #include <array>
 #include <string>
 #include <vector>
@@ -61,7 +61,7 @@ std::string names(bool supported_only) {
   return list;
 }
 
-// The kernels asked for, or null where this processor or build has none.
+// The kernels of an instruction set, or null if this processor or build does not have it.
 const IsaKernels* find(plan::Cpu asked) {
   for (const Candidate& c : candidates()) {
     if (c.supported && (asked == plan::Cpu::kAuto || asked == c.plan)) return c.kernels;
@@ -69,7 +69,7 @@ const IsaKernels* find(plan::Cpu asked) {
   return nullptr;
 }
 
-// The answers of find(), which inner loops ask for.
+// The results of find(), cached for inner loops.
 const IsaKernels* found(plan::Cpu asked) {
   static const auto all = [] {
     std::array<const IsaKernels*, plan::kCpus> kernels{};

@@ -1,6 +1,6 @@
 // Inner loops of the CPU path. This file is compiled once per instruction set, with VP_ISA naming
-// the set, and must not use templates of the standard library: the linker would keep one copy,
-// perhaps one that this processor cannot run.
+// the set, and must not use templates of the standard library: the linker keeps one copy of each,
+// which this processor may be unable to run.
 #include "isa.h"
 
 #if defined(__AVX2__)
@@ -265,7 +265,7 @@ void gram_tile(const int16_t* panels, int64_t panel_size, int64_t pairs, int64_t
 }
 
 // ---- neighbour lists --------------------------------------------------------------------------
-constexpr int kKeyLanes = 16;  // keys that one mask tells of
+constexpr int kKeyLanes = 16;  // keys per mask
 
 // Signed integers in the order of the floats: compares of 32-bit signed integers vectorize on
 // every instruction set.
@@ -327,8 +327,8 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
   int32_t tied = kNever;  // of the keys equal to it, the first `ties` are taken as well
   int ties = 0;
   if (n - 1 > kMost) {
-    // The median of the highest keys of the groups: at least half as many keys reach it as there
-    // are groups, and about ln 2 times as many if the order is random.
+    // The median of the highest keys of the groups: the number of keys that reach it is at least
+    // half the number of groups, and about ln 2 times that number if the order is random.
     int32_t highest[kGroups], rank[kGroups];
     for (int g = 0; g < kGroups; ++g) highest[g] = keys[g];
     for (int j = kGroups; j < width; j += kGroups) {
@@ -388,7 +388,7 @@ int neighbours(const float* gram, const float* inv, int n, int self, uint16_t* i
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 float nearest(const float* gram, const float* inv, int n, int self) {
-  // Rounding is monotone and inv[self] is not negative: the largest comes first.
+  // Rounding is monotone and inv[self] is not negative: take the maximum first.
   constexpr float kNone = -__builtin_inff();
   Floats most = all(kNone);
   float best = kNone;
@@ -457,7 +457,8 @@ uint32_t cover(float* gram, const float* inv, int n, int self) {
 
 void lower_gains(const uint32_t* row, uint32_t before, uint32_t after, int n, uint32_t* gains) {
   for (int j = 0; j < n; j += kLanes) {
-    // Below 2^31, so that signed comparisons, of which there are instructions, do as well.
+    // Below 2^31, so that signed comparisons, for which there are instructions, give the same
+    // result.
     const auto covers = reinterpret_cast<Ints>(load_words(row + j));
     const Ints low = Ints{} + static_cast<int32_t>(before);
     const Ints high = Ints{} + static_cast<int32_t>(after);
@@ -471,7 +472,7 @@ void lower_gains(const uint32_t* row, uint32_t before, uint32_t after, int n, ui
 // ---- attention ----------------------------------------------------------------------------------
 void exact_logits(const float* q, const float* keys, int tokens, int dim, double scale,
                   double* out) {
-  constexpr int kLanes = 16;  // partial sums: what a compiler may keep in a few vectors
+  constexpr int kLanes = 16;  // partial sums, which a compiler can keep in a few vectors
   for (int t = 0; t < tokens; ++t) {
     const float* k = keys + int64_t{t} * dim;
     double sums[kLanes] = {};
@@ -485,7 +486,7 @@ void exact_logits(const float* q, const float* keys, int tokens, int dim, double
   }
 }
 
-// a * b + c, of which only scores depend: one rounding or two are both good.
+// a * b + c, used for scores only: one rounding or two are both acceptable.
 Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_fmadd_ps(
@@ -500,7 +501,7 @@ Floats multiply_add(Floats a, Floats b, Floats c) {
 
 // e^x to about one unit in the last place; 0 far below, NaN for NaN.
 Floats exponential(Floats x) {
-  // ln 2 in two parts, the first of so few bits that its product is exact.
+  // ln 2 in two parts; the first has so few bits that its product is exact.
   constexpr float kLog2E = 1.44269504f, kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
 #if defined(__AVX512F__)
   x = reinterpret_cast<Floats>(_mm512_max_ps(_mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
@@ -531,7 +532,7 @@ Floats exponential(Floats x) {
 #endif
 }
 
-// A tile has as many sums as there are registers for.
+// A tile has as many sums as fit into registers.
 #if defined(__AVX512F__)
 constexpr int kTileQueries = kQueryTile;
 #else
@@ -554,7 +555,7 @@ struct BFloat16Words {
 };
 #endif
 
-// The word in every lane, whatever its bits are.
+// The word in every lane, as bits of any type.
 Floats all_lanes(const float* word) {
 #if defined(__AVX512F__)
   int32_t bits;
@@ -566,7 +567,7 @@ Floats all_lanes(const float* word) {
 }
 
 // out[i][t] = scale * (q_i . k_t) of kTileQueries queries and kVectors vectors of keys from `first`
-// on. A sum runs over the channels in order, whatever stands beside it.
+// on. A sum runs over the channels in order, independent of its neighbours.
 template <typename Word, int kVectors>
 void logit_tile(const float* q, const float* panels, int64_t first, int words, float scale,
                 int64_t stride, float* out) {

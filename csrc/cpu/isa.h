@@ -6,16 +6,16 @@
 
 namespace vispruner::cpu {
 
-// Quantized tokens lie in panels of 16: panel[c / 2][token % 16][c % 2], int16. The same layout
-// serves both sides of the Gram product: 16 tokens x 2 channels are one 64-byte vector, and one
-// token's 2 channels are one 32-bit broadcast.
+// Quantized tokens are stored in panels of 16: panel[c / 2][token % 16][c % 2], int16. The same
+// layout serves both sides of the Gram product: 16 tokens x 2 channels are one 64-byte vector, and
+// one token's 2 channels are one 32-bit broadcast.
 constexpr int kPanelTokens = 16;
 
 // A Gram tile is kTileRows x kTileCols; matrices are padded to multiples of kTileCols.
 constexpr int kTileRows = kPanelTokens;
 constexpr int kTileCols = 32;
 
-// Products of quantized values whose sum fits int32 whatever they are: 512 * 2047^2 < 2^31.
+// Number of products of quantized values whose sum always fits int32: 512 * 2047^2 < 2^31.
 constexpr int64_t kInt32Products = 512;
 
 constexpr int kTransposedRows = 16;
@@ -23,7 +23,7 @@ constexpr int kTransposedRows = 16;
 // Neighbour lists: kListStride - 1 entries at most, best first, then the sentinel.
 constexpr int kListStride = 32;
 
-// Received attention: queries that go through the keys together, and keys side by side in a panel:
+// Received attention: queries that are processed together, and keys per panel:
 // panel[word][key % 16]. A word is a channel in float32, or two of them in bfloat16.
 constexpr int kQueryTile = 8;
 constexpr int kPanelKeys = 16;
@@ -46,20 +46,20 @@ struct IsaKernels {
 
   // The most similar tokens of one token, best first, as (id, redundancy); every token that is
   // more similar than the last entry is in the list. Returns the number of entries.
-  // similarity(gram[j], inv[j]) is ranked; `self` is left out. `scratch` holds round_up(n, 32).
+  // similarity(gram[j], inv[j]) is ranked; `self` is skipped. `scratch` holds round_up(n, 32).
   int (*neighbours)(const float* gram, const float* inv, int n, int self, uint16_t* ids,
                     float* redundancy, int32_t* scratch);
 
   // The cosines of token `self` to the `n` tokens of its row of the Gram matrix, which is padded to
-  // whole tiles: the largest to another one, and most[j] = max(most[j], cosine).
+  // whole tiles. Returns the largest one to another token, and sets most[j] = max(most[j], cosine).
   float (*nearest)(const float* gram, const float* inv, int n, int self);
   void (*raise)(const float* gram, const float* inv, int n, int self, float* most);
 
-  // In place of row `self` of the Gram matrix, padded to whole tiles: how much it covers each token
+  // Replaces row `self` of the Gram matrix, padded to whole tiles, by the coverage of each token
   // (numerics.h, of the pair's cosine with the later token's inverse norm first). Returns the sum.
   uint32_t (*cover)(float* gram, const float* inv, int n, int self);
 
-  // gains[j] -= what row[j] has between `before` and `after`.
+  // gains[j] -= the part of row[j] between `before` and `after`.
   void (*lower_gains)(const uint32_t* row, uint32_t before, uint32_t after, int n, uint32_t* gains);
 
   // Upcasts `count` elements.

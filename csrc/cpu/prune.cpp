@@ -1,7 +1,7 @@
 // Ranking, exact Gram matrix, a method's selection and gather of one image on the CPU.
 //
-// Cost at R residual tokens: Gram R^2 C / 2 multiply-adds (int16, two a lane and instruction), and
-// what the method adds (csrc/cpu/methods).
+// Cost at R residual tokens: Gram R^2 C / 2 multiply-adds (int16, two per lane and instruction),
+// plus the cost of the method (csrc/cpu/methods).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -21,7 +21,7 @@ struct PruneWorkspace {
       : ranked(arena.take<uint64_t>(shape.tokens)), keep(arena.take<uint8_t>(shape.tokens)) {}
 };
 
-// What the method's loop gets; the memory of the quantized tokens is free for it.
+// Arrays for the method's loop, which reuses the memory of the quantized tokens.
 struct LoopWorkspace {
   float* scores;  // (R)
   float* matrix;  // (padded, padded)
@@ -104,7 +104,7 @@ void quantize_rows(const FeatureView& feats, const void* first, const TokenOf& t
     for (int slot = 0; slot < kPanelTokens; ++slot) {
       const auto row = static_cast<int>(p) * kPanelTokens + slot;
       int16_t* token = tokens + slot * ws.row_stride;
-      token[2 * ws.pairs - 1] = 0;  // the last channel may have no other to pair with
+      token[2 * ws.pairs - 1] = 0;  // the last channel may be without a pair
       if (row >= ws.rows) {         // padding
         std::fill(token, token + 2 * ws.pairs, int16_t{0});
         ws.inv[row] = 0.0f;
@@ -121,8 +121,8 @@ void quantize_rows(const FeatureView& feats, const void* first, const TokenOf& t
 }
 
 // Pairs of channels whose products int32 can sum. No sum of products of two tokens exceeds the
-// product of their norms (Cauchy-Schwarz), so that it is all of them if squared norms are below
-// 2^31, as norms of at most 2^15, rounded, imply.
+// product of their norms (Cauchy-Schwarz), so all pairs can be summed if squared norms are below
+// 2^31, which rounded norms of at most 2^15 imply.
 int64_t int32_pairs(const GramWorkspace& ws) {
   const bool small = std::all_of(ws.inv, ws.inv + ws.rows,
                                  [](float inv) { return inv == 0.0f || inv >= 0x1p-15f; });

@@ -1,4 +1,4 @@
-// What the stages of the CPU path share: memory of a call, threads, and the Gram matrix.
+// Shared by the stages of the CPU path: the memory of a call, threads, and the Gram matrix.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,7 +12,7 @@ namespace vispruner::cpu {
 
 constexpr int64_t kAlign = 64;
 
-// Hands out aligned pieces of the caller's workspace; with base = nullptr it only counts.
+// Allocates aligned pieces of the caller's workspace; with base = nullptr it only counts bytes.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -23,10 +23,10 @@ class Arena {
     bytes_ = std::max(bytes_, used_);
     return p;
   }
-  // What was taken since a mark may be given out again.
+  // Releases the memory that was taken since a mark.
   int64_t mark() const { return used_; }
   void rewind(int64_t mark) { used_ = mark; }
-  int64_t bytes() const { return bytes_; }  // at the most
+  int64_t bytes() const { return bytes_; }  // the maximum
 
  private:
   char* base_;
@@ -38,9 +38,9 @@ struct GramWorkspace {
   int padded;
   int64_t pairs, panel_size, row_stride;
   float* inv;
-  int64_t only_for_gram;  // a mark: what follows is of no use after the Gram matrix
+  int64_t only_for_gram;  // a mark: the memory after it is not used after the Gram matrix
   int16_t* panels;
-  // For each thread: the channels of one token, and the quantized tokens of a panel.
+  // Per thread: the channels of one token, and the quantized tokens of a panel.
   float* row_scratch;
   int16_t* token_scratch;
 
@@ -49,7 +49,7 @@ struct GramWorkspace {
         padded(static_cast<int>(round_up(tokens, kTileCols))),
         pairs((channels + 1) / 2),
         panel_size(pairs * 2 * kPanelTokens),
-        row_stride(round_up(channels, 64) + 32),  // rows side by side fall into different sets
+        row_stride(round_up(channels, 64) + 32),  // neighbouring rows use different cache sets
         inv(arena.take<float>(padded)),
         only_for_gram(arena.mark()),
         panels(arena.take<int16_t>(padded / kPanelTokens * panel_size)),
@@ -72,7 +72,7 @@ void for_each_task(const Threads& threads, int64_t tasks, const Body& body) {
   });
 }
 
-// Calls body(begin, end) for the rows of a matrix, some at a time.
+// Calls body(begin, end) for blocks of rows of a matrix.
 template <typename Body>
 void for_each_rows(const Threads& threads, int rows, const Body& body) {
   constexpr int kTogether = 32;
@@ -83,19 +83,18 @@ void for_each_rows(const Threads& threads, int rows, const Body& body) {
 }
 
 // ---- methods ------------------------------------------------------------------------------------
-// What the stages before a method's loop have made of an image's tokens, by position: their order
-// is the method's.
+// Outputs of the stages before a method's loop, by position, in the method's order.
 struct Stages {
   const GramWorkspace& gram;
   float* matrix;        // (padded, padded) fl32(G_ij); a method may write to it
   const float* scores;  // (rows) if the method reads them
 };
 
-// One method: csrc/cpu/methods has a file for each.
+// One method: csrc/cpu/methods has one file per method.
 struct MethodKernels {
   Order order;
-  bool scores;  // it reads them
-  // Takes what `select` takes from the arena.
+  bool scores;  // whether it reads them
+  // Takes the memory of `select` from the arena.
   void (*reserve)(Arena& arena, const GramWorkspace& gram, int threads);
   // The positions of `picks` tokens, in the arena's memory.
   const uint16_t* (*select)(Arena& arena, const Stages& stages, int picks,

@@ -6,7 +6,7 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kTableChunk = 48;  // images a launch parameter holds (below 4 KiB)
+constexpr int kTableChunk = 48;  // images per launch parameter (below 4 KiB)
 constexpr int kTableThreads = 64;
 
 struct TableChunk {
@@ -20,8 +20,8 @@ __global__ void table_kernel(TableChunk chunk, int count, Image* table) {
 
 }  // namespace
 
-// Launch parameters are the one way to bring host data to the device that neither waits nor needs
-// pinned memory, and that a captured graph keeps.
+// Launch parameters are the only way to copy host data to the device without a wait and without
+// pinned memory. A captured graph keeps them.
 int write_table(const Image* images, int count, Image* table, Stream stream) {
   for (int first = 0; first < count; first += kTableChunk) {
     TableChunk chunk{};

@@ -1,4 +1,4 @@
-// Where the images of a batch lie: in the inputs, in the outputs and in the workspace.
+// Locations of the images of a batch: in the inputs, in the outputs and in the workspace.
 #pragma once
 #include "vispruner/cuda.h"
 #include "vispruner/method.h"
@@ -17,7 +17,7 @@ struct WorkspaceLayout {
   int64_t sums;    // int (R): digit_sum
   int64_t digits;  // int8 (R, padded C / 64, 2, 64): 64 high digits, 64 low ones
   int64_t matrix;  // (R, ld), 4 bytes each: Matrix
-  int64_t method;  // what the method needs beyond these
+  int64_t method;  // arrays that only the method uses
   int64_t padded_channels;
   int64_t ld;
 };
@@ -47,7 +47,7 @@ struct Image {
   int64_t workspace;        // byte offset
 };
 
-// The images of one wave: all alike and evenly spaced, or listed in a table on the device.
+// The images of one wave: all of one shape and evenly spaced, or listed in a table on the device.
 struct Batch {
   const Image* table;  // null: image b is `first` plus b strides
   Image first;
@@ -65,12 +65,12 @@ struct Batch {
   }
 };
 
-// The largest image of a wave: what grids are sized by.
+// The largest image of a wave, which determines the grid size.
 struct WaveSize {
   int images, tokens, residual, kept;
 };
 
-// Brings `count` images from the host to `table` on the device.
+// Copies `count` images from the host to `table` on the device.
 int write_table(const Image* images, int count, Image* table, Stream stream);
 
 // ---- the stages, one file each ----------------------------------------------------------------
@@ -79,7 +79,7 @@ struct RankOutput {  // of the topk op
   float* scores;
   int k;
 };
-// What the positions are, and whether scores go to the workspace.
+// The order of the positions, and whether scores are written to the workspace.
 struct Ranking {
   Order order;
   uint32_t seed;  // of Order::kRandom
@@ -88,7 +88,7 @@ struct Ranking {
 int rank_and_quantize(const Batch& batch, const WaveSize& size, const FeatureView& feats,
                       const AttentionView& attention, const Ranking& ranking,
                       const RankOutput& topk, void* workspace, Stream stream);
-// Into the workspace; cosines into `out` (images, R, R) if not null.
+// Writes to the workspace, and cosines to `out` (images, R, R) if not null.
 int gram(const Batch& batch, const WaveSize& size, int64_t channels, Matrix matrix, float* out,
          void* workspace, Stream stream);
 int gather(const Batch& batch, const WaveSize& size, const FeatureView& feats,

@@ -2,10 +2,10 @@
 //
 // A block takes one head of one image: eight lanes per key compute its logit, four keys at a time
 // (keys are read once, 16 bytes per lane and key), the logits stay in shared memory, and their
-// softmax goes to the workspace. A second launch adds the heads in index order, so that the result
-// does not depend on timing.
+// softmax is written to the workspace. A second launch adds the heads in index order, so that the
+// result does not depend on timing.
 //
-// Where a head has too many keys for shared memory, its logits lie in the workspace.
+// If a head has too many keys for shared memory, its logits are in the workspace.
 //
 // float32 inputs are multiplied and added in float64: one weight can dominate a softmax, and plain
 // float32 errors of it do not average out.
@@ -25,7 +25,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLanes = 8;       // per key
-constexpr int kKeysAtOnce = 4;  // of a lane: loads in flight
+constexpr int kKeysAtOnce = 4;  // per lane: loads in flight
 constexpr int kVectorBytes = 16;
 
 // Type of sums and logits.
@@ -91,8 +91,8 @@ __device__ __forceinline__ void partial_dots(const float* q, const T* const (&ke
   }
 }
 
-// The sum of one of four values over eight lanes: each lane gives away two of its values, then one,
-// and is left with the value that `value` says.
+// Sums four values over eight lanes. Each lane passes on two of its values, then one, and returns
+// the sum of the value with index `value`.
 template <typename S>
 __device__ __forceinline__ S sum_of_four(const S (&values)[kKeysAtOnce], int* value) {
   static_assert(kKeysAtOnce == 4 && kLanes == 8, "");
@@ -113,7 +113,7 @@ VP_HD int64_t query_bytes(int head_dim) { return round_up(int64_t{head_dim} * 4,
 // dots are in `far_dots`, one array per block.
 template <typename T, bool kFar>
 __global__ void __launch_bounds__(kThreads,
-                                  sizeof(T) == 4 ? 3 : 4)  // no spills for the sake of more blocks
+                                  sizeof(T) == 4 ? 3 : 4)  // more blocks would cause spills
     softmax_kernel(ClsAttentionArgs args, Sum<T>* far_dots, float* weights) {
   VP_SHARED_MEMORY(shared);
   using S = Sum<T>;
@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads,
   const bool aligned = reinterpret_cast<uintptr_t>(keys) % kVectorBytes == 0 &&
                        args.k.token_stride % kElements == 0 && args.head_dim % kElements == 0;
   S highest = -INFINITY;
-  // Whole warps make every turn, so that all lanes meet in the shuffles. Keys past the last one are
-  // read as the last one and left out.
+  // All lanes of a warp run every iteration, because all take part in the shuffles. For keys past
+  // the last one the last key is read, and the result is not used.
   constexpr int kApart = kThreads / kLanes;
   for (int base = 0; base < args.tokens; base += kKeysAtOnce * kApart) {
     const int first = base + static_cast<int>(threadIdx.x) / kLanes;
@@ -163,13 +163,14 @@ __global__ void __launch_bounds__(kThreads,
 
   highest = warp_max(highest);
   if (lane == 0) warp_highest[warp] = highest;
-  __syncthreads();  // the dots are there, too
+  __syncthreads();  // all dots are written
   for (int w = 0; w < kWarps; ++w) highest = fmax(highest, warp_highest[w]);
   S sum = 0;
   for (int t = threadIdx.x; t < args.tokens; t += kThreads) {
-    // Fused, so that the logit is not rounded: an error of `highest` cancels, one of it would not.
+    // Fused, so that the logit is not rounded. An error of `highest` cancels; one of the logit
+    // would not.
     const float weight = expf(static_cast<float>(fma(dots[t], scale, -highest)));
-    dots[t] = weight;  // each thread reads its own ones again below
+    dots[t] = weight;  // below, each thread reads only its own
     sum += weight;
   }
   sum = warp_sum(sum);

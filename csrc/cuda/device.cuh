@@ -1,4 +1,4 @@
-// The few instructions that CUDA C++ has no word for, behind small named functions.
+// Instructions that CUDA C++ does not expose, as small named functions.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -17,7 +17,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // ---- dependent launches -----------------------------------------------------------------------
 // The first statement of every kernel that launch_dependent() launches: waits until everything
 // before it on the stream is done and visible. `more`: another such kernel follows in this call and
-// may come to the device while this one runs.
+// may start while this one runs.
 __device__ __forceinline__ void begin_dependent(bool more) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (more) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -27,7 +27,7 @@ __device__ __forceinline__ void begin_dependent(bool more) {
 #endif
 }
 
-// ---- asynchronous copies, 16 bytes a thread ---------------------------------------------------
+// ---- asynchronous copies, 16 bytes per thread -------------------------------------------------
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
@@ -42,7 +42,7 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from using a value before this place.
+// Prevents the compiler from using a value before this point.
 __device__ __forceinline__ void not_before(int& value) { asm volatile("" : "+r"(value)::"memory"); }
 
 // ---- exponentials ------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-// Copies the retained rows: one warp a row, 16 bytes a lane where alignment allows.
+// Copies the retained rows: one warp per row, 16 bytes per lane if alignment allows.
 //
-// Bytes: k C read and written once an image.
+// Bytes: k C read and written once per image.
 #include "batch.cuh"
 #include "device.cuh"
 #include "launch.cuh"
@@ -10,7 +10,7 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = kThreads / kWarp;  // a block
+constexpr int kRows = kThreads / kWarp;  // per block
 
 struct alignas(16) Vector {
   uint32_t v[4];

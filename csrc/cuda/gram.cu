@@ -6,12 +6,12 @@
 // byte carries into the next. Only tiles on or above the diagonal are computed; the epilogue writes
 // both halves.
 //
-// Operations: 3 R^2 C / 2 multiply-adds an image. Bytes: 2 R C digits, read R / 64 times from L2,
-// 4 R^2 written. A block: 64 x 64 outputs, 4 warps of 32 x 32 with 96 accumulators a lane, 64
-// channels a step, three steps in flight (48 KiB: three blocks on a multiprocessor of an H100, two
-// where it has 100 KiB). Where that leaves most of a GPU idle, twice as many blocks take 32 x 64
-// outputs each, with more steps in flight. Blocks of 128 x 128, 8 warps of 64 x 32 each, read half
-// as much from L2 and are there to be measured.
+// Operations: 3 R^2 C / 2 multiply-adds per image. Bytes: 2 R C digits, read R / 64 times from L2,
+// 4 R^2 written. A block: 64 x 64 outputs, 4 warps of 32 x 32 with 96 accumulators per lane, 64
+// channels per step, three steps in flight (48 KiB: three blocks per multiprocessor on an H100, two
+// with 100 KiB). If that leaves most of a GPU idle, twice as many blocks compute 32 x 64 outputs
+// each, with more steps in flight. Blocks of 128 x 128, 8 warps of 64 x 32 each, read half as much
+// from L2 and exist for measurements.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -22,28 +22,28 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kStep = 64;   // channels a stage
+constexpr int kStep = 64;   // channels per stage
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 constexpr int kChunks = kStep / kChunk;
 static_assert(kChannelAlign % kStep == 0, "digit rows are whole steps");
 
-// What the kernel writes: Matrix, as types, so that kernels have names.
+// The output of the kernel: the values of Matrix as types, so that kernels have readable names.
 struct Similarities {};
 struct Cosines {};
 struct Coverages {};
 
-// What a block is made of: warps of 16 kRowTiles x 32 outputs.
+// The shape of a block: warps of 16 kRowTiles x 32 outputs.
 template <int kRows_, int kColumns_, int kRowTiles_, int kStages_, int kBlocks_>
 struct Shape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kRowTiles = kRowTiles_;
   static constexpr int kWarpRows = 16 * kRowTiles, kWarpColumns = 32;
   static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * kWarp;
   static constexpr int kStages = kStages_;
-  static constexpr int kBlocks = kBlocks_;  // side by side on a multiprocessor
-  static constexpr int kRowBytes = kDigitPlanes * kRows * kStep;  // of a stage
+  static constexpr int kBlocks = kBlocks_;                        // resident per multiprocessor
+  static constexpr int kRowBytes = kDigitPlanes * kRows * kStep;  // per stage
   static constexpr int kStageBytes = kRowBytes + kDigitPlanes * kColumns * kStep;
   static constexpr int kOutStride = kColumns + 1;  // no bank conflicts down a column either
-  static constexpr int kOutBytes = kRows * kOutStride * 4;  // takes the place of the stages
+  static constexpr int kOutBytes = kRows * kOutStride * 4;  // reuses the memory of the stages
   static constexpr int kSharedBytes =
       kStages * kStageBytes > kOutBytes ? kStages* kStageBytes : kOutBytes;
 };
@@ -51,19 +51,19 @@ using Tiles32 = Shape<32, 64, 1, 6, 1>;
 using Tiles64 = Shape<64, 64, 2, 3, 3>;
 using Tiles128 = Shape<128, 128, 4, 3, 1>;
 
-// Where chunk `chunk` of row `row` lies in a plane: eight rows of one chunk, which one matrix load
-// reads, fall into eight different groups of banks. A multiple of eight rows is a plain distance,
-// and two chunks further on are 32 bytes, exclusive or.
+// Offset of chunk `chunk` of row `row` in a plane. One matrix load reads eight rows of one chunk,
+// which are in eight different groups of banks. Eight rows further is a constant distance; two
+// chunks further is the offset with 32 bytes flipped (exclusive or).
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return row * kStep + (chunk ^ ((row >> 1) & (kChunks - 1))) * kChunk;
 }
 constexpr uint32_t kOtherHalf = 2 * kChunk;
 
-// Copies of one side of a stage, kRows rows of both planes, which a thread makes: each time of the
-// same chunk of 16 bytes of the same rows, kStep channels further on.
+// The async copies one thread issues for one side of a stage (kRows rows of both planes). Rows and
+// 16-byte chunks stay the same; only the channel offset advances, by kStep per stage.
 template <int kRows, int kThreads>
 struct SideCopies {
-  static constexpr int kEach = kRows * kChunks / kThreads;  // of a plane
+  static constexpr int kEach = kRows * kChunks / kThreads;  // per plane
   static constexpr int kApart = kThreads / kChunks;         // rows between them
   static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0, "");
   const int8_t* from[kEach];
@@ -93,8 +93,8 @@ struct SideCopies {
   }
 };
 
-// 32 channels of a plane, as the matrix instruction wants them: of 16 rows, or of two times 16
-// columns. A lane gives the address of one chunk.
+// 32 channels of a plane in the layout of the matrix instruction, of 16 rows or of two times 16
+// columns. Each lane gives the address of one chunk.
 struct RowOperand {
   uint32_t of[4];
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void multiply(const RowOperand& rows, const ColumnOpe
   }
 }
 
-// Blocks of a column of the matrix: down to the diagonal.
+// Blocks per column of the matrix: down to the diagonal.
 template <typename S>
 VP_HD int blocks_of_column(int column) {
   return ((column + 1) * S::kColumns + S::kRows - 1) / S::kRows;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     }
     copy_async_commit();
   }
-  // What the epilogue needs of each row and column comes while the first stages do.
+  // The epilogue's values per row and column are loaded while the first stages are.
   __shared__ int own_sums[S::kRows + S::kColumns];
   __shared__ float own_inv[S::kRows + S::kColumns];
   for (int t = threadIdx.x; t < S::kRows + S::kColumns; t += S::kThreads) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   }
 
   const int warp = threadIdx.x / kWarp;
-  constexpr int kAcross = S::kColumns / S::kWarpColumns;  // warps side by side
+  constexpr int kAcross = S::kColumns / S::kWarpColumns;  // warps across the block's columns
   const int warp_row = warp / kAcross * S::kWarpRows;
   const int warp_column = warp % kAcross * S::kWarpColumns;
   int high_sums[S::kRowTiles][4][4] = {}, low_sums[S::kRowTiles][4][4] = {};
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   uint32_t stage = 0, free_stage = (S::kStages - 1) * S::kStageBytes;
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<S::kStages - 2>();
-    __syncthreads();  // the stage is here for all, and the one before it is free
+    __syncthreads();  // all threads see the stage, and the one before it is free
     if (step + S::kStages - 1 < steps) {
       row_copies.start(free_stage);
       column_copies.start(free_stage);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     stage = stage == (S::kStages - 1) * S::kStageBytes ? 0 : stage + S::kStageBytes;
   }
   copy_async_wait<0>();
-  __syncthreads();  // the last stage has been read: its memory becomes the output tile
+  __syncthreads();  // the last stage has been read: the output tile reuses its memory
 
   auto* out = reinterpret_cast<float*>(shared);
   const int lane = threadIdx.x % kWarp;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // One after the other: all at once, they would spill registers.
+        // One after the other: all at once would spill registers.
         not_before(high_sums[m][n][e]);
         not_before(both_sums[m][n][e]);
         not_before(low_sums[m][n][e]);
@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   float* matrix = kCosine ? cosines + int64_t{blockIdx.y} * rows * rows
                           : reinterpret_cast<float*>(own + at.matrix);
   const int64_t ld = kCosine ? rows : at.ld;
-  // What stands for the inner product of token i and a token j that is not before it, at (i, j) or,
-  // with `mirrored`, at (j, i).
+  // The output for the inner product of token i and a token j >= i: of element (i, j) or, with
+  // `mirrored`, of (j, i).
   const auto value = [&](float g, float inv_i, float inv_j, bool mirrored) {
     if constexpr (kCoverage) {
       return bits_float(coverage(similarity(g, inv_j) * inv_i));
@@ -271,8 +271,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       return kCosine ? s * (mirrored ? inv_j : inv_i) : s;
     }
   };
-  // A thread stays in its column of the matrix. Below the tile on the diagonal, the mirrored half
-  // of another block writes. Methods read whole vectors of coverage: zeros follow the last column.
+  // A thread stays in its column of the matrix. Below the tile on the diagonal, the block of the
+  // mirrored tile writes. Methods read whole vectors of coverage, so zeros follow the last column.
   const int own_column = threadIdx.x % S::kColumns, j = column0 + own_column;
   if (j < (kCoverage ? ld : rows)) {
     constexpr int kApart = S::kThreads / S::kColumns;

@@ -1,4 +1,4 @@
-// Launching kernels: shared memory, dependent launches, and errors that say what to do.
+// Kernel launches: shared memory, dependent launches, and errors that say what to do.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -14,11 +14,11 @@ namespace vispruner::cuda {
 constexpr int kRefused = -1;
 int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Bytes of dynamic shared memory that a block may ask for on a device. 2 KiB are set aside for the
-// static variables of a kernel and for what the system reserves per block.
+// Bytes of dynamic shared memory that a block may request on a device. 2 KiB are reserved for the
+// static variables of a kernel and for what the system takes per block.
 int shared_memory_limit(int device, int* bytes);
 
-// What is found out once per kernel and device.
+// Properties that are queried once per kernel and device.
 template <auto kKernel>
 struct KernelOnDevice {
   // A bit per device each.
@@ -45,7 +45,7 @@ struct KernelOnDevice {
       }
       if (e == cudaSuccess) e = cudaDriverGetVersion(&driver);
       if (e != cudaSuccess) return e;
-      code_waits = attributes.ptxVersion >= 90;  // that of older PTX does not, on whatever device
+      code_waits = attributes.ptxVersion >= 90;  // code of older PTX does not, on any device
       is_captured = driver >= 12030;
       if (code_waits) waits.fetch_or(bit, std::memory_order_relaxed);
       if (is_captured) captured.fetch_or(bit, std::memory_order_relaxed);
@@ -66,7 +66,7 @@ template <auto kKernel, typename... Args>
 int launch_with(plan::Launch launch, dim3 grid, int threads, int shared_bytes, Stream stream,
                 const Args&... args) {
   bool dependent = false;
-  // Asked for even where 48 KiB are enough without: static variables count among them.
+  // Requested even for 48 KiB or less: static variables count towards them.
   if (shared_bytes > 0 || launch != plan::Launch::kOrdered) {
     if (const int e = KernelOnDevice<kKernel>::prepare(stream.device, launch, &dependent)) return e;
   }
@@ -88,9 +88,9 @@ int launch(dim3 grid, int threads, int shared_bytes, Stream stream, const Args&.
   return launch_with<kKernel>(plan::Launch::kOrdered, grid, threads, shared_bytes, stream, args...);
 }
 
-// The same for a kernel that begins with begin_dependent(). Its blocks come to the device while the
-// kernel before it on the stream still runs, where the plan and the device allow it, which hides
-// the time of a launch.
+// The same for a kernel that begins with begin_dependent(). If the plan and the device allow it,
+// its blocks start while the kernel before it on the stream still runs, which hides the launch
+// latency.
 template <auto kKernel, typename... Args>
 int launch_dependent(dim3 grid, int threads, int shared_bytes, Stream stream, const Args&... args) {
   return launch_with<kKernel>(plan::current().launch, grid, threads, shared_bytes, stream, args...);

@@ -63,7 +63,7 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
   const int64_t channels = args.feats.channels;
   if (size.kept == 0) return 0;
   const MethodStages& method = stages_of(args.selection.method);
-  Batch followed = batch;  // by another kernel of this call
+  Batch followed = batch;  // another kernel of this call follows
   followed.more = plan::overlaps(plan::current().launch);
   const Ranking ranking{method.order, args.selection.seed, method.scores};
   const bool ranked = method.order != Order::kIndex || method.scores;
@@ -86,7 +86,7 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
   return gather(batch, size, args.feats, args.indices, args.kept_feats, stream);
 }
 
-// The images of a wave, whose workspaces lie one after the other from `offset` on.
+// The images of a wave, whose workspaces are consecutive from `offset` on.
 std::vector<Image> wave_images(const PruneArgs& args, const Wave& wave, int64_t offset) {
   std::vector<Image> images;
   images.reserve(static_cast<size_t>(wave.size.images));

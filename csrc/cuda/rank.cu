@@ -3,17 +3,16 @@
 // A block takes 32 tokens of one image. Eight lanes per token count how many of the image's N
 // scores beat it (rank by counting: N^2 compares over the whole grid, one barrier per tile, no
 // sorting network), then each warp quantizes four tokens and writes their digits at their place in
-// the ranking, so that everything after this kernel works on positions, not on tokens. Where that
-// leaves most of a GPU idle, four times as many blocks take 8 tokens each: a warp ranks and
-// quantizes one.
+// the ranking, so that all later kernels work on positions, not on tokens. If that leaves most of a
+// GPU idle, four times as many blocks take 8 tokens each: each warp ranks and quantizes one.
 //
-// A chain of dependent accesses to global memory, for up to 1024 tokens and channels: the scores, 4
-// heads of up to 4 tokens at a time; a warp's first row of features arrives meanwhile. 1024 more
-// tokens are another trip, and so is each further row.
+// The chain of dependent accesses to global memory, for up to 1024 tokens and channels: the scores,
+// 4 heads of up to 4 tokens at a time; a warp's first row of features is loaded at the same time.
+// 1024 more tokens take another access, and so does each further row.
 //
-// Bytes: scores H N an image and block (from L2 after the first), features once up to 1024 channels
-// and twice beyond (the second time from L1 or L2), digits 2 C a token. Compares: N^2 an image,
-// about 0.3 us of one SM at N = 576, spread over the blocks.
+// Bytes: scores H N per image and block (from L2 after the first), features once up to 1024
+// channels and twice beyond (the second time from L1 or L2), digits 2 C per token. Compares: N^2
+// per image, about 0.3 us of one SM at N = 576, spread over the blocks.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -146,8 +145,8 @@ struct RowPart {
     }
   }
 
-  // The largest magnitude_bits of this lane's channels. Those of 16-bit formats are in the order of
-  // their bits, too, so that two are looked at in a word.
+  // The largest magnitude_bits of this lane's channels. The bits of 16-bit formats are in the same
+  // order, so that two are compared in one word.
   __device__ __forceinline__ uint32_t peak() const {
     uint32_t most = 0, upper = 0;
 #pragma unroll
@@ -172,14 +171,14 @@ struct RowPart {
   }
 };
 
-// The digits of four channels, a byte each.
+// The digits of four channels, one byte each.
 struct Digits {
   uint32_t high, low;
 };
 
 template <typename T>
 __device__ __forceinline__ Digits digits_of(const T* x, float scale) {
-  // Both digits are runs of the bits of q + kDigitBias, so that two channels go through in one
+  // Both digits are consecutive bits of q + kDigitBias, so that two channels are processed in one
   // word.
   uint32_t q[4];
 #pragma unroll
@@ -189,8 +188,8 @@ __device__ __forceinline__ Digits digits_of(const T* x, float scale) {
           __byte_perm(first, second, 0x6420) & 0x3f3f3f3fu};
 }
 
-// One warp, one token, the first part of whose row is there: digits to row `position`, their sum
-// and the inverse norm.
+// One warp, one token, the first part of whose row is loaded: writes the digits to row `position`,
+// their sum and the inverse norm.
 template <typename T>
 __device__ __forceinline__ void quantize_token(const Row<T>& row, RowPart<T>& part, int position,
                                                int padded_channels, unsigned char* digits,
@@ -244,7 +243,7 @@ __device__ __forceinline__ void quantize_token(const Row<T>& row, RowPart<T>& pa
   }
 }
 
-// kTokens: of a block. kScored: positions are ranks by score, and no scores are stored.
+// kTokens: per block. kScored: positions are ranks by score, and no scores are stored.
 template <typename T, int kTokens, bool kScored>
 __device__ __forceinline__ void rank_tokens(const Batch& batch, const FeatureView& feats,
                                             const AttentionView& attention, const Ranking& ranking,
@@ -258,7 +257,7 @@ __device__ __forceinline__ void rank_tokens(const Batch& batch, const FeatureVie
   const int first = blockIdx.x * kTokens;
   if (first >= tokens) return;
 
-  // The first row that this warp quantizes comes while the scores do.
+  // The first row that this warp quantizes is loaded while the scores are.
   const int residual = workspace ? image.shape.residual() : 0;
   const int first_row = first + static_cast<int>(threadIdx.x) / kWarp;
   const auto row_of = [&](int token) {
@@ -278,7 +277,7 @@ __device__ __forceinline__ void rank_tokens(const Batch& batch, const FeatureVie
   uint32_t key = 0;
   if (attention.data) {
     rank = 0;
-    // Its own tile is the first that a block looks at, and the only one if the order is given.
+    // A block reads the tile of its tokens first, and no other if the order is given.
     const bool given = !kScored && ranking.order == Order::kIndex;
     const int tiles = given ? 1 : (tokens + kTile - 1) / kTile, own_tile = first / kTile;
     for (int t = 0; t < tiles; ++t) {
@@ -312,7 +311,7 @@ __device__ __forceinline__ void rank_tokens(const Batch& batch, const FeatureVie
     ranks[slot] = rank;
     if (token < tokens) {
       if (workspace) {
-        // The layout begins with the order, whatever the rest is.
+        // The layout always begins with the order.
         reinterpret_cast<uint16_t*>(workspace + image.workspace)[rank] =
             static_cast<uint16_t>(token);
         if (!kScored && ranking.scores &&

@@ -1,14 +1,14 @@
-// Received attention: column means of softmax(Q K^T) over all queries and heads, without the
-// N x N matrix ever being in memory.
+// Received attention: column means of softmax(Q K^T) over all queries and heads, without
+// materializing the N x N matrix.
 //
-// Two passes of one kernel over tiles of Q K^T. A block has 64 fixed rows of one head and walks
+// Two passes of one kernel over tiles of Q K^T. A block has 64 fixed rows of one head and iterates
 // over all tiles of 64 columns. First pass: rows are queries, columns keys, and the running
-// log-sum-exp of each row is kept (left out when the caller has it from a flash forward). Second
+// log-sum-exp of each row is stored (skipped if the caller has it from a flash forward). Second
 // pass: rows are keys, columns queries, and exp(logit - lse of the query) is summed along the row.
 // A last launch adds the heads in index order. Nothing depends on timing or on other images.
 //
-// A wide block has column tiles of 64. Where its tiles do not fit into shared memory (many channels
-// per head on a GPU with 99 KiB), a narrow one has tiles of 16 columns.
+// A wide block has tiles of 64 columns. If these do not fit into shared memory (many channels per
+// head on a GPU with 99 KiB), a narrow block has tiles of 16 columns.
 //
 // Operations: 2 N^2 D H multiply-adds on tensor cores (fp16, bf16) and 2 N^2 H exponentials, half
 // of both with an lse. Bytes: N D elements of each operand N / 64 times from L2.
@@ -30,14 +30,14 @@ constexpr int kVectorBytes = 16;
 static_assert(kWarpRows == 16, "the rows of one matrix instruction");
 
 // Channels of a row in shared memory: whole matrix instructions, and 16 bytes more, so that the
-// eight rows of a matrix load fall into different banks.
+// eight rows of a matrix load are in different banks.
 template <typename T>
 VP_HD int row_elements(int head_dim) {
   constexpr int kStep = 32 / sizeof(T);
   return static_cast<int>(round_up(head_dim, kStep)) + kVectorBytes / static_cast<int>(sizeof(T));
 }
 
-// The column tiles of a block. With two buffers the next tile arrives while this one is used.
+// The column tiles of a block. With two buffers the next tile is loaded while this one is used.
 template <typename T, int kColumns_, int kBuffers_>
 struct Shape {
   static constexpr int kColumns = kColumns_;
@@ -77,7 +77,7 @@ struct Exponential {
 };
 
 // kTileRows rows of an operand from `first` on; zeros beyond `rows` rows, and to the end of the
-// last vector of head_dim channels. (What lies between that and the stride is cleared once.)
+// last vector of head_dim channels. (The rest up to the stride is cleared once.)
 template <int kTileRows, typename T>
 __device__ __forceinline__ void load_tile(T* shared, const T* data, int64_t token_stride, int first,
                                           int rows, int head_dim, bool aligned) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_tile(T* shared, const T* data, int64_t toke
   }
 }
 
-// Zeros behind the channels of all rows, which the matrix instructions read, too.
+// Zeros after the channels of all rows, which the matrix instructions read as well.
 template <typename T>
 __device__ __forceinline__ void clear_padding(T* shared, int rows, int head_dim) {
   constexpr int kElements = kVectorBytes / sizeof(T);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void tile_product(const T* rows, const T* columns, in
       a_at += 2 * kVectorBytes;
       b_at += 2 * kVectorBytes;
     }
-  } else {  // float32 stays float32: no tensor core computes it exactly enough
+  } else {  // float32 without tensor cores, which are not exact enough
     // Sums of sixteen channels, and the sum of those: a long chain of additions loses digits.
     constexpr int kChunk = 16;
     const int row = row0 + lane / 4, column = 2 * (lane % 4);
@@ -207,7 +207,7 @@ __device__ __forceinline__ Operand<T> operand(const HeadsView& view, int64_t fir
 // kColumnSums = false: out = log-sum-exp of each query's logits, lse not used.
 // kColumnSums = true: out = sum over queries of exp(logit - lse) for each key.
 // out and lse are (heads, rows of all images). Everything is to the base of Exponential<T>: `scale`
-// includes its factor, and `lse_scale` brings lse to it.
+// includes its factor, and `lse_scale` converts lse to it.
 template <typename T, bool kColumnSums, typename S>
 __global__ void __launch_bounds__(kThreads)
     pass_kernel(Batch batch, HeadsView row_view, HeadsView column_view, int head_dim, float scale,
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto row_operand = operand<T>(row_view, image.first_kept, head);
   const auto column_operand = operand<T>(column_view, image.first_kept, head);
 
-  // Starts the copies and commits them: a wait covers committed copies alone.
+  // Starts the copies and commits them: a wait covers committed copies only.
   const auto load_columns = [&](int tile) {
     load_tile<S::kColumns>(column_tile(tile), column_operand.data, column_operand.token_stride,
                            tile * S::kColumns, tokens, head_dim, column_operand.aligned);
@@ -250,13 +250,13 @@ __global__ void __launch_bounds__(kThreads)
 
   const int lane = threadIdx.x % kWarp;
   const int row0 = static_cast<int>(threadIdx.x) / kWarp * kWarpRows;
-  // Of two rows per lane. The start is finite, so that its distance from columns which do not exist
-  // is a number.
+  // Of two rows per lane. The initial value is finite, so that its difference from columns which do
+  // not exist is not NaN.
   float highest[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.0f, 0.0f};
   const int tiles = (tokens + S::kColumns - 1) / S::kColumns;
   for (int tile = 0; tile < tiles; ++tile) {
     copy_async_wait<0>();
-    __syncthreads();  // this tile is here for all, and the one before it is free
+    __syncthreads();  // all threads see this tile, and the one before it is free
     if (S::kBuffers == 2 && tile + 1 < tiles) load_columns(tile + 1);
 
     float logits[kMatrices][4];

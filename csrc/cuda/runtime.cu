@@ -1,4 +1,4 @@
-// The CUDA runtime as the operators see it: devices, limits and error messages.
+// The operators' interface to the CUDA runtime: devices, limits and error messages.
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -12,7 +12,7 @@ namespace {
 
 thread_local std::string refusal;  // of the latest kRefused
 
-// An error that an earlier kernel of anybody may have left behind.
+// An error of an earlier kernel, which may be of another library.
 bool is_asynchronous(int error) {
   switch (error) {
     case cudaErrorIllegalAddress:
@@ -75,7 +75,7 @@ int set_device(int device) { return cudaSetDevice(device); }
 
 int shared_memory_limit(int device, int* bytes) {
   constexpr int kReserved = 2048, kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked for yet
+  static std::atomic<int> known[kDevices];  // 0: not queried yet
   const bool remembered = device < kDevices;
   *bytes = remembered ? known[device].load(std::memory_order_relaxed) : 0;
   if (*bytes != 0) return 0;

@@ -1,6 +1,6 @@
-"""Engines, checkpoints and the answers of transformers that they are compared with.
+"""Engines, checkpoints and the expected answers from transformers.
 
-An engine takes ten seconds to start, so tests share them by their options.
+An engine takes ten seconds to start, so tests with equal options share one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if importlib.util.find_spec("vllm") is not None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's checkpoint, made when it is first asked for."""
+    """The directory of a family's checkpoint, created on first use."""
     from support.engine_models import BUILDERS
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
-    """Engines by family and options: one at a time, since each takes a core and a gigabyte."""
+    """Engines by family and options: one at a time, since each needs a core and a gigabyte."""
     running: dict[str, Engine] = {}
 
     def start(family: str, pruning: dict[str, Any] | None = None, **options: Any) -> Engine:

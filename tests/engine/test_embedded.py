@@ -1,4 +1,4 @@
-"""The model in the package is served as it is: what docs/serving.md begins with."""
+"""The model in the package can be served directly, as at the beginning of docs/serving.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A pruned engine answers what the pruned model answers in transformers; nothing else changes.
+"""A pruned engine gives the answers of the pruned model in transformers; nothing else changes.
 
-The pictures are noise, whose patches do not resemble each other, so that rounding errors of the
-features do not change the choice. `test_smooth` has pictures where they may.
+The pictures are noise, whose patches are not similar, so rounding errors of the features do not
+change the tokens. In `test_smooth` they may.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from support.engine_requests import (
 
 pytestmark = pytest.mark.engine
 
-LLAVAS = ("llava", "llava_next", "llava_onevision", "internvl")  # without positions of their own
+LLAVAS = ("llava", "llava_next", "llava_onevision", "internvl")  # without separate positions
 QWENS = ("qwen2", "qwen25", "qwen3", "qwen3_moe", "qwen35", "qwen35_moe")
 FAMILIES = (*LLAVAS, *QWENS)
-BLOCK = 32  # tokens of a block of the KV cache, the fewest that vLLM has on a CPU
-TOKEN = 2**10  # bytes of the KV cache that a token takes, in all models here
+BLOCK = 32  # tokens per block of the KV cache, the minimum of vLLM on a CPU
+TOKEN = 2**10  # bytes per token in the KV cache, for all models here
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that name no families run for all of them."""
+    """Tests without families run for all of them."""
     named = (mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "family" in metafunc.fixturenames and not any("family" in names for names in named):
         metafunc.parametrize("family", FAMILIES)
@@ -75,7 +75,7 @@ def test_fewer_tokens_are_those_of_transformers(
     found = asked(pruned, family, requests)
     expected = transformers_of(family)(requests, K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
-    # It has been looked at: other tokens give other answers.
+    # The test depends on the image: other tokens give other answers.
     other = asked(pruned, family, [replace(ONE, k=K - 1)])
     assert other[0].tokens != found[0].tokens
 
@@ -90,7 +90,8 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     family: str,
     runner: str,
 ) -> None:
-    """Prompts are computed 13 tokens a step, their beginnings come from a cache of few blocks."""
+    """Prompts are computed in steps of 13 tokens, and their prefixes come from a cache of few
+    blocks."""
     tiles = 5 if family in ("llava_next", "llava_onevision") else 1  # of the picture in ONE
     k, less = (8, 5) if family == "internvl" else (BLOCK, 20)  # 7 tiles, each of 16 tokens
     cached = not family.startswith("qwen35")  # of which `test_linear_attention` has a cache
@@ -110,7 +111,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
     )
 
     def check(*requests: Request, length: int = 16) -> list[int]:
-        """The answers are those of transformers; tokens that came from the cache, of each."""
+        """Checks the answers against transformers; returns the number of cached tokens of each."""
         found = asked(chunked, family, list(requests), length)
         expected = transformers_of(family)(requests, k, length)
         assert [(len(a.prompt), a.tokens) for a in found] == expected
@@ -121,12 +122,12 @@ def test_chunked_prefill_prefix_cache_and_preemption(
         requests.append(replace(BOTH, k=5))
     assert set(check(*requests)) == {0}
     assert all(check(*requests)) == cached
-    # A block ends within the image: its last tokens are computed anew, at their places.
+    # A block ends within the image: its last tokens are recomputed, at their positions.
     other = replace(ONE, text="USER: {image}describe the picture in detail")
     assert check(other) == [tiles * BLOCK if cached else 0]
-    # The same image pruned in another way is another image.
+    # A different pruning of the same image is not in the cache.
     assert check(replace(ONE, k=k + 1)) == [0]
-    # More than the cache holds: requests are put off in the middle of their answers.
+    # More than the cache holds: requests are preempted while they are answered.
     assert chunked.count("vllm:num_preemptions") == 0
     check(*(Request("USER: {image}" + " what" * (n + 9), [n]) for n in range(4)), length=60)
     assert (chunked.count("vllm:num_preemptions") > 0) == cached
@@ -151,7 +152,7 @@ def test_tensor_parallel(
     runner: str,
     encoder: str,
 ) -> None:
-    """The encoder's heads are shared between the ranks (weights), or its pictures are (data)."""
+    """The encoder's heads (weights) or its pictures (data) are split between the ranks."""
     requests = [ONE, TWO, replace(OTHER, k=20)]
     if family.startswith("qwen"):
         requests.append(BOTH)
@@ -172,7 +173,7 @@ def test_tensor_parallel(
 def test_pipeline_parallel(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
 ) -> None:
-    """On runner V2: vLLM's V1 loses track of requests on a CPU, pruned or not."""
+    """On runner V2: vLLM's V1 fails here on a CPU, pruned or not."""
     piped = engine(family, {"k": K, "max_k": ALL}, runner="V2", pipeline_parallel_size=2)
     requests = [ONE, TWO, replace(OTHER, k=20), NONE]
     found = asked(piped, family, requests)
@@ -218,7 +219,7 @@ def test_lora_and_speculative_decoding(
 def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
     """A prefix cache with the states of linear attention, which need bfloat16 on a CPU.
 
-    Features in 16 bits are not those of transformers, so the engine is compared with itself.
+    Features in 16 bits differ from those of transformers, so the engine is compared with itself.
     """
     # A block of the cache, 1152 tokens with their states, ends within the first image.
     request = Request("USER:" + " what" * 1120 + "{image}{image} ASSISTANT:", [1, 2], k=64)
@@ -235,14 +236,14 @@ def test_linear_attention(engine: Callable[..., Engine], family: str) -> None:
         assert found.tokens == whole.tokens
         assert (found.cached > 1000) == again
     (fewer,) = asked(cached, family, [replace(request, k=BLOCK)], 8)
-    assert fewer.cached == 0  # the first image pruned in another way is another image
+    assert fewer.cached == 0  # another pruning of the first image is not cached
     assert len(whole.prompt) < 1120 + 2 * 64 + 50
 
 
 def test_ratio(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
 ) -> None:
-    """A share of each image, whatever its size."""
+    """A share of each image, for any size."""
     pruned = engine(
         "qwen25",
         {"ratio": 0.25, "important_ratio": 0.75, "step": 4},
@@ -285,7 +286,7 @@ def test_a_tower_without_cls(
 def test_pooled_tiles(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
 ) -> None:
-    """By scores alone: averages of patches resemble each other, as those of smooth pictures do."""
+    """By scores only: averages of patches are similar to each other, as in smooth pictures."""
     family = "llava_onevision"
     pruned = engine(family, {"k": K, "max_k": ALL, "important_ratio": 1.0})
     requests = [replace(ONE, images=[LARGE]), replace(ONE, images=[LARGE], k=ALL)]
@@ -297,7 +298,7 @@ def test_pooled_tiles(
 def test_many_images_at_once(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
 ) -> None:
-    """More images in a step than the encoder takes: it gets them in batches, with mixed k."""
+    """More images per step than the encoder takes: they are split into batches, with mixed k."""
     requests = [
         Request("USER: {image} {image}" + " what" * n, [n, n + 9], k=3 + n) for n in range(8)
     ]
@@ -310,10 +311,10 @@ def test_many_images_at_once(
     assert [(len(a.prompt), a.tokens) for a in found] == expected
 
 
-def test_engine_in_a_process_of_its_own(
+def test_engine_in_a_separate_process(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
 ) -> None:
-    """The positions are written in another process than the prompt is laid out in."""
+    """The positions are not set in the process that builds the prompt."""
     apart = engine("qwen25", {"k": K}, limit_mm_per_prompt=limits("qwen25"), apart=True)
     found = asked(apart, "qwen25", [ONE, TWO])
     expected = transformers_of("qwen25")([ONE, TWO], K)
@@ -323,7 +324,7 @@ def test_engine_in_a_process_of_its_own(
 def test_positions_beyond_the_rotary_embedding(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
 ) -> None:
-    """Few tokens of a long strip take as many positions as the strip is long."""
+    """Few tokens of a long strip span as many positions as the strip is long."""
     family = "qwen25_few_positions"
     few = engine(family, {"k": 4}, max_model_len=128, limit_mm_per_prompt={"image": 5})
     four, five = (Request("USER:" + "{image}" * n, [WIDE] * n) for n in (4, 5))

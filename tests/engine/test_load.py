@@ -1,4 +1,4 @@
-"""500 mixed requests at once: every answer is the one of the same request alone."""
+"""500 mixed requests at once: every answer equals that of the same request alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def asked(server: Server, jobs: list[Job], concurrency: int) -> list[Outcome]:
 
 
 def idle(server: Server) -> dict[str, float]:
-    """What the engine still holds, once it has come to rest or half a minute has passed."""
+    """The engine's running and waiting requests and KV cache use, once idle or after half a
+    minute."""
     until = time.monotonic() + 30
     while True:
         names = ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting")
@@ -44,7 +45,7 @@ def idle(server: Server) -> dict[str, float]:
 
 
 def counted(server: Server) -> dict[int, tuple[float, ...]]:
-    """Images, visual tokens before and visual tokens kept, of each k."""
+    """Images, visual tokens before and after pruning, for each k."""
     names = ("images", "visual_tokens_before", "visual_tokens_kept")
     return {
         k: tuple(server.metric(f"vispruner_{name}_total", k=str(k)) for name in names)
@@ -66,7 +67,7 @@ def test_mixed_load(
     with running(options, log, environment(VLLM_SERVER_DEV_MODE="1"), START) as server:
         outcomes = asked(server, jobs, CONCURRENCY)
         assert not any(idle(server).values()), idle(server)
-        # The engine has dropped the long answers that nobody waited for.
+        # The engine has dropped the long answers of disconnected clients.
         made = server.metric("vllm:generation_tokens_total")
         assert made < LENGTH * (REQUESTS + LONGER * REQUESTS // 40)
         counts = counted(server)
@@ -89,7 +90,7 @@ def test_mixed_load(
             assert images in (0, maybe.get(k, images))
             assert found == (images, images * PATCHES, images * k), k
 
-        # Alone, and computed anew: nothing is left of the images and prompts of the load.
+        # Alone, and recomputed: the images and prompts of the load are not cached any more.
         server.post("/reset_prefix_cache")
         server.post("/reset_mm_cache")
         server.post("/reset_encoder_cache")

@@ -1,4 +1,4 @@
-"""What operators and clients see: /metrics, the log, the usage and the headers of an answer."""
+"""Metrics: /metrics, the log, and the usage and headers of an answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def options(folder: Path, pruning: dict[str, Any], *more: str) -> list[str]:
 def llava(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """As an operator starts it: one process serves, the engine has its own."""
+    """As in production: one process serves, the engine runs in another one."""
     log = tmp_path_factory.mktemp("llava") / "log"
     own = options(
         checkpoint("llava"), {"k": K, "max_k": MOST}, "--limit-mm-per-prompt", '{"image": 3}'
@@ -68,7 +68,7 @@ def qwen(
 
 
 def pruning(server: Server, k: Any = None) -> tuple[float, ...]:
-    """The counters of images with this k, of all images without it."""
+    """The counters of images with this k, or of all images without k."""
     labels = {} if k is None else {"k": str(k)}
     return tuple(server.metric(f"vispruner_{name}_total", **labels) for name in COUNTERS)
 
@@ -88,7 +88,7 @@ def test_images_and_tokens_are_counted_by_k(llava: Server) -> None:
     create(**chat(1))
     create(**chat(1))  # its processed image comes from a cache
     create(**chat(1, 2, 1, k=3))
-    create(**chat(4, k=MOST, n=2, temperature=0.5))  # two answers to one image
+    create(**chat(4, k=MOST, n=2, temperature=0.5))  # two answers, one image
     create(**chat())
     assert gained(pruning(llava, 3), of_3) == (3, 3 * PATCHES, 3 * 3)
     assert gained(pruning(llava), start) == (6, 6 * PATCHES, 2 * K + 3 * 3 + MOST)
@@ -100,7 +100,7 @@ def test_what_is_refused_is_not_counted(llava: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="more than this engine's"):
         create(**chat(1, k=MOST + 1))
     with pytest.raises(openai.BadRequestError, match="maximum"):
-        create(**chat(1, text="what " * 600))  # laid out, and then too long
+        create(**chat(1, text="what " * 600))  # the prompt is built, and then too long
     with pytest.raises(openai.BadRequestError):
         create(**chat(1, temperature=-1))
     assert pruning(llava) == start
@@ -130,7 +130,7 @@ def test_videos_and_ratios(qwen: tuple[Server, Path]) -> None:
     assert server.metric("vispruner_visual_tokens_kept_total", **video) == before / 4 > 0
 
 
-def test_the_time_of_workers_is_seen_where_processes_share_counters(
+def test_the_time_of_workers_is_counted_where_processes_share_counters(
     qwen: tuple[Server, Path],
 ) -> None:
     server, log = qwen
@@ -147,14 +147,14 @@ def test_the_time_of_workers_is_seen_where_processes_share_counters(
         assert 0 < server.metric(name) - earlier < spent
     lines = re.findall(
         r"Pruned (\d+) pictures in [\d.]+ s: (\d+) visual tokens, (\d+) kept; "
-        r"scoring [\d.]+ ms and selection [\d.]+ ms a picture", log.read_text(),
+        r"scoring [\d.]+ ms and selection [\d.]+ ms per picture", log.read_text(),
     )  # fmt: skip
     assert sum(int(n) for n, _, _ in lines) == pictures + 3
     assert all(0 < int(kept) < int(before) for _, before, kept in lines)
 
 
 def test_a_worker_keeps_no_times_for_ever() -> None:
-    """Neither the rank that counts nor one that does the same work beside it."""
+    """Neither the rank that counts nor one that duplicates its work."""
     for counted in (True, False):
         timing = Timing("of-a-test", torch.device("cpu"), counted)
         before = timing._counters.pictures.labels("of-a-test")._value.get()
@@ -178,4 +178,4 @@ def test_every_metric_of_the_dashboard_exists(qwen: tuple[Server, Path]) -> None
     assert len(queries) >= 6
     assert named <= there, named - there
     own = {name for name in there if name.startswith("vispruner_")}
-    assert own <= named, own - named  # it shows all that there is
+    assert own <= named, own - named  # it shows every metric

@@ -1,4 +1,4 @@
-"""An engine or a request that asks for pruning gets it, or an error of one line."""
+"""A pruning option of an engine or a request is applied, or is an error of one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = {"prompt_token_ids": [1, 20, 30, 40]}
 
 
 def config(overrides: Any, **changes: Any) -> Any:
-    """What the guard reads of vLLM's ModelConfig."""
+    """The part of vLLM's ModelConfig that the guard reads."""
     hf_config = SimpleNamespace(**(overrides if isinstance(overrides, dict) else {}))
     return SimpleNamespace(hf_overrides=overrides, hf_config=hf_config, **changes)
 
@@ -31,16 +31,16 @@ def config(overrides: Any, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     "name", ["Vispruner", "visprunner", "vis_pruner", "vispruner_k", "VISPRUNER", "vispuner"]
 )
-@pytest.mark.parametrize("beside", [{}, {"vispruner": {"k": 8}}], ids=["alone", "beside"])
-def test_a_misspelt_key_is_named(name: str, beside: dict[str, Any]) -> None:
+@pytest.mark.parametrize("others", [{}, {"vispruner": {"k": 8}}], ids=["alone", "with others"])
+def test_a_misspelt_key_is_named(name: str, others: dict[str, Any]) -> None:
     with pytest.raises(guard.UnsupportedEngineError, match=rf"^vispruner: .*'{name}'[^\n]*$"):
         guard.check_engine(
-            config({**beside, name: {"k": 8}}), "LlavaForConditionalGeneration", architectures()
+            config({**others, name: {"k": 8}}), "LlavaForConditionalGeneration", architectures()
         )
 
 
 @pytest.mark.parametrize("overrides", [{}, {"num_labels": 2}, {"text_config": {}}, lambda c: c])
-def test_other_overrides_are_left_alone(overrides: Any) -> None:
+def test_other_overrides_are_accepted(overrides: Any) -> None:
     guard.check_engine(config(overrides), "OPTForCausalLM", architectures())
 
 
@@ -72,11 +72,11 @@ def test_an_engine_that_would_ignore_the_option_does_not_start(
 
 
 def test_another_version_of_vllm(checkpoint: Callable[[str], Path]) -> None:
-    """Nothing is pruned in a way that nobody has tested, and the rest is as without the plugin."""
+    """On an untested version pruning is refused, and everything else is as without the plugin."""
     folder = checkpoint("llava")
     with pytest.raises(RuntimeError, match=r"vispruner: vLLM 0\.99\.1 is not supported") as error:
         Engine(folder, {"k": 8}, version="0.99.1")
-    assert r"\n" not in str(error.value)  # of the error in the engine's process, as repr shows it
+    assert r"\n" not in str(error.value)  # the error in the engine's process, by repr
     with pytest.raises(RuntimeError, match="vispruner: --hf-overrides has 'vis_pruner'"):
         Engine(folder, version="0.99.1", hf_overrides={"vis_pruner": {"k": 8}})
     request = [Request("USER: {image}what is it? ASSISTANT:", [1]).for_engine("llava")]
@@ -104,7 +104,7 @@ def test_a_request_without_images_is_checked_as_well(
     assert len(pruned([{**TEXT, "mm_processor_kwargs": {"vispruner": {"k": 4}}}])[0].tokens) == 16
 
 
-def test_an_engine_that_does_not_prune_refuses_requests_that_ask(
+def test_an_engine_that_does_not_prune_refuses_pruning_options(
     engine: Callable[..., Engine],
 ) -> None:
     plain = engine("llava")

@@ -1,4 +1,4 @@
-"""What engines and requests may ask for, and the small parts that need no engine."""
+"""Options of engines and requests, and small parts that need no engine."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_bad_options_of_a_request(options: Any, message: str) -> None:
         pruning(k=64, max_k=128).for_request({KEY: options})
 
 
-def test_identity_tells_prunings_apart() -> None:
+def test_identity_differs_between_prunings() -> None:
     budgets = [Budget(8), Budget(9), Budget(ratio=0.5), Budget(8, step=4), Budget(8, None, 0.25)]
     budgets += [Budget(8, method="random", seed=seed) for seed in (0, 1)]
     budgets += [Budget(8, method="topk")]
@@ -154,7 +154,8 @@ def test_unpruned_prompt() -> None:
 
 
 def test_unpruned_video() -> None:
-    """Frames of three tokens that keep one, next to each other or with text between them."""
+    """Frames of three tokens, one of them retained, next to each other or with text between
+    them."""
     for tokens, whole, columns in (
         ([1, 8, 8, 2], [1, 8, 8, 8, 8, 8, 8, 2], [0, 1, 4, 7]),
         (
@@ -172,7 +173,7 @@ def test_unpruned_video() -> None:
 
 @pytest.mark.parametrize("model", [PrunedQwen25VL, PrunedQwen3VL], ids=lambda m: m.__name__)
 def test_positions_before_the_image_is_encoded(model: Any) -> None:
-    """Right for text, for the time of images and for the answer, also where nothing recomputes."""
+    """Correct for text, for the time of images and for the answer, even without recomputation."""
     qwen = object.__new__(model)
     torch.nn.Module.__init__(qwen)
     qwen.visual = SimpleNamespace(spatial_merge_size=2)
@@ -203,7 +204,7 @@ def test_positions_before_the_image_is_encoded(model: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_places_survive_every_dtype(dtype: torch.dtype) -> None:
+def test_positions_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     places = torch.tensor([[0, 0, 1], [2, 127, 255], [7, 128, 256], [0, 16383, 4097]])
     embeddings = with_places(torch.zeros(4, 6, dtype=dtype), places)
     assert embeddings.dtype == dtype
@@ -218,15 +219,16 @@ def test_places_survive_every_dtype(dtype: torch.dtype) -> None:
     assert written[2, 1:5].tolist() == [8, 262, 263, 4104]
     kept = [0, 5, 6, 7]
     assert written[:, kept].equal(positions[:, kept])
-    # The same again, and in two steps that cut the image.
+    # Repeated, and in two steps that split the image.
     assert write_places(ids, [embeddings, whole], written, 0, (9, 8)).equal(written)
     half = write_places(ids, [embeddings[:1]], positions, 0, (9, 8))
     assert write_places(ids, [embeddings[1:], whole], half, 2, (9, 8)).equal(written)
 
 
 # ------------------------------------------------------------------------------------- the versions
-def test_internals_are_where_they_were() -> None:
-    """Fails on a version that moved something: it is not to be listed before that is met."""
+def test_no_internals_have_moved() -> None:
+    """Fails on a version with moved internals, which must not be listed until the package handles
+    them."""
     assert compatibility.version_problem() is None
     assert compatibility.moved() == []
     assert set(compatibility.STOCK) == set(architectures())
@@ -236,7 +238,7 @@ def test_supported_versions_are_documented() -> None:
     table = (ROOT / "docs" / "serving.md").read_text().split("### Supported versions")[1]
     documented = re.findall(r"^\| (\d+\.\d+) \|", table, re.MULTILINE)
     assert tuple(documented) == compatibility.SUPPORTED
-    # So is what `pip install 'vispruner-cuda[vllm]'` brings.
+    # So is the version that `pip install 'vispruner-cuda[vllm]'` installs.
     (lowest, highest) = re.findall(
         r'"vllm>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text()
     )[0]
@@ -244,7 +246,7 @@ def test_supported_versions_are_documented() -> None:
     assert highest not in compatibility.SUPPORTED
 
 
-def test_moved_internals_are_noticed() -> None:
+def test_moved_internals_are_detected() -> None:
     internals = {
         "vllm.config:ModelConfig.no_such_method": (),
         "vllm.no_such_module:name": (),

@@ -1,4 +1,5 @@
-"""Engines that cannot prune say why, in one line, and engines that do not prune are left alone."""
+"""Engines that cannot prune fail with the reason in one line; engines without pruning are not
+affected."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ QWENS = (
 
 
 def engine_config(**changes: Any) -> Any:
-    """What a pruned Qwen-VL looks at, with one option changed."""
+    """The options that a pruned Qwen-VL checks, with one of them changed."""
     options = {
         "mm_encoder_tp_mode": "weights", "video_pruning_rate": None, "speculative_config": None,
         "pipeline_parallel_size": 1, "compile_mm_encoder": False, "lora_config": None,
@@ -97,7 +98,8 @@ def test_options_that_llava_cannot_be_pruned_with() -> None:
 
 
 def test_the_table_of_the_documentation() -> None:
-    """Its rows are the architectures, and it says "refused" where a model of its row refuses."""
+    """Its rows are the architectures, and a cell is "refused" exactly if the model of its row
+    refuses."""
     text = (TESTS.parent / "docs" / "serving.md").read_text()
     lines = text[text.index("| architecture | tensor parallel |") :].split("\n\n")[0].splitlines()
     head, _, *rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
@@ -122,7 +124,7 @@ def test_the_table_of_the_documentation() -> None:
             assert (cells[feature] == "refused") == refused, (architecture, feature)
 
 
-def test_a_runner_that_leaves_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_that_does_not_update_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
@@ -157,7 +159,7 @@ def llava_config(**changes: Any) -> Any:
         ({"vision_feature_layer": 5}, "must be one encoder layer, got 5 with 4 layers"),
     ],
 )
-def test_towers_that_cannot_be_read(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_towers(changes: dict[str, Any], message: str) -> None:
     PrunedLlava.check(llava_config())
     PrunedLlava.check(
         llava_config(vision_config=engine_models.siglip(), vision_feature_select_strategy="full")

@@ -45,7 +45,7 @@ def server(
 
 
 def chat(*numbers: int, k: Any = None, **more: Any) -> dict[str, Any]:
-    """Arguments of a chat completion about these pictures; k goes where trust is needed."""
+    """Arguments of a chat completion about these pictures; k is in the field that needs trust."""
     call = engine_traffic.chat(*numbers, **more)
     if k is not None:
         call["extra_body"]["mm_processor_kwargs"] = {"vispruner": {"k": k}}
@@ -53,7 +53,7 @@ def chat(*numbers: int, k: Any = None, **more: Any) -> dict[str, Any]:
 
 
 def text_tokens(server: Server, *numbers: int) -> int:
-    """Tokens of the prompt about these pictures that are not theirs."""
+    """Tokens of the prompt about these pictures, without the visual ones."""
     usage = server.client().chat.completions.create(**chat(*numbers, k=1)).usage
     return int(usage.prompt_tokens) - len(numbers)
 
@@ -140,7 +140,7 @@ def test_bad_fields_are_the_clients_fault(
 
 
 def test_many_users_at_once(server: Server) -> None:
-    """200 requests in flight, with k from 1 to the cap, 16 pictures, and some that are refused."""
+    """200 requests in flight, with k from 1 to the cap, 16 pictures, and some refused requests."""
     text = text_tokens(server, 1)
     kinds = [(number, 1 + 7 * number % MOST) for number in range(200)]
 
@@ -163,7 +163,7 @@ def test_many_users_at_once(server: Server) -> None:
             continue
         assert answer.usage.prompt_tokens == text + k
         assert answer.usage.completion_tokens == 6
-        # Equal requests have equal answers, whatever they were batched with.
+        # Equal requests have equal answers in any batch.
         own = texts.setdefault((number % 16, k), answer.choices[0].message.content)
         assert answer.choices[0].message.content == own
     assert server.healthy()

@@ -1,8 +1,8 @@
-"""Smooth pictures: what is the same as in transformers, and what is only close to it.
+"""Smooth pictures: results that equal those of transformers, and results that are only close.
 
-Patches of a smooth picture resemble each other, so that features which differ by a rounding error
+Patches of a smooth picture are similar to each other, so features that differ by a rounding error
 between two implementations of a tower can lead to other diverse tokens. The important tokens are
-the same, the engine's features give the engine's choice, and equal tokens give equal answers.
+the same, the engine's features give the engine's tokens, and equal tokens give equal answers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_smooth_pictures(checkpoint: Callable[[str], Path], tmp_path: Path, fami
     with Engine(
         folder, {"k": K}, record=tmp_path, mm_processor_cache_gb=0, max_model_len=512
     ) as engine:
-        known = set(tmp_path.iterdir())  # of the engine's own trial
+        known = set(tmp_path.iterdir())  # of the engine's profile run
         answers = [
             engine([{"prompt": prompt, "multi_modal_data": {"image": picture}}], LENGTH)[0]
             for picture in pictures
@@ -49,7 +49,7 @@ def test_smooth_pictures(checkpoint: Callable[[str], Path], tmp_path: Path, fami
     expected = _transformers(folder, prompt, pictures, budget)
     for answer, own, (tokens, kept) in zip(answers, choices, expected, strict=True):
         torch.testing.assert_close(own["scores"], kept.scores, rtol=1e-3, atol=1e-6)
-        # Its features give its choice: the engine adds nothing to it.
+        # Its features give its tokens.
         _, rows = budget.select(own["features"][None], own["scores"][None])
         assert torch.equal(own["rows"], rows[0])
         count = budget.ranked(K)
@@ -59,13 +59,13 @@ def test_smooth_pictures(checkpoint: Callable[[str], Path], tmp_path: Path, fami
         if torch.equal(own["rows"], kept.indices):
             same += 1
             assert answer.tokens == tokens
-    assert same >= PICTURES // 2  # and not for want of equal tokens
+    assert same >= PICTURES // 2  # and equal tokens do occur
 
 
 def _transformers(
     folder: Path, prompt: str, pictures: list[Any], budget: Budget
 ) -> list[tuple[list[int], Any]]:
-    """Of each picture, the answer in transformers and what was kept."""
+    """The answer in transformers and the retained tokens, for each picture."""
     processor = transformers.AutoProcessor.from_pretrained(folder)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     model.eval().generation_config.eos_token_id = None  # as with ignore_eos

@@ -1,4 +1,4 @@
-"""The faults that the tests of the kernels must notice.
+"""The faults that the tests of the kernels must detect.
 
 Each breaks one barrier, wait, tie rule, fragment, alignment, bound or launch limit.
 """
@@ -136,14 +136,14 @@ BARRIERS = [
         "racecheck",
     ),
     Mutation(
-        "[CLS] attention: the query is read before it is there",
+        "[CLS] attention: the query is read before it is complete",
         CLS,
         "q[d] = to_float(query[d]); __syncthreads();",
         "q[d] = to_float(query[d]);",
         "racecheck",
     ),
     Mutation(
-        "[CLS] attention: the dots are read before they are there",
+        "[CLS] attention: the dots are read before they are complete",
         CLS,
         "warp_highest[warp] = highest; __syncthreads();",
         "warp_highest[warp] = highest;",
@@ -196,7 +196,7 @@ COPIES = [
         "async",
     ),
     Mutation(
-        "dedup: lists are used before they are there",
+        "dedup: lists are used before they are complete",
         DEDUP,
         "copy_async_wait<0>();",
         "",
@@ -286,7 +286,7 @@ MEMORY = [
 
 LAUNCHES = [
     Mutation(
-        "launch: 48 KiB are taken to be there beside the static variables",
+        "launch: 48 KiB are taken to be available in addition to the static variables",
         LAUNCH,
         "if (shared_bytes > 0 || launch != plan::Launch::kOrdered) {",
         "if (shared_bytes > 48 * 1024) {",
@@ -388,7 +388,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "Gram: tiles beside the diagonal are not mirrored",
+        "Gram: tiles next to the diagonal are not mirrored",
         GRAM,
         "if (i < column0) {",
         "if (i + S::kRows < column0) {",
@@ -402,7 +402,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "neighbours: the greatest key of each lane is left out",
+        "neighbours: the greatest key of each lane is skipped",
         NEIGHBOURS,
         "keys[v] >= threshold || (ties > 0",
         "(keys[v] >= threshold && keys[v] != most) || (ties > 0",
@@ -447,7 +447,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "dedup: merging forgets stability",
+        "dedup: merging is not stable",
         DEDUP,
         "(uint64_t{~key} << 32) | static_cast<uint32_t>(p)",
         "(uint64_t{~key} << 32) | (0xffffu - static_cast<uint32_t>(p))",
@@ -468,7 +468,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "received attention: two of the four lanes of a row are forgotten",
+        "received attention: two of the four lanes of a row are not added",
         RECEIVED,
         "int offset = 1; offset < 4; offset *= 2",
         "int offset = 1; offset < 2; offset *= 2",
@@ -482,7 +482,7 @@ DECISIONS = [
         RESULTS,
     ),
     Mutation(
-        "received attention: channels behind the last one are not cleared",
+        "received attention: channels after the last one are not cleared",
         RECEIVED,
         "for (int d = begin; d < stride - kElements; ++d) {",
         "for (int d = begin; d < 0; ++d) {",
@@ -584,7 +584,7 @@ METHODS = [
     ),
     Mutation("maxmin: a token is near to itself", MAXMIN, "if (j != row)", "if (j != -1)", RESULTS),
     Mutation(
-        "maxmin: what chose the first pick counts for the others",
+        "maxmin: the keys of the first pick count for the others",
         MAXMIN,
         "nearest[v] = first ? key : max(nearest[v], key);",
         "nearest[v] = max(nearest[v], key);",
@@ -654,7 +654,7 @@ METHODS = [
         RESULTS,
     ),
     Mutation(
-        "scope: what was covered is forgotten",
+        "scope: coverage is not stored",
         SCOPE,
         "image.covered[token] = after;",
         "",

@@ -1,4 +1,4 @@
-"""A change of one place of the sources, which is found by its tokens, however it is formatted."""
+"""A change of one place of the sources, which is found by its tokens, independent of formatting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-#: The results differ from the reference, or an operator raises; no checker need see why.
+#: The results differ from the reference, or an operator raises; no checker has to report the cause.
 RESULTS = "results"
 
 _TOKEN = re.compile(r"\w+|\S")
@@ -18,13 +18,12 @@ class Mutation:
     """One fault to put into a copy of csrc.
 
     Attributes:
-        name: what is wrong then.
+        name: description of the fault.
         file: below csrc.
-        old: code that stands in exactly one place, whatever white space and comments lie between
-            its tokens.
-        new: what takes its place.
-        noticed_by: the checker that must report it ("racecheck", ...), or RESULTS. Where the
-            results stay equal, only the checker can notice.
+        old: code that occurs exactly once, with any white space and comments between its tokens.
+        new: its replacement.
+        noticed_by: the checker that must report it ("racecheck", ...), or RESULTS. If the results
+            stay equal, only the checker can detect it.
     """
 
     name: str

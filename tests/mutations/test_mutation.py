@@ -1,4 +1,4 @@
-"""How the place of a mutation is found."""
+"""Finding the place of a mutation."""
 
 from __future__ import annotations
 

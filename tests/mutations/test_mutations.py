@@ -1,4 +1,4 @@
-"""The tests of the kernels can fail: each fault of faults.py is noticed, by the checker for it."""
+"""The tests of the kernels can fail: each fault of faults.py is detected by its checker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 class Workshop:
-    """Builds changed copies of csrc; those of all faults side by side, ahead of their tests."""
+    """Builds changed copies of csrc, those of all faults in parallel, before their tests."""
 
     def __init__(self, directory: Path, faults: list[Mutation]) -> None:
         self._directory = directory
@@ -31,7 +31,7 @@ class Workshop:
         csrc = directory / "csrc"
         shutil.copytree(ROOT / "csrc", csrc)
         fault.apply(csrc)
-        # What did not change is there, from the build of csrc itself.
+        # Unchanged objects come from the build of csrc itself.
         out = compiled_kernels.build_directory()
         objects = [*self._build.objects(csrc, out, TARGETS, jobs=1), *self._build.executor(out)]
         return Path(self._build.link(objects, directory))
@@ -49,7 +49,7 @@ def workshop(
     tmp_path_factory: pytest.TempPathFactory,
     compiled_session: Kernels,
 ) -> Iterator[Workshop]:
-    assert list(observations(compiled_session)) == []  # nothing is noticed of good kernels
+    assert list(observations(compiled_session)) == []  # correct kernels have no findings
     wanted = [
         item.callspec.params["fault"]
         for item in request.session.items

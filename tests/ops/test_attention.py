@@ -1,4 +1,4 @@
-"""Attention scores: as near to float64 as plain PyTorch is, and the same in any batch."""
+"""Attention scores: as close to float64 as plain PyTorch, and the same in any batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vispruner_cuda import reference
 
-# (images, heads, tokens, channels a head)
+# (images, heads, tokens, channels per head)
 CLS_SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 2, 5),
@@ -23,7 +23,7 @@ CLS_SHAPES = [
     (1, 2, 257, 88),
     (2, 1, 50, 130),
 ]
-# (lengths of the images, heads, channels a head)
+# (lengths of the images, heads, channels per head)
 PACKED = [
     ([1], 1, 1),
     ([2], 3, 5),
@@ -63,14 +63,14 @@ def exact_received(q: Tensor, k: Tensor, scale: float, bounds: list[int]) -> Ten
 def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     """The error against float64 is at most twice that of plain PyTorch in the same dtype.
 
-    Errors are L2 norms. (The largest of several hundred errors, half an ulp here or there, is
-    luck: of either side.)
+    Errors are L2 norms. (The largest of several hundred errors, about half an ulp, is random on
+    either side.)
     """
     assert ours.dtype == torch.float32
     assert ours.shape == exact.shape
     error = (ours.double() - exact).norm().item()
     allowed = 2 * (plain.double() - exact).norm().item()
-    # float32 results cannot be better than their own spacing.
+    # float32 results cannot be better than the spacing of float32.
     spacing = torch.finfo(torch.float32).eps * exact.norm().item()
     assert error <= max(allowed, spacing), (what, error, allowed, spacing)
 
@@ -99,7 +99,7 @@ def test_cls_attention(
 def test_cls_attention_of_many_single_images(
     heads_: int, sharp: float, implementations: dict[str, Any]
 ) -> None:
-    """Every image on its own: a sharp softmax is one weight, whose error nothing averages out."""
+    """Single images: a sharp softmax is one weight, whose error is not averaged out."""
     q = heads(40, heads_, 64, dtype=torch.float32, seed=21, sharp=sharp)
     k = heads(40, heads_, 577, 64, dtype=torch.float32, seed=22, sharp=sharp)
     exact = exact_cls(q, k, 0.125)
@@ -139,7 +139,7 @@ def test_received_attention(
             lse[:, s:e] = logits.logsumexp(-1)
     for name, implementation in {"reference": reference, **implementations}.items():
         ours = implementation.received_attention(q, k, scale, bounds, lse=lse)
-        # A float32 lse carries an error of its own, of about its size times eps.
+        # A float32 lse has an error of about its size times eps.
         size = 0.0 if lse is None else float(lse.abs().max()) * torch.finfo(torch.float32).eps
         assert_as_good(ours, plain + size * exact.max(), exact, name)
 

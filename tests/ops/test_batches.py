@@ -1,4 +1,4 @@
-"""An image's tokens do not depend on what else is in the batch, or on how often it is asked."""
+"""An image's tokens do not depend on the rest of the batch or on the number of runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vispruner_cuda import methods, reference
 
 
 def images(count: int, tokens: int = 90, channels: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch in which every image is of another kind."""
+    """A batch in which every image has different features."""
     parts = [
         Problem(
             1, tokens, channels, 2, 12, features=FEATURE_KINDS[i % len(FEATURE_KINDS)], seed=i
@@ -88,7 +88,7 @@ def test_waves_of_methods(method: str, compiled: Kernels) -> None:
 
 @pytest.mark.parametrize("workspace_limit", [1, 100_000, 300_000])
 def test_waves(workspace_limit: int, compiled: Kernels) -> None:
-    """A workspace too small for the batch only makes more launches."""
+    """A workspace too small for the batch only causes more launches."""
     compiled.workspace_limit = workspace_limit
     feats, attn = images(7)
     expected = reference.prune(feats, attn, 12)
@@ -132,7 +132,7 @@ def test_empty(shape: tuple[int, int, int], implementations: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("k", [575, 576, 577])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_k_about_n(k: int, ratio: float, implementations: dict[str, Any]) -> None:
+def test_k_near_n(k: int, ratio: float, implementations: dict[str, Any]) -> None:
     feats, attn = Problem(1, 576, 16, 2, k).tensors()
     expected = reference.prune(feats, attn, k, important_ratio=ratio)
     for name, implementation in implementations.items():

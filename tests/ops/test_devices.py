@@ -1,4 +1,4 @@
-"""The compiled kernels on GPUs of every kind: what fits, what is refused, and in which words."""
+"""The compiled kernels on different GPUs: what fits, what is refused, and the messages."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_newest_code_that_the_device_can_run(device: Device, compiled: Kernels) 
     assert {launch["ptx"] for launch in compiled.launches} == {80 if device.major < 9 else 90}
 
 
-# Images for which a block needs a little less than 48 KiB beside its 128 bytes of static variables:
-# with the neighbour lists in shared memory, and with the loop's arrays alone.
+# Images for which a block needs a little less than 48 KiB in addition to its 128 bytes of static
+# variables: with the neighbour lists in shared memory, and with the loop's arrays only.
 NEAR_48_KIB = [
     Problem(1, 500, 4, None, 298, 0.9),  # 232 residual tokens
     Problem(1, 2450, 2, None, 290, 0.5, 2450),  # 2305
@@ -41,7 +41,7 @@ NEAR_48_KIB = [
 @on_every_device
 @pytest.mark.parametrize("problem", NEAR_48_KIB, ids=lambda p: f"{p.tokens} tokens")
 def test_shared_memory_near_48_kib(problem: Problem, device: Device, compiled: Kernels) -> None:
-    """The first launch on a fresh device: nothing before it has asked for more than 48 KiB."""
+    """The first launch on a fresh device: no launch has requested more than 48 KiB before."""
     compiled.device = device
     check(compiled, problem)
     (dedup,) = (launch for launch in compiled.launches if launch["kernel"].startswith("dedup"))
@@ -62,7 +62,7 @@ def test_cls_attention_near_48_kib(tokens: int, device: Device, compiled: Kernel
 @on_every_device
 @pytest.mark.parametrize("residual", [473, 474, 1082, 1083])
 def test_the_limits_of_the_plans(residual: int, device: Device, compiled: Kernels) -> None:
-    """2 KiB of a block's shared memory are never asked for."""
+    """2 KiB of a block's shared memory are never requested."""
     compiled.device = device
     feats, _ = Problem(1, residual, 2, None, 1).tensors()
     got = compiled.dedup(feats, residual - 40, step=20)

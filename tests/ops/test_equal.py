@@ -119,7 +119,7 @@ def test_pairwise_cosine(
 # ---- the same on the compiled CUDA kernels ----------------------------------------------------
 @dataclass(frozen=True)
 class Run:
-    """How the executor runs the kernels: as which GPU, in which order, under which plans."""
+    """How the executor runs the kernels: the GPU, the order and the plans."""
 
     device: Device
     seed: int
@@ -212,7 +212,7 @@ def test_stages_compiled(
     compare(kernels, count_equal, "pairwise_cosine", feats)
 
 
-# Real shapes and those at which the kernels change their way.
+# Real shapes, and those at which the kernels change their algorithm.
 LARGE = [
     Problem(1, 576, 1024, 16, 64, dtype=torch.float16),
     Problem(2, 576, 1024, None, 64, features="clustered", dtype=torch.bfloat16),
@@ -267,11 +267,11 @@ def test_the_most_channels(implementations: dict[str, Any]) -> None:
     ],
     ids=lambda problem: f"{problem.tokens} tokens",
 )
-def test_every_way_of_the_loop(
+def test_every_variant_of_the_loop(
     problem: Problem, sort: str, dedup: str, implementations: dict[str, Any]
 ) -> None:
-    """Neighbour lists in shared memory or not, the loop's state in shared memory or not; ranking
-    in every way."""
+    """Neighbour lists in shared memory or not, the loop's state in shared memory or not; all
+    ranking algorithms."""
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())
     for name, implementation in implementations.items():
@@ -301,7 +301,7 @@ def test_every_order_of_threads_of_methods(
 def test_every_order_of_threads(
     device: Device, lockstep: bool, seed: int, compiled: Kernels
 ) -> None:
-    """Blocks, warps and threads in another order, preempted after at most 40 instructions."""
+    """Blocks, warps and threads in different orders, preempted after at most 40 instructions."""
     compiled.device = device
     compiled.options = {"seed": seed, "lockstep": lockstep, "quantum": 40}
     problem = Problem(2, 150, 32, 2, 33, features="clustered", dtype=torch.float16)
@@ -338,7 +338,7 @@ def test_every_block_size_and_launch(
             if "gram" not in implementation.plans.choices():
                 continue
             if launch == "dependent" and not can_depend(implementation):
-                continue  # test_plans.py sees it refused
+                continue  # test_plans.py checks that it is refused
             with implementation.plans.use(rank=rank, gram=gram, launch=launch):
                 got = implementation.prune(feats, attn, problem.k, **problem.keywords())
                 assert_equal(expected, got, name)
@@ -352,7 +352,7 @@ def test_every_block_size_and_launch(
 def test_every_kernel_of_neighbours(
     plan: str, features: str, implementations: dict[str, Any]
 ) -> None:
-    """The kernels for long rows, on short ones too."""
+    """The kernels for long rows, on short ones as well."""
     problem = Problem(1, 140, 16, None, 20, 0.1, features=features)
     feats, attn = problem.tensors()
     expected = reference.prune(feats, attn, problem.k, **problem.keywords())

@@ -179,7 +179,7 @@ def test_numpy_ints_are_ints() -> None:
     assert torch.equal(kept.indices, reference.prune(F, A, 3).indices)
 
 
-# The operators check for themselves what could make them touch foreign memory.
+# The operators themselves check arguments that could cause out-of-bounds accesses.
 DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("topk", (A, 0)),
     ("topk", (A.double(), 3)),

@@ -1,5 +1,5 @@
-"""Every instruction set that this processor has: the same tokens, and scores as good. Each in a
-process of its own, because the choice is made once."""
+"""Every instruction set of this processor: the same tokens, and scores as accurate. Each runs in a
+separate process, because the choice is made once."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_scores_of_instruction_set(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", INFO["cpu_isas"])
-def test_one_that_the_processor_lacks_is_an_error(isa: str) -> None:
+def test_an_unsupported_instruction_set_is_an_error(isa: str) -> None:
     if isa in INFO["cpu_isas_usable"]:
         pytest.skip(f"this processor has {isa}")
     program = "import torch, vispruner_cuda; vispruner_cuda.topk(torch.ones(1, 4), 2)"

@@ -1,4 +1,4 @@
-"""Launch plans: the one that was asked for is launched, and one that cannot be is an error."""
+"""Launch plans: the selected one is launched, and one that cannot be launched is an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAUNCHED = {
 
 
 def prune(kernels: Kernels, problem: Problem = PROBLEM) -> None:
-    """Prunes, compares with the reference, and leaves what was launched in kernels.launches."""
+    """Prunes, compares with the reference, and stores the launches in kernels.launches."""
     feats, attn = problem.tensors()
     got = kernels.prune(feats, attn, problem.k, **problem.keywords())
     want = reference.prune(feats, attn, problem.k, **problem.keywords())
@@ -48,7 +48,7 @@ def prune(kernels: Kernels, problem: Problem = PROBLEM) -> None:
 
 @pytest.mark.parametrize(("stage", "plan"), LAUNCHED)
 @pytest.mark.parametrize("device", [H100, A100], ids=["sm_90", "sm_80"])
-def test_the_plan_asked_for_is_launched(
+def test_the_selected_plan_is_launched(
     stage: str, plan: str, device: Device, compiled: Kernels
 ) -> None:
     compiled.device = device
@@ -83,7 +83,7 @@ def test_dependent_launches(plan: str, device: Device, expected: bool, compiled:
 def test_only_a_kernel_of_the_same_call_may_start_early(
     function: str, launch: str, compiled: Kernels
 ) -> None:
-    """What comes after the last kernel of a call belongs to somebody else."""
+    """Kernels after the last one of a call are not of this library."""
     feats, attn = PROBLEM.tensors()
     arguments = {
         "prune": (feats, attn, 33),
@@ -101,7 +101,7 @@ def test_only_a_kernel_of_the_same_call_may_start_early(
 
 @pytest.mark.parametrize("sort", ["buckets", "counting"])
 def test_sorting_runs_the_lines_of_its_plan(sort: str, compiled: Kernels) -> None:
-    """One kernel holds both ways: which lines ran tells them apart."""
+    """One kernel contains both algorithms: the executed lines distinguish them."""
     lines = {
         "buckets": "rank_in_buckets",
         "counting": "sort_by_counting",
@@ -169,7 +169,7 @@ def test_a_plan_that_cannot_do_the_work_is_an_error(
     compiled.device = device
     feats, attn = problem.tensors()
     with compiled.plans.use(**asked):
-        if message is None:  # nothing is residual, so that any plan does
+        if message is None:  # no residual tokens, so any plan works
             compiled.prune(feats, attn, problem.k, important_ratio=1.0)
             return
         with pytest.raises(RuntimeError, match=re.escape(message)) as raised:
@@ -212,7 +212,7 @@ def test_the_operator_refuses_unknown_names(stage: str) -> None:
         torch.ops.vispruner.set_plan(stage, "x")
 
 
-def test_use_restores_what_was_asked_for() -> None:
+def test_use_restores_the_selected_plans() -> None:
     with plans.use(cpu="portable"):
         assert plans.current()["cpu"] == "portable"
         with plans.use(cpu="auto"):
@@ -267,7 +267,7 @@ def test_plans_of_this_build() -> None:
     assert not {name for name in plans.variables().values() if name in os.environ}
 
 
-# Other calls get a new device each. In another process, because it changes the module.
+# Other tests get a new device per call. In another process, because it changes the module.
 TWO_CALLS = """
 import torch
 from support.compiled_kernels import Kernels, build_module
@@ -281,8 +281,8 @@ print(kernels.module.take_runtime_calls())
 
 
 @pytest.mark.usefixtures("compiled_session")
-def test_a_call_asks_the_device_nothing_twice() -> None:
-    """What the runtime says of a device and its kernels is remembered; launches are left."""
+def test_device_properties_are_queried_once() -> None:
+    """Properties of a device and its kernels are cached; only launches remain."""
     command = [sys.executable, "-c", TWO_CALLS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'cudaLaunchKernelExC': 5}"

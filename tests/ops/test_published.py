@@ -1,8 +1,8 @@
-"""The other methods choose as their papers say: their formulas in float64, where rounding plays no
-part.
+"""The other methods choose as in their papers: the formulas in float64, where rounding has no
+effect.
 
 Features are small integers, which quantize without loss if the largest magnitude of each token is
-2047. A problem counts only where the best value of every pick is clear of the next one.
+2047. A problem counts only if the best value of every pick is clearly above the next one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKENS, CHANNELS, K = 60, 12, 20
 
 
 class UnclearError(Exception):
-    """Two tokens are wanted equally."""
+    """Two tokens have equal values."""
 
 
 def pick(values: Tensor, taken: list[int]) -> int:
@@ -38,7 +38,8 @@ def cosines(feats: Tensor) -> Tensor:
 
 
 def divprune(feats: Tensor, scores: Tensor) -> list[int]:
-    """DivPrune, arXiv 2503.02175: max-min distances, from the token farthest from its nearest."""
+    """DivPrune, arXiv 2503.02175: max-min distances, beginning with the token farthest from its
+    nearest."""
     distances = 1 - cosines(feats)
     off_diagonal = distances + torch.diag(torch.full((TOKENS,), torch.inf))
     picks = [pick(off_diagonal.min(dim=1).values, [])]
@@ -48,7 +49,7 @@ def divprune(feats: Tensor, scores: Tensor) -> list[int]:
 
 
 def scope(feats: Tensor, scores: Tensor, alpha: float = 1.0) -> list[int]:
-    """SCOPE, arXiv 2510.24214: saliency^alpha times what a token adds to sum_u max_v sim(u, v)."""
+    """SCOPE, arXiv 2510.24214: saliency^alpha times the increase of sum_u max_v sim(u, v)."""
     similarity = cosines(feats)
     covered = torch.zeros(TOKENS, dtype=torch.float64)
     weights = (scores.double() / scores.max()) ** alpha
@@ -106,7 +107,7 @@ def test_published(
     assert compared >= 20
 
 
-def test_topk_is_the_important_part_alone() -> None:
+def test_topk_is_the_important_half() -> None:
     feats, scores = problem(0)
     got = vispruner_cuda.prune(feats[None], scores[None], K, method="topk")
     want = vispruner_cuda.prune(feats[None], scores[None], K, important_ratio=1.0)
@@ -131,6 +132,6 @@ def test_random_is_uniform_and_differs_between_images_and_seeds() -> None:
         len(set(a) & set(b)) for a, b in zip(*(k.tolist() for k in kept.values()), strict=True)
     )
     assert abs(same / (images * K) - K / TOKENS) < 0.02
-    # The scores play a part in it, but a token's rank does not.
+    # The random order depends on the scores, but not on a token's rank.
     ranks = scores.argsort(dim=1).argsort(dim=1).float()
     assert abs(ranks.gather(1, kept[0]).mean() - (TOKENS - 1) / 2) < 0.5

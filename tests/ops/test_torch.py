@@ -1,4 +1,4 @@
-"""What torch asks of an operator: opcheck, FakeTensor, torch.compile, autograd, streams, graphs."""
+"""Integration with torch: opcheck, FakeTensor, torch.compile, autograd, streams, graphs."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_inputs_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_threads_do_not_disturb_each_other(device: str) -> None:
+def test_threads_do_not_affect_each_other(device: str) -> None:
     problems = [inputs(device, seed) for seed in range(4)]
     expected = [reference.prune(*p, 10).indices for p in problems]
     wrong: list[int] = []
@@ -189,7 +189,7 @@ def test_cuda_graph_replays_with_new_data() -> None:
     feats, attn = inputs("cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        vispruner_cuda.prune(feats, attn, 10)  # one-time setup stays out of the capture
+        vispruner_cuda.prune(feats, attn, 10)  # one-time setup before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -211,7 +211,7 @@ def test_cuda_graph_replays_with_new_data() -> None:
 
 @needs_cuda
 def test_cuda_graph_is_captured_by_the_first_call_of_a_process() -> None:
-    """What is set up once per kernel and device is allowed during a capture."""
+    """One-time setup per kernel and device is allowed during a capture."""
     program = """
 import torch, vispruner_cuda
 from support.problems import Problem

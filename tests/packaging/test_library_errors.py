@@ -70,13 +70,13 @@ def test_library_of_another_machine(package):
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs...", b"MZ" + bytes(100)])
 def test_a_file_that_is_not_a_library(package, content):
     (package / "libvispruner.so").write_bytes(content)
-    assert "it is no Linux library" in import_error(package)
+    assert "it is not a Linux library" in import_error(package)
 
 
 def test_truncated_library(package):
     path = package / "libvispruner.so"
     path.write_bytes(path.read_bytes()[:5000])
-    assert "it is cut short" in import_error(package)
+    assert "it is truncated" in import_error(package)
 
 
 def test_library_that_does_not_link(package):

@@ -2,9 +2,9 @@
 
     python build.py --csrc ../../csrc --targets 80 90 --out ../../build/ptx
 
-Objects are named by the content of what they are made of. A copy of csrc with one file changed
-compiles that file only, if it is built into the same directory, and the module of each copy has a
-path of its own.
+Objects are named by the content of their sources. A copy of csrc with one changed file compiles
+only that file, if it is built into the same directory, and the module of each copy has a separate
+path.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ JOBS = 2
 OPERATORS = SOURCES / "operators.cpp"
 RUNTIME = SOURCES / "cuda_runtime.cpp"
 EXECUTOR_MODULE = SOURCES / "executor_module.cpp"
-#: Of the sources in csrc itself, the one that is not linked.
+#: The source in csrc itself that is not linked.
 TORCH_BINDING = "ops.cpp"
 
-# No symbol of a module is visible to another one, and none is unique in the process: modules of
-# the same name can be loaded side by side.
+# No symbol of a module is visible to another one, and none is unique in the process: modules of the
+# same name can be loaded in one process.
 _HIDDEN = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
 # -ffp-contract=off and --fmad=false as in CMakeLists.txt: no operation may be fused.
 CXX_FLAGS = [
@@ -55,16 +55,16 @@ NVCC_FLAGS = [
 ]  # fmt: skip
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic"]
 
-#: Objects that a build directory keeps of kernels: those of older csrc are removed.
+#: Maximum number of kernel objects in a build directory: the oldest are removed.
 MOST_OBJECTS = 400
 
 
-#: Where toolkits are installed.
+#: The usual directory of toolkits.
 USUAL_HOME = Path("/usr/local/cuda")
 
 
 class BuildError(RuntimeError):
-    """A compiler failed or is not there."""
+    """A compiler failed or is missing."""
 
 
 # ---- the CUDA compiler
@@ -81,7 +81,7 @@ class Nvcc:
 
 
 def _python_nvccs() -> list[Path]:
-    """Of PyPI's packages, which install into nvidia/cu13."""
+    """The compilers of PyPI's packages, which install into nvidia/cu13."""
     try:
         import nvidia
     except ImportError:
@@ -103,11 +103,11 @@ def _nvcc_candidates() -> Iterator[Path]:
 
 @functools.cache
 def find_nvcc() -> Nvcc:
-    """The compiler that CUDACXX, PATH, CUDA_HOME or the Python environment has."""
+    """The compiler from CUDACXX, PATH, CUDA_HOME or the Python environment."""
     for path in _nvcc_candidates():
         if not os.access(path, os.X_OK):
             continue
-        # It may be a script that calls the real one: --dryrun tells where the headers are.
+        # It may be a script that calls the real one: --dryrun prints the path of the headers.
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory) / "x.cu"
             source.touch()
@@ -166,7 +166,7 @@ def _key(source: Path, directories: Sequence[Path], *more: object) -> str:
 
 @dataclass(frozen=True)
 class _Task:
-    """One object to be compiled, unless it is there."""
+    """One object to be compiled, unless it exists."""
 
     target: Path
     command: list[str | Path]
@@ -174,7 +174,7 @@ class _Task:
 
     def run(self) -> float:
         if self.target.exists():
-            os.utime(self.target)  # in use: not to be removed as an old one
+            os.utime(self.target)  # mark as used, so that it is not removed as an old one
             return 0.0
         begin = time.perf_counter()
         partial = self.target.with_suffix(".partial.o")
@@ -187,7 +187,7 @@ def _cxx_task(
     source: Path, out: Path, includes: Sequence[Path], depends: Sequence[Path] = ()
 ) -> _Task:
     include_flags = [f"-I{i}" for i in includes]
-    # Of `depends` only the content matters, which _key() looks at.
+    # Only the content of `depends` matters, which is part of _key().
     others = [str(i) for i in includes if i not in depends]
     key = _key(source, [SOURCES, *depends], CXX_FLAGS, others, sys.version)
     return _Task(out / f"{source.stem}-{key}.o", ["g++", *CXX_FLAGS, *include_flags, "-c", source])
@@ -235,7 +235,7 @@ def _remove_old(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# ---- what is built
+# ---- targets
 
 
 def executor(out: Path, jobs: int = JOBS) -> list[Path]:
@@ -270,7 +270,7 @@ def objects(
 
 
 def link(compiled: Iterable[Path], directory: Path, name: str = "vispruner_ptx") -> Path:
-    """A module of these objects in a directory of its own; returns its path."""
+    """Links a module of these objects in a separate directory; returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     module = directory / f"{name}{SUFFIX}"
     inputs = sorted(str(o.resolve()) for o in compiled)
@@ -327,9 +327,9 @@ def main() -> None:
     parser.add_argument(
         "--targets", type=int, nargs="+", default=[80, 90], metavar="XX", help="compute_XX of PTX"
     )
-    parser.add_argument("--nvcc", help="the CUDA compiler (default: it is looked for)")
-    parser.add_argument("--jobs", type=int, default=JOBS, help="compilers at a time")
-    parser.add_argument("--times", action="store_true", help="print how long each file takes")
+    parser.add_argument("--nvcc", help="the CUDA compiler (default: searched for)")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="number of parallel compilers")
+    parser.add_argument("--times", action="store_true", help="print the compile time of each file")
     arguments = parser.parse_args()
     if arguments.nvcc:
         os.environ["CUDACXX"] = arguments.nvcc

@@ -1,4 +1,5 @@
-"""Counts what the kernels of one call do, without a GPU: `python -m ptx.counts` from within tests/.
+"""Counts the work of the kernels of one call, without a GPU: `python -m ptx.counts` from within
+tests/.
 
 Prints, per kernel: launches, warp instructions by class, the longest block, accesses of shared and
 global memory against the least that could move as many bytes, barriers, atomics, and the source
@@ -37,7 +38,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def call(kernels: Kernels, o: argparse.Namespace) -> Callable[[], Any]:
-    """The call to count, with its inputs made."""
+    """The call to count, with its inputs."""
     g = torch.Generator().manual_seed(0)
     dtype = DTYPES[o.dtype]
 
@@ -86,7 +87,7 @@ def traffic(counters: dict[str, Any], what: str, unit: str) -> str | None:
 
 
 def report(name: str, c: dict[str, Any], most_lines: int) -> list[str]:
-    """What is printed of one kernel."""
+    """The report of one kernel."""
     warps = c["warp_instructions"]
     classes = sorted(c["warp"].items(), key=lambda item: -item[1])
     lines = sorted(c["lines"].items(), key=lambda item: -item[1])[:most_lines]

@@ -49,7 +49,7 @@ Argument = Input | Buffer | Output | int | float
 
 
 def aligned(shape: int | tuple[int, ...], dtype: type = np.uint32, fill: int = 0) -> np.ndarray:
-    """An array that begins at a multiple of 256 bytes, as one on a GPU does."""
+    """An array that begins at a multiple of 256 bytes, as on a GPU."""
     bytes_ = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(bytes_ + 256, dtype=np.uint8)
     skip = -raw.ctypes.data % 256
@@ -165,7 +165,7 @@ class Runner:
         return list(self.module.take_findings())
 
     def compute(self, instructions: str, result: type, *operands: np.ndarray) -> np.ndarray:
-        """What instructions make of operands a, b, c, e, for each element; the result is d.
+        """The result d of instructions for operands a, b, c, e, per element.
 
         The registers have the widths of the arrays, but at least 16 bits.
         """
@@ -177,7 +177,7 @@ class Runner:
             lines.append(f".reg .b{max(bits, 16)} {name}; ld.global.b{bits} {name}, [%{name}_at];")
         bits = 8 * results.itemsize
         lines.append(f".reg .b{max(bits, 16)} d;\n{instructions}\nst.global.b{bits} [%d_at], d;")
-        # One thread an element, in blocks of 128.
+        # One thread per element, in blocks of 128.
         index = (
             ".reg .b32 %i; .reg .pred %outside; mov.u32 %i, %ctaid.x; mad.lo.u32 %i, %i, 128, %t; "
             f"setp.ge.u32 %outside, %i, {count}; @%outside ret;\n"

@@ -16,7 +16,7 @@ from ptx.conftest import BUILD, ROOT
 
 from vispruner_cuda import reference
 
-#: The real one, which `no_compilers` replaces.
+#: The real value, which `no_compilers` replaces.
 PYTHON_NVCCS = build._python_nvccs
 
 FAKE_NVCC = """#!/bin/sh
@@ -26,7 +26,7 @@ echo '#$ INCLUDES="-I{include}"' >&2
 
 @pytest.fixture
 def no_compilers(monkeypatch, tmp_path):
-    """An environment without any nvcc; returns a directory that is the whole PATH."""
+    """An environment without nvcc; returns the only directory on the PATH."""
     for variable in ("CUDACXX", "CUDA_HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -84,7 +84,7 @@ def test_compiler_of_the_package_index(no_compilers, monkeypatch):
         message = "nvidia-cuda-nvcc and its companions are not installed (pip install '.[test]')"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     monkeypatch.setattr(build, "_python_nvccs", PYTHON_NVCCS)
-    monkeypatch.setenv("PATH", os.defpath)  # the C++ compiler alone
+    monkeypatch.setenv("PATH", os.defpath)  # only the C++ compiler
     assert shutil.which("nvcc") is None
     assert build.find_nvcc().path == packages[0]
     csrc = no_compilers / "csrc"
@@ -103,7 +103,7 @@ def test_no_kernels(tmp_path):
 
 
 def test_objects_are_named_by_their_content(tmp_path):
-    """Of the source and of the headers that it includes, wherever they are; of nothing else."""
+    """The content of the source and of all headers that it includes, and nothing else."""
     include = tmp_path / "include"
     include.mkdir()
     source, header, other = tmp_path / "a.cpp", include / "a.h", include / "other.h"
@@ -178,7 +178,7 @@ EXPORT const char* name(int error) {
 
 @pytest.fixture(scope="module")
 def host(nvcc, tmp_path_factory) -> ctypes.CDLL:
-    """Host code that calls the fake runtime in all the ways there are."""
+    """Host code that calls the fake runtime in all possible ways."""
     directory = tmp_path_factory.mktemp("host")
     source = directory / "cuda" / "host.cu"
     source.parent.mkdir()
@@ -194,7 +194,7 @@ def host(nvcc, tmp_path_factory) -> ctypes.CDLL:
 
 def test_triple_chevrons(host):
     assert host.launch(128) == 0
-    assert host.launch(2000) == 9  # stays until it is asked for
+    assert host.launch(2000) == 9  # stays until it is read
     assert host.name(9) == b"cudaErrorInvalidConfiguration"
     assert [host.last_error(), host.last_error()] == [9, 0]
 
@@ -226,7 +226,7 @@ def module(module_path: Path) -> Iterator[ModuleType]:
 
 
 def dedup(module: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernels return for a small problem, and the reference."""
+    """The results of the kernels for a small problem, and those of the reference."""
     feats = torch.randn((1, 40, 16), generator=torch.Generator().manual_seed(0))
     indices = torch.full((1, 7), -1, dtype=torch.int64)
     argument = (feats.data_ptr(), 0, list(feats.stride()))
@@ -259,8 +259,8 @@ def test_errors_reach_the_caller(module, device, error):
         dedup(module)
 
 
-def test_permissions_are_forgotten(module):
-    """A new device has its own: host code that remembers them by device must ask again."""
+def test_a_new_device_has_no_permissions(module):
+    """Permissions are per device: host code that caches them by device must request them again."""
     for _ in range(2):
         module.set_device()
         module.take_runtime_calls()
@@ -270,7 +270,7 @@ def test_permissions_are_forgotten(module):
 
 
 def test_modules_side_by_side(module, module_path, tmp_path):
-    """Two of the same name in one process: each has its own machine and its own log."""
+    """Two modules of the same name in one process: each has its own executor and log."""
     copy = tmp_path / module_path.name
     shutil.copy(module_path, copy)
     other = build.load(copy)

@@ -58,7 +58,7 @@ def test_sectors(count, stride, offset, sectors, ideal):
     assert c["store_requests"] == 0
 
 
-def test_atomics_of_one_address_take_turns(count):
+def test_atomics_of_one_address_are_serialized(count):
     words = like_gpu(np.zeros(64), np.uint32)
     c = count("red.global.add.u32 [%arg0], 1; red.global.add.u32 [%at0], 1;", Buffer(words))
     assert c["atomic_requests"] == 2

@@ -26,7 +26,8 @@ def values(kind: str) -> np.ndarray:
 
 
 def rounded(exact: Fraction, kind: str, mode: str = "rn", zero: float = 0.0) -> float:
-    """The nearest number of the format in this direction. `zero` is what an exact zero is."""
+    """The nearest number of the format in this direction. `zero` is the result for an exact
+    zero."""
     dtype, _, digits, least, most = FORMATS[kind]
     if exact == 0:
         return zero
@@ -67,7 +68,7 @@ def check(runner, instruction: str, kind: str, count: int, expected: Callable[..
 
 
 def with_specials(operation: Callable[..., float], exact: Callable[..., float]):
-    """`exact` for finite operands; else what IEEE arithmetic in Python says."""
+    """`exact` for finite operands; otherwise the result of Python's IEEE arithmetic."""
 
     def result(*operands: float) -> float:
         if all(map(math.isfinite, operands)):
@@ -110,7 +111,7 @@ def fused(kind: str, mode: str):
 
     def special(a: float, b: float, c: float) -> float:
         if math.isinf(c) and math.isfinite(a) and math.isfinite(b):
-            return c  # whatever the product is, it is finite
+            return c  # any product is finite
         return a * b + c
 
     return with_specials(special, exact)
@@ -208,7 +209,7 @@ def test_comparisons(runner, kind, name):
 
 
 def test_approximations(runner):
-    """The exact value, rounded: within what the manual promises of the hardware."""
+    """The exact value, rounded: within the hardware's error bound in the manual."""
     a = np.array(
         [0, -0.0, 1, -1, 0.5, 3.7, -140, -126.5, 127.5, 128, np.inf, -np.inf, np.nan], "f4"
     )
@@ -229,7 +230,7 @@ def test_approximations(runner):
 
 @pytest.mark.parametrize("lanes", [1, 3, 7, 31])
 def test_idle_lanes_keep_their_values(runner, lanes):
-    """Arithmetic runs over whole registers; lanes that are switched off must not notice."""
+    """Arithmetic runs over whole registers; inactive lanes must not change."""
     from ptx.programs import Output, aligned
 
     out = aligned(32, np.float32)

@@ -24,7 +24,7 @@ def width(kind: str) -> int:
 
 
 def number(value: int, kind: str) -> int:
-    """What the bits are as a number of this type."""
+    """The bits as a number of this type."""
     bits = width(kind)
     value &= (1 << bits) - 1
     return value - (1 << bits) if kind[0] == "s" and value >> (bits - 1) else value

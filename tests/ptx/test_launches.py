@@ -56,7 +56,7 @@ def test_shapes(runner, shape, directives, refusal):
         (0, 48 * KIB, -1, True),
         (0, 48 * KIB + 1, -1, False),
         (128, 48 * KIB - 128, -1, True),
-        (128, 48 * KIB - 127, -1, False),  # static bytes count, too
+        (128, 48 * KIB - 127, -1, False),  # static bytes count as well
         (128, 100 * KIB, 100 * KIB, True),
         (128, 100 * KIB + 1, 100 * KIB, False),
     ],
@@ -67,7 +67,7 @@ def test_shared_memory(runner, static, dynamic, allowed, accepted):
     assert bool(runner.error) != accepted
     if not accepted:
         assert runner.error.startswith(INVALID_VALUE)
-    # Where it was asked for, host code can tell its caller: that is no fault.
+    # If it was requested, host code gets an error that it can report: no finding.
     assert kinds(found) == ({"launch"} if not accepted and allowed < 0 else set())
 
 
@@ -168,7 +168,7 @@ def code(target: int, suffix: str = "") -> str:
     ],
 )
 def test_choice_of_ptx(executor, device, expected):
-    """The newest that the device can run, as a driver chooses."""
+    """The newest PTX that the device can run, as a driver chooses."""
     data = fat_binary(*(entry(t, code(t)) for t in (80, 120, 90)), entry(90, "\x7fELF", kind=2))
     executor.set_device(**device)
     executor.configure()
@@ -181,7 +181,7 @@ def test_choice_of_ptx(executor, device, expected):
     assert executor.take_launches()[-1]["ptx"] == expected
 
 
-def test_code_for_one_device_alone(executor):
+def test_code_for_one_device_only(executor):
     """compute_90a does not run on a newer device."""
     data = fat_binary(entry(80, code(80)), entry(90, code(90, "a")))
     executor.take_launches()
@@ -218,7 +218,7 @@ def test_faulty_fat_binaries(executor, data, device, message):
 
 
 def test_results_of_failed_launches_stay(runner):
-    """A launch that is refused writes nothing."""
+    """A refused launch writes nothing."""
     words = like_gpu(np.zeros(32), np.uint32)
     runner.run("st.global.u32 [%at0], 1;", Buffer(words), block=1025)
     assert not words.any()

@@ -100,5 +100,5 @@ def test_load_matrices(runner, count, transposed):
     assert not runner.run(text, Input(rows), Output(out))
     for n, matrix in enumerate(rows.reshape(count, 8, 8)):
         matrix = matrix.T if transposed else matrix
-        want = np.ascontiguousarray(matrix).view(np.uint32)  # four words a row, one a lane
+        want = np.ascontiguousarray(matrix).view(np.uint32)  # four words per row, one per lane
         np.testing.assert_array_equal(out[n], want.reshape(-1))

@@ -137,7 +137,7 @@ def test_parameters_out_of_bounds(runner, words):
     assert not runner.run("ld.param.u32 %r1, [arg0+4];", Buffer(words), block=1)
 
 
-def test_findings_tell_the_place(runner, words):
+def test_findings_name_the_place(runner, words):
     """Kernel, source line and where it was inlined, PTX line, block and thread; each place once."""
     text = """.loc 2 55 9
         setp.ne.u32 %p1, %t, 3;

@@ -112,7 +112,7 @@ def test_structure_as_parameter(executor):
 
 
 def test_shared_variables(runner):
-    """Static ones of any alignment, and the dynamic one behind them."""
+    """Static ones of any alignment, followed by the dynamic one."""
     out = aligned((3, 32))
     text = """.shared .align 1 .b8 odd[3]; .shared .align 4 .b32 words[32];
         mul.lo.u32 %r1, %t, 4; mov.u32 %r2, words; add.u32 %r2, %r2, %r1;
@@ -185,7 +185,7 @@ def number(value: int, kind: str) -> int:
     [(name, kind) for name, (kinds, _) in OPERATIONS.items() for kind in kinds],
 )
 def test_atomics(runner, operation, kind, space):
-    """One thread each: what was there, and what is there afterwards."""
+    """One thread each: the old value and the new one."""
     bits = int(kind[1:])
     dtype = DTYPES[bits]
     values = np.array([0, 1, 5, (1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1], dtype=dtype)
@@ -221,7 +221,7 @@ def test_compare_and_swap(runner, bits):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_atomics_of_all_threads(runner, seed):
-    """Every thread of every block gets a number of its own, in an order that the seed decides."""
+    """Every thread of every block gets a different number, in an order that depends on the seed."""
     cells, order = like_gpu([0, 0], np.uint32), aligned(256)
     text = """atom.global.add.u32 %r1, [%arg0], 1; red.global.add.u32 [%arg0+4], 2;
         mov.u32 %r2, %ctaid.x; mad.lo.u32 %r2, %r2, 64, %t; mad.wide.u32 %rd1, %r2, 4, %arg1;

@@ -1,4 +1,4 @@
-"""racecheck: what orders two accesses, and what does not."""
+"""racecheck: instructions that order two accesses, and those that do not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ptx.programs import Buffer, kinds, like_gpu
 BARRIER = "bar.sync 0;"
 WARP_BARRIER = "bar.warp.sync -1;"
 VOTE = "vote.sync.ballot.b32 %r9, 1, -1;"
-# Every thread has a word of its own, and looks at that of the next one (in a block of 64).
+# Every thread has one word, and reads that of the next thread (in a block of 64).
 SHARED = """.shared .align 4 .b32 s[64]; mov.u32 %r1, s; add.u32 %r2, %t, 1; and.b32 %r2, %r2, 63;
     mad.lo.u32 %r2, %r2, 4, %r1; mad.lo.u32 %r1, %t, 4, %r1; st.shared.u32 [%r1], 0;"""
 # The same in global memory.
@@ -70,7 +70,8 @@ ONE_WORD = {
 @pytest.mark.parametrize("first", ONE_WORD)
 @pytest.mark.parametrize("second", ONE_WORD)
 def test_one_after_the_other(runner, words, space, second_thread, first, second):
-    """Of thread 0 and another one of its warp or of the next: the later access has the finding."""
+    """Accesses of thread 0 and of another thread, of its warp or the next: the later one has the
+    finding."""
     steps = [
         "mov.u32 %r1, s; mov.b64 %rd1, %arg0;".replace("mov.u32 %r1, s;" * (space == "global"), ""),
         "setp.eq.u32 %p1, %t, 0; @%p1 " + ONE_WORD[first],
@@ -84,7 +85,7 @@ def test_one_after_the_other(runner, words, space, second_thread, first, second)
         return
     assert kinds(found) == {"racecheck"} or (first, second) == ("write", "write")
     assert len(found) == 1
-    # The warp that comes last to the barrier in `program` goes on first.
+    # The warp that arrives last at the barrier in `program` continues first.
     late, before = (0, second) if second_thread == 32 else (second_thread, first)
     assert f"thread {late}: " in found[0]
     assert f"after the {before}" in found[0]
@@ -122,7 +123,7 @@ def test_neighbours_within_a_word(runner, words, space, width):
 )
 @pytest.mark.parametrize("offset", [15, 11])
 def test_a_word_and_its_bytes(runner, first, offset):
-    """Units become smaller when bytes are accessed, and what was known of them remains."""
+    """Units become smaller when bytes are accessed, and keep their recorded accesses."""
     text = f""".shared .align 16 .b32 s[64]; mov.u32 %r1, s; setp.eq.u32 %p1, %t, 0;
         setp.eq.u32 %p2, %t, 32; @%p1 {first} {{between}}
         @%p2 ld.shared.u8 %r2, [%r1+{offset}];"""
@@ -165,7 +166,7 @@ def test_same_value(runner):
         (VOTE, False, False),
         ("shfl.sync.idx.b32 %r9, %t, 0, 31, -1;", False, False),
         ("redux.sync.add.u32 %r9, %t, -1;", False, False),
-        # only half of the lanes meet
+        # only half of the lanes synchronize
         ("setp.lt.u32 %p1, %t, 16; @%p1 bar.warp.sync 0xffff;", True, True),
     ],
 )
@@ -184,7 +185,7 @@ def test_no_order_between_warps(runner, words):
 
 
 def test_order_within_groups_of_lanes(runner):
-    """Eight lanes meet at a time: there is order within the group, none with the other ones."""
+    """Groups of eight lanes synchronize: there is order within a group, none between groups."""
     text = """.shared .align 4 .b32 s[32]; mov.u32 %r1, s; mad.lo.u32 %r1, %t, 4, %r1;
         and.b32 %r3, %t, 24; mov.u32 %r4, 255; shl.b32 %r4, %r4, %r3;
         st.shared.u32 [%r1], %t; bar.warp.sync %r4;
@@ -197,7 +198,8 @@ def test_order_within_groups_of_lanes(runner):
 
 
 def test_order_is_passed_on(runner):
-    """Lane 0 meets lane 1, then lane 1 meets lane 2: what lane 0 did is before what lane 2 does."""
+    """Lane 0 synchronizes with lane 1, then lane 1 with lane 2: lane 0's accesses are before lane
+    2's."""
     text = """.shared .align 4 .b32 s; setp.eq.u32 %p1, %t, 0; setp.lt.u32 %p2, %t, 2;
         setp.gt.u32 %p3, %t, 0; setp.eq.u32 %p4, %t, 2;
         @%p1 st.shared.u32 [s], 1; @%p2 bar.warp.sync 3; {second} @%p4 ld.shared.u32 %r1, [s];"""
@@ -206,7 +208,8 @@ def test_order_is_passed_on(runner):
 
 
 def test_a_reader_writes_after_others_have_read(runner):
-    """Lane 1 reads, all meet, lane 2 reads and writes: the first read is before the write."""
+    """Lane 1 reads, all synchronize, lane 2 reads and writes: the first read is before the
+    write."""
     text = """.shared .align 4 .b32 s; setp.eq.u32 %p1, %t, 1; setp.eq.u32 %p2, %t, 2;
         setp.eq.u32 %p3, %t, 0; @%p3 st.shared.u32 [s], 1; bar.sync 0;
         @%p1 ld.shared.u32 %r1, [s]; {between}
@@ -217,7 +220,7 @@ def test_a_reader_writes_after_others_have_read(runner):
 
 @pytest.mark.parametrize("writer", [0, 32])
 def test_readers_of_two_warps(runner, writer):
-    """Both read, turn by turn; then one of them writes, and only the other one's read matters."""
+    """Both read alternately; then one of them writes, and only the other one's read matters."""
     text = f""".shared .align 4 .b32 s; and.b32 %r1, %t, 31; setp.eq.u32 %p1, %r1, 0;
         setp.eq.u32 %p2, %t, {writer}; @%p1 ld.shared.u32 %r2, [s]; @%p2 st.shared.u32 [s], 1;"""
     found = runner.run(text, block=64, quantum=1, initialized=False)
@@ -241,7 +244,7 @@ BETWEEN_BLOCKS = {
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("blocks", [2, 5])
 def test_between_blocks(runner, words, name, seed, blocks):
-    """The first block does one thing, the last one another; barriers do not help."""
+    """The first block and the last one access the same bytes; barriers do not order them."""
     first, second, race = BETWEEN_BLOCKS[name]
     text = f"""mov.u32 %r9, %ctaid.x; setp.eq.u32 %p1, %r9, {blocks - 1};
         setp.eq.u32 %p2, %r9, 0; bar.sync 0; @%p2 {first} bar.sync 0; @%p1 {second} bar.sync 0;"""
@@ -278,7 +281,7 @@ def test_no_race_between_launches(runner, words):
     assert not module.take_findings()
 
 
-def test_a_thread_that_ended_did_not_come_to_the_barrier(runner, words):
+def test_a_barrier_does_not_order_a_thread_that_has_ended(runner, words):
     """A whole warp ends after a write; the barrier of the others does not order it."""
     text = """setp.ge.u32 %p1, %t, 32; setp.eq.u32 %p2, %t, 32; @%p2 st.global.u32 [%arg0], 5;
         {between} @%p1 ret; bar.sync 0; ld.global.u32 %r1, [%arg0];"""

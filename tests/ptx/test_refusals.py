@@ -1,4 +1,4 @@
-"""What is not known is refused, by name and line, in one line of text."""
+"""Anything unknown is refused, by name and line, in one line of text."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_instructions(executor, instruction, message):
     found = refusal(executor, text)
     assert message in found
     line = text[: text.index(instruction)].count("\n") + 1
-    line += message == "expected ;"  # is noticed on the next one
+    line += message == "expected ;"  # detected on the next line
     assert found.startswith(f"PTX line {line}: ")
     assert found.endswith(" in k")
 

@@ -34,7 +34,7 @@ OPTIONS = [{}, {"lockstep": False, "seed": 5}, {"quantum": 2, "seed": 6}]
          "without all 32 lanes"),
     ],
 )  # fmt: skip
-def test_meetings_that_fail(runner, text, block, finding, options):
+def test_synchronization_that_fails(runner, text, block, finding, options):
     found = runner.run(text, block=block, **options)
     assert kinds(found) == {"synccheck"}, found
     assert any(finding in text for text in found)
@@ -48,19 +48,19 @@ def test_meetings_that_fail(runner, text, block, finding, options):
         ("setp.lt.u32 %p1, %t, 32; @%p1 ret; bar.sync 0;", 64),  # a whole warp may end
         ("bar.sync 0;", 40),
         (f"{HALF} @%p1 bar.warp.sync 0xffff; @!%p1 bar.warp.sync 0xffff0000;", 32),
-        # lanes may come to a warp barrier from different places
+        # lanes may reach a warp barrier from different places
         (f"{HALF} @%p1 bra a; bar.warp.sync -1; bra b; a: bar.warp.sync -1; b:", 32),
         (f"{HALF} @%p1 shfl.sync.idx.b32 %r1, %t, 10, 31, 0xffff;", 32),
         (f"{HALF} @%p1 ret; bar.warp.sync 0xffff0000;", 32),
     ],
 )
-def test_meetings_that_succeed(runner, text, block, options):
+def test_synchronization_that_succeeds(runner, text, block, options):
     assert not runner.run(text, block=block, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_deadlock(runner, options):
-    """One warp waits at the barrier, one for a lane that waits there, too."""
+    """One warp waits at the barrier, the other for a lane that waits there as well."""
     text = f"{HALF} @%p1 bar.sync 0; @!%p1 bar.warp.sync -1;"
     found = runner.run(text, **options)
     assert kinds(found) == {"synccheck"}
@@ -98,7 +98,7 @@ def source() -> np.ndarray:
         ("cp.async.wait_all;" + READ, None),
         (READ + "cp.async.wait_all;", "has not brought yet"),
         (COMMIT + READ + WAIT, "has not brought yet"),
-        # a copy that was not committed does not land
+        # a copy that was not committed does not arrive
         (WAIT + READ + "cp.async.wait_all;", "has not brought yet"),
         (COMMIT + "cp.async.wait_group 1;" + READ + WAIT, "has not brought yet"),
         (COMMIT + COMMIT + "cp.async.wait_group 1;" + READ + WAIT, None),
@@ -132,7 +132,7 @@ def test_sizes_of_copies(runner, source, size):
     np.testing.assert_array_equal(out[0], source[: 8 * size].reshape(32, -1)[:, -1])
 
 
-def test_copies_hold_garbage_until_they_land(runner, source):
+def test_copies_hold_garbage_until_they_arrive(runner, source):
     out = aligned(32)
     text = COPY + COMMIT + READ + WAIT
     runner.run(text, Input(source), Buffer(out))
@@ -141,8 +141,8 @@ def test_copies_hold_garbage_until_they_land(runner, source):
     np.testing.assert_array_equal(out, source[::4])
 
 
-def test_the_waiting_thread_alone_has_the_data(runner, source):
-    """For the others there must be a barrier after the wait."""
+def test_only_the_waiting_thread_has_the_data(runner, source):
+    """Other threads need a barrier after the wait."""
     out = aligned(32)
     text = COPY + COMMIT + WAIT + "{between} xor.b32 %r3, %t, 1; mov.u32 %r1, s;"
     text += "mad.lo.u32 %r1, %r3, 16, %r1;" + READ

@@ -1,4 +1,4 @@
-"""Instructions in which the lanes of a warp meet."""
+"""Instructions that synchronize the lanes of a warp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RNG = np.random.default_rng(1)
 
 
 def shuffled(mode: str, lane: int, b: int, c: int) -> tuple[int, bool]:
-    """The lane that is read, and whether it is in range: the PTX manual's words."""
+    """The lane that is read, and whether it is in range, as in the PTX manual."""
     clamp, segment = c & 31, c >> 8 & 31
     most = (lane & segment) | (clamp & ~segment)
     least = lane & segment
@@ -32,7 +32,7 @@ def shuffled(mode: str, lane: int, b: int, c: int) -> tuple[int, bool]:
 @pytest.mark.parametrize("width", [32, 16, 8, 2])
 @pytest.mark.parametrize("b", [0, 1, 3, 8, 17, 31])
 def test_shuffles(runner, mode, width, b):
-    """c as CUDA's functions make it of the width of a group."""
+    """c as CUDA's functions compute it from the width of a group."""
     c = (32 - width) << 8 | (0 if mode == "up" else 31)
     out = aligned((2, 32))
     text = (
@@ -45,7 +45,7 @@ def test_shuffles(runner, mode, width, b):
     np.testing.assert_array_equal(out[1], [inside for _, inside in want])
 
 
-def test_shuffle_with_a_source_of_its_own_for_each_lane(runner):
+def test_shuffle_with_a_different_source_per_lane(runner):
     sources = like_gpu(RNG.permutation(32), np.uint32)
     out = aligned(32)
     text = (
@@ -59,7 +59,7 @@ def test_shuffle_with_a_source_of_its_own_for_each_lane(runner):
 @pytest.mark.parametrize("lockstep", [True, False])
 @pytest.mark.parametrize("mask", [ALL, 0x0000FFFF, 0x80000001, 0x00F00000])
 def test_votes(runner, mask, lockstep):
-    """By the lanes of a mask alone; the others go around it."""
+    """Only by the lanes of a mask; the others branch around it."""
     out = aligned((5, 32), fill=99)
     text = f"""
         mov.u32 %r9, %lanemask_eq; and.b32 %r9, %r9, {mask}; setp.eq.u32 %p9, %r9, 0;
@@ -113,8 +113,8 @@ def test_reductions(runner, operation):
 @pytest.mark.parametrize("lockstep", [True, False])
 @pytest.mark.parametrize("quantum", [0, 1, 5])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_divergent_loops_meet_again(runner, lockstep, quantum, seed):
-    """Lanes make different numbers of turns; then all shuffle."""
+def test_divergent_loops_reconverge(runner, lockstep, quantum, seed):
+    """Lanes run different numbers of iterations; then all shuffle."""
     out = aligned((2, 64))
     text = """mov.u32 %r1, 0; mov.u32 %r2, 0;
         loop: setp.gt.u32 %p1, %r1, %t; @%p1 bra done;

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, complete with tokenizer and processor, as an engine loads them."""
+"""Tiny random checkpoints with tokenizer and processor, in the form that an engine loads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _text(vocabulary: int, **more: Any) -> dict[str, Any]:
 
 
 def _save(architecture: Any, config: Any, folder: Path) -> None:
-    """Saves a model whose answers depend on what it sees."""
+    """Saves a model whose answers depend on the image."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = architecture(config).eval()
@@ -88,7 +88,7 @@ def clip(**changes: Any) -> Any:
 def llava(
     folder: Path, *, vision: Any = None, text: dict[str, Any] | None = None, **changes: Any
 ) -> Path:
-    """LLaVA-1.5: 64 visual tokens an image, unless another tower is given."""
+    """LLaVA-1.5: 64 visual tokens per image, unless another tower is given."""
     tokenizer = _tokenizer(["<image>"], image_token="<image>")
     vision = vision or clip()
     config = transformers.LlavaConfig(
@@ -343,7 +343,7 @@ def internvl(folder: Path) -> Path:
 
 
 def llava_onevision(folder: Path) -> Path:
-    """LLaVA-OneVision: tiles of 64 patches, the overview beside a pooled rest."""
+    """LLaVA-OneVision: tiles of 64 patches, an overview and pooled tiles."""
     tokenizer = _tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
     pinpoints = [[SIDE * high, SIDE * wide] for high in (1, 2, 4) for wide in (1, 2, 4)]
     config = transformers.LlavaOnevisionConfig(

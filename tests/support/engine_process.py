@@ -1,4 +1,4 @@
-"""Engines in processes of their own: vLLM cannot be taken back once it is configured."""
+"""Engines in separate processes: the configuration of vLLM cannot be undone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from unittest import mock
 TESTS = Path(__file__).resolve().parents[1]
 SITE = Path(__file__).with_name("engine_site")
 
-#: What every engine of the tests runs with. Functions that vLLM compiles at their first call are
-#: left to Python, which is faster for a tiny model than the compiler is.
+#: Environment of all engines of the tests. Functions that vLLM compiles at their first call run in
+#: Python, which is faster than compiling for a tiny model.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a server: this one, the shims, and the changes."""
+    """The environment of a server: the current one, the shims, and the changes."""
     return _environment(**{"VLLM_CPU_KVCACHE_SPACE": "1", **changes})
 
 
@@ -44,7 +44,7 @@ def _environment(**changes: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine made of one request.
+    """The result of an engine for one request.
 
     Attributes:
         prompt: token ids of the prompt, placeholders included; tokens: of the answer.
@@ -59,7 +59,7 @@ class Answer:
 
 
 def _record_choices(folder: Path) -> None:
-    """Has the model of this process save the arguments and the result of every choice."""
+    """Saves the arguments and the result of every selection by the model of this process."""
     import torch
 
     from vispruner.vllm.model import PrunedModel
@@ -135,7 +135,7 @@ def _serve(
 
 @contextlib.contextmanager
 def _variables(changes: Mapping[str, str]) -> Iterator[None]:
-    """The environment of an engine, for what is started in the block."""
+    """Sets the environment of an engine for processes that are started in the block."""
     before = dict(os.environ)
     os.environ.update(_environment(**changes))
     try:
@@ -145,7 +145,7 @@ def _variables(changes: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-#: What makes an engine run model runner V2 on a CPU: Triton's interpreter (`engine_shims`).
+#: Environment for model runner V2 on a CPU: Triton's interpreter (`engine_shims`).
 RUNNER_V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
@@ -165,7 +165,7 @@ def _server(runner: str) -> ForkServer:
 def _start(runner: str, target: Callable[..., None], *args: Any) -> Any:
     """A process forked from the server of a runner."""
     process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
-    # The standard library knows one server; this is how it asks it for a process.
+    # The standard library supports one server; this is its request for a process.
     with mock.patch.object(
         multiprocessing.forkserver,
         "connect_to_new_process",
@@ -179,13 +179,13 @@ class Engine:
     """An offline engine.
 
     Args:
-        model: folder of a checkpoint.
+        model: directory of a checkpoint.
         pruning: its "vispruner" option, None for an engine that does not prune.
         plugin: whether the plugin is loaded at all.
-        apart: whether the engine core runs in yet another process, as it does in a server.
-        record: folder for a file of every choice of tokens, in their order.
-        version: that vLLM says it has.
-        runner: "V1", or "V2": vLLM's default on GPUs, here by Triton's interpreter.
+        apart: whether the engine core runs in another process, as in a server.
+        record: directory for one file per selection of tokens, in order.
+        version: reported as vLLM's.
+        runner: "V1", or "V2": vLLM's default on GPUs, here with Triton's interpreter.
         options: further arguments of `vllm.LLM`.
 
     Raises:
@@ -212,7 +212,7 @@ class Engine:
             "max_num_seqs": 4,
             "seed": 0,
             "disable_log_stats": True,
-            # Every start fills it with zeros, and VLLM_CPU_KVCACHE_SPACE counts in gigabytes.
+            # Every start fills the cache with zeros, and VLLM_CPU_KVCACHE_SPACE is in gigabytes.
             "kv_cache_memory_bytes": 2**25,
             "enable_prefix_caching": False,
             **options,
@@ -246,7 +246,7 @@ class Engine:
         """Answers of `length` tokens; ValueError if a request is refused.
 
         Args:
-            adapter: folder of a LoRA adapter to use, None for the model as it is.
+            adapter: directory of a LoRA adapter to use, None for none.
         """
         self._connection.send((list(requests), length, adapter))
         answers = self._connection.recv()

@@ -32,14 +32,14 @@ def picture(number: int) -> Image.Image:
 
 
 def smooth_picture(number: int) -> Image.Image:
-    """Large soft spots, as a photograph out of focus has them: patches resemble their neighbors."""
+    """Large soft spots, as in a photograph out of focus: neighbouring patches are similar."""
     height, width = SIZES[number % len(SIZES)]
     spots = np.random.default_rng(number).integers(0, 255, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(spots).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def clip_of_frames(number: int) -> Any:
-    """A video as vLLM takes it: frames, and where they come from."""
+    """A video in vLLM's format: frames and metadata."""
     frames = np.random.default_rng(100 + number).integers(
         0, 255, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8
     )
@@ -63,9 +63,9 @@ class Request:
     """A prompt with images and videos.
 
     Attributes:
-        text: with {image} and {video} where they stand.
+        text: with {image} and {video} at their places.
         images, videos: numbers of pictures and videos.
-        k: what the request asks to keep, None for what the engine keeps.
+        k: of the request, None for the engine's.
     """
 
     text: str
@@ -125,7 +125,7 @@ class Transformers:
                 weight.data += up @ down
 
     def _adapter(self) -> dict[str, tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]:
-        """Of each query projection of the language model, its weight and a random change of it."""
+        """The weight of each query projection of the language model, and a random change of it."""
         random = torch.Generator().manual_seed(1)
         return {
             name: (
@@ -152,10 +152,10 @@ class Transformers:
     def __call__(
         self, requests: Sequence[Request], k: int | None, length: int = 16, **budget: float
     ) -> list[tuple[int, list[int]]]:
-        """Columns of the (pruned) prompt and tokens of the answer, of each request.
+        """Columns of the (pruned) prompt and tokens of the answer, for each request.
 
         Args:
-            k: kept where a request does not say, None to prune nothing then.
+            k: for requests without k, None to prune nothing then.
             budget: other arguments of `vispruner.apply`.
         """
         answers = []
@@ -190,7 +190,7 @@ class Transformers:
 
 
 K = 8
-ALL = 256  # no less than the tokens of any picture here
+ALL = 256  # at least the tokens of any picture here
 
 ONE = Request("USER: {image}what is in the image? ASSISTANT:", [1])
 OTHER = Request("USER: {image}what is in the image? ASSISTANT:", [2])

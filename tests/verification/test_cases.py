@@ -1,4 +1,4 @@
-"""The cases of the verification: what they cover, and that they are the same everywhere."""
+"""The cases of the verification: coverage, and equality on all machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verification finds every kind of wrong result, and says where it is."""
+"""The verification detects every kind of wrong result and reports its place."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ STAGES = {
 
 
 class CudaPlans:
-    """The plans of a CUDA build, which only remembers what was forced."""
+    """The plans of a CUDA build, which only records the selected ones."""
 
     def __init__(self) -> None:
         self.forced = dict.fromkeys(STAGES, "auto")
@@ -130,7 +130,7 @@ def score_case(name: str, dtype: str) -> Case:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("change", [1.004, float("nan")])
 def test_one_wrong_score_is_found(name: str, dtype: str, change: float) -> None:
-    """Even where the norm of all errors has room for it, as in bfloat16."""
+    """Even if the norm of all errors stays within its bound, as in bfloat16."""
     last = (1, 38) if name == "cls_attention" else (52,)
 
     def fault(scores: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_one_wrong_score_is_found(name: str, dtype: str, change: float) -> None:
 
 @pytest.mark.parametrize("name", ["cls_attention", "received_attention"])
 def test_many_slightly_wrong_scores_are_found(name: str) -> None:
-    """Each of them less than a single one may be."""
+    """Each error is within the bound of a single one."""
     operators = faulty(name, lambda scores: scores * (1 + 1e-4))
     result = verify(Backend("faulty", operators), [score_case(name, "float32")])
     (found,) = result["operators"][name]["differences"]
@@ -261,7 +261,7 @@ def test_a_plan_that_need_not_fit_may_be_refused(tokens: int, plan: str, refused
     result = verify(backend, [case, SMALL["topk"]])
     counts = result["operators"]["dedup"]
     assert (counts["refused"], counts["wrong_cases"]) == ((1, 0) if refused else (0, 1))
-    # It was right in no other case, either.
+    # It was right in no other case.
     assert result["problems"] == [f"no right result with dedup={plan}"]
 
 
@@ -293,13 +293,13 @@ def test_too_little_memory_is_no_difference(error: Exception) -> None:
     assert result["operators"]["dedup"]["runs"] == 0
 
 
-def test_a_device_that_is_gone_ends_it() -> None:
+def test_a_failed_device_ends_the_verification() -> None:
     operators = refusing(RuntimeError("illegal address"))
     many = [Case("dedup", (10,), 4, None, 3, seed=seed) for seed in range(100)]
     result = verify(Backend("gone", operators), many)
     assert result["operators"]["dedup"]["cases"] == MOST_ERRORS
     assert result["problems"] == [
-        f"left out {100 - MOST_ERRORS} cases after {MOST_ERRORS} in a row that failed"
+        f"skipped {100 - MOST_ERRORS} cases after {MOST_ERRORS} failed in a row"
     ]
 
 

@@ -1,4 +1,4 @@
-"""The stored answers: those of the reference, and of every implementation."""
+"""The stored answers equal those of the reference and of every implementation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def unstable_sort(x: torch.Tensor, dim: int = -1, descending: bool = False, **_:
 
 @pytest.mark.parametrize("fault", ["product", "sort", "softmax"])
 def test_a_wrong_reference_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PyTorch itself is wrong, comparing with the reference alone would not tell."""
+    """If PyTorch itself is wrong, a comparison with the reference does not detect it."""
     if fault == "product":
         monkeypatch.setattr(reference, "gram", inexact_product)
     elif fault == "sort":

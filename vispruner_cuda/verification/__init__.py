@@ -8,7 +8,7 @@ this for each device of the machine. Any implementation of the functional API ca
     result = verify(backend, select(cases(), most_cost=5), plans="turns")  # if it is slow
     assert result["equal"], result
 
-A difference that somebody reports can be reproduced from the file alone:
+A reported difference can be reproduced from the file only:
 `Case.from_data(difference["case"])` has the same inputs everywhere.
 """
 

@@ -1,6 +1,6 @@
-"""The calls that a verification makes: one `Case` is one call of an operator.
+"""The calls of a verification: one `Case` is one call of an operator.
 
-The sizes are those at which a kernel, a tile or a memory plan changes, and those next to them.
+The sizes are those at which a kernel, a tile or a memory plan changes, and their neighbours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPERATORS = (
     "cls_attention",
     "received_attention",
 )
-#: Operators whose results are decisions and have to be equal bit for bit.
+#: Operators whose results must be equal bit for bit.
 EXACT = OPERATORS[:5]
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -77,10 +77,10 @@ class Case:
 
     Attributes:
         operator: one of OPERATORS.
-        tokens: of each image; all alike but for `prune_varlen` and `received_attention`.
+        tokens: of each image; all equal except for `prune_varlen` and `received_attention`.
         channels: of a token, or of a head for the two attention scores.
         heads: None for scores without a dimension of heads.
-        k: tokens to keep; one for each image, or one for all.
+        k: tokens to keep; one per image, or one for all.
         features, attention: kinds of inputs.FEATURES and inputs.ATTENTION.
         dtype, attention_dtype: "float16", "bfloat16" or "float32".
         layout: one of inputs.HEAD_LAYOUTS; of the features, or of queries and keys.
@@ -88,7 +88,7 @@ class Case:
         sharp: factor of queries and keys; a larger one makes a sharper softmax.
         lse: whether `received_attention` gets the log-sum-exp.
         method: of `prune` and `prune_varlen`.
-        parameter: of another method than the default; None: its default, or it has none.
+        parameter: of a method other than the default; None: its default value, or no parameter.
     """
 
     operator: str
@@ -115,7 +115,7 @@ class Case:
         """The case that `data()` describes.
 
         Raises:
-            TypeError: the data have a field that cases lack, or lack one that cases need.
+            TypeError: the data have an unknown field, or a required field is missing.
         """
         values: dict[str, Any] = {}
         for name, value in data.items():
@@ -212,7 +212,7 @@ class Case:
         args, keywords = arguments
         return getattr(operators, self.operator)(*args, **keywords)
 
-    # ------------------------------------------------------------------------- what it costs
+    # ---------------------------------------------------------------------------------- cost
     @property
     def residual(self) -> int:
         """Tokens of the largest image that go through the loop of the method."""
@@ -236,7 +236,7 @@ class Case:
         heads = self.heads or 1
         total = 0.0
         for n, k in zip(self.tokens, ks, strict=True):
-            # A block or more, of several hundred threads, whatever the image holds.
+            # At least one block of several hundred threads per image.
             total += 2e4 * (1 if self.operator in EXACT else heads)
             if self.operator == "cls_attention":
                 total += 2 * heads * n * self.channels
@@ -264,13 +264,13 @@ def _log_sum_exp(q: Tensor, k: Tensor, scale: float, bounds: Sequence[int]) -> T
 
 
 # ------------------------------------------------------------------------------ the collection
-# For cases about sizes: each of these tells a wrong order of tokens from the right one.
+# For cases about sizes: with each of these, a wrong order of tokens changes the result.
 _TELLING_FEATURES = ("normal", "clustered", "few_values", "smooth", "duplicates")
 _TELLING_ATTENTION = ("positive", "ties", "sorted")
 
 
 class _Turns:
-    """Gives each case another seed, and takes kinds, dtypes and layouts in turn."""
+    """Gives each case a different seed, and cycles through kinds, dtypes and layouts."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -290,7 +290,7 @@ class _Turns:
 
 
 def _draws(seed: int) -> list[int]:
-    """Twelve numbers that look random."""
+    """Twelve pseudo-random numbers."""
     return inputs.integers((12,), 7919 * (seed + 1)).tolist()
 
 
@@ -322,7 +322,7 @@ def _topk() -> Iterator[Case]:
         yield case(n, 1 + i % 3, (None, 1, 16)[i % 3], max(1, n // 9))
     for kind, dtype in itertools.product(inputs.ATTENTION, DTYPES):
         yield case(130, 2, 3, 131, attention=kind, attention_dtype=dtype)
-    for images in (4, 70):  # more blocks than those that rank 8 tokens each
+    for images in (4, 70):  # too many for blocks that rank 8 tokens each
         yield case(576, images, 2, 64)
     yield case(33, 300, None, 33)
     yield case(3, _MOST_GRID, None, 2)
@@ -332,7 +332,7 @@ def _topk() -> Iterator[Case]:
         yield case(shape[1], shape[0], 2, 3)
 
 
-_MOST_GRID = 32770  # images: more than a launch takes
+_MOST_GRID = 32770  # images: more than one launch takes
 
 _FEW = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129)
 _CHANNELS = (1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 130)
@@ -365,8 +365,8 @@ def _pairwise_cosine() -> Iterator[Case]:
 
 
 # Residual tokens at which a kernel or a memory plan changes: shared memory near 48 KiB (183) and
-# near the most that a block may have (440, 1055), rows of the neighbour lists (576, 1024, 4096),
-# the loop's lists in the workspace (2365 to 2376).
+# near the maximum per block (440, 1055), rows of the neighbour lists (576, 1024, 4096), the loop's
+# lists in the workspace (2365 to 2376).
 _RESIDUALS = (182, 183, 184, 439, 440, 441, 543, 544, 545, 575, 576, 577, 1023, 1024, 1025, 1026)
 _LARGE_RESIDUALS = (1055, 1056, 2365, 2370, 2376, 2377, 4095, 4096, 4097)
 
@@ -391,7 +391,7 @@ def _dedup() -> Iterator[Case]:
         yield case(100, 2, 12, k)
     for kind in inputs.FEATURES:
         yield case(140, 1, 33, 15, features=kind)
-    # All alike: crowded buckets give way to counting and to merging.
+    # All equal: crowded buckets, so that counting and merging are used.
     for kind, n in itertools.product(("constant", "few_values", "duplicates"), (300, 700, 1500)):
         yield case(n, 1, 3, 32, features=kind, step=n // 9)
     for shape in ((0, 5), (2, 0)):
@@ -423,7 +423,7 @@ def _prune() -> Iterator[Case]:
     for n, k in ((196, 26), (256, 146), (195, 26), (197, 26), (255, 146)):  # 183 residual tokens
         for dtype in DTYPES:
             yield case(n, 1, 64, 2, k, dtype=dtype)
-    for dtype in DTYPES:  # LLaVA-1.5, LLaVA-NeXT and Qwen2-VL, of fewer channels
+    for dtype in DTYPES:  # LLaVA-1.5, LLaVA-NeXT and Qwen2-VL, with fewer channels
         yield case(576, 1, 1024, 16, 64, dtype=dtype, layout="contiguous")
         yield case(576, 5, 128, 16, 64, dtype=dtype, layout="cls_dropped")
         yield case(729, 2, 72, None, 128, dtype=dtype)
@@ -458,7 +458,7 @@ def _prune() -> Iterator[Case]:
     for method in _NAMES:
         for n, k in ((120, 119), (120, 121), (576, 64)):
             yield case(n, 2, 32, 2, k, method=method)
-        # Tokens at which the kernels have more of them per thread.
+        # Numbers of tokens at which the tokens per thread change.
         for n, k in ((1024, 40), (1025, 40), (2048, 30), (2049, 30), (4096, 20), (4097, 20)):
             yield case(n, 1, 12, None, k, method=method)
     for i in range(150):  # everything mixed
@@ -530,7 +530,7 @@ def _cls_attention() -> Iterator[Case]:
         yield case(1, 4, 577, 64, dtype, sharp=4)
         yield case(70, 2, 40, 16, dtype)
         yield case(_MOST_GRID, 1, 3, 4, dtype)
-        # Shared memory about 48 KiB: 6144 tokens of float32, 12288 of 16 bits.
+        # Shared memory near 48 KiB: 6144 tokens of float32, 12288 of 16 bits.
         for tokens in (6070, 6100, 6112, 6120, 12216, 12224, 12230, 13000):
             yield case(1, 1, tokens, 64, dtype)
     for shape in ((0, 5), (2, 1)):
@@ -599,7 +599,7 @@ def cases(operators: Iterable[str] = OPERATORS) -> list[Case]:
 def select(of: Iterable[Case], most_cost: float = math.inf, quick: bool = False) -> list[Case]:
     """The cases that cost at most `most_cost` (see `Case.cost`).
 
-    With `quick`, every fifth small case of each operator alone: a second on a processor or a GPU.
+    With `quick`, only every fifth small case of each operator: a second on a CPU or a GPU.
     """
     left = [
         case for case in of if case.cost <= (min(most_cost, QUICK_COST) if quick else most_cost)

@@ -49,10 +49,10 @@ class Backend:
     """An implementation to verify.
 
     Attributes:
-        name: heads its column of the table.
+        name: title of its column in the table.
         operators: takes and returns CPU tensors.
-        plans: what can be forced on it.
-        fixed: plans in force for all of its cases. The plans of the other stages are tried in turn.
+        plans: launch plans that can be selected.
+        fixed: plans selected for all of its cases. The plans of the other stages are tried in turn.
         dependent_launches: False for a GPU that is too old for the plan launch=dependent, so that
             it may refuse it.
     """
@@ -83,7 +83,7 @@ _WIDE_HEAD_DIM = {"float32": 180, "float16": 230, "bfloat16": 230}
 _SHARED_TOKENS = 11000
 
 
-# Those of them that methods other than the default have.
+# The stages that methods other than the default have.
 _OF_OTHER_METHODS = ("rank", "gram", "launch", "cpu")
 
 
@@ -135,11 +135,11 @@ def _may_refuse(backend: Backend, case: Case, plans: Mapping[str, str]) -> bool:
 
 # ---------------------------------------------------------------------------------------- results
 class Counts(TypedDict):
-    """What was done for one operator, or for the known answers."""
+    """Counts for one operator, or for the known answers."""
 
     cases: int
     wrong_cases: int
-    runs: int  # calls: of each case under several plans
+    runs: int  # calls: several per case, under different plans
     refused: int  # calls under plans that did not fit
     skipped: int  # calls for which the device had too little memory
     differences: list[Difference]  # the first ones
@@ -161,7 +161,7 @@ class Result(TypedDict):
 #: Differences of an operator that a result holds.
 MOST_DIFFERENCES = 3
 
-#: After so many cases in a row without any result the rest is left out: the device is gone.
+#: After this many failed cases in a row the rest is skipped: the device no longer works.
 MOST_ERRORS = 20
 
 
@@ -176,38 +176,38 @@ def verify(
 ) -> Result:
     """Runs the cases, then the known answers, under every plan that fits, and compares.
 
-    Cases come in the order of their sizes: a launch may fail as long as no larger one of the same
+    Cases run in the order of their sizes: a launch may fail as long as no larger one of the same
     kernel has come before.
 
     Args:
         backend: the implementation.
-        of: cases to compare with the reference, all by default; `select` leaves out costly ones.
+        of: cases to compare with the reference, all by default; `select` excludes costly ones.
         known: cases with stored results, compared without the reference.
         plans: "each" runs a case under each plan that fits, one at a time; "combined" also runs
-            the cases in COMBINED under all combinations; "turns" runs a case under one plan beside
-            the default, the one tried least so far, for slow backends.
+            the cases in COMBINED under all combinations; "turns" runs a case under the default and
+            one other plan, the one tried least so far, for slow backends.
         expectations: shared by the backends of a machine.
         progress: called after each case with the numbers of cases done and to do.
 
     Returns:
-        Counts and first differences. An exception is a difference, too, unless it is the
-        RuntimeError of a forced plan that need not fit.
+        Counts and first differences. An exception counts as a difference, unless it is the
+        RuntimeError of a selected plan that may not fit.
 
     Raises:
-        ValueError: `plans` is none of these.
+        ValueError: `plans` has another value.
     """
     if plans not in ("each", "combined", "turns"):
         raise ValueError(f"plans must be each, combined or turns, got {plans!r}")
     verification = _Verification(backend, plans, expectations or Expectations())
-    # Inputs and references take many small operations. On a busy machine, several threads would
-    # wait for each other ten times longer than they work.
+    # Inputs and references consist of many small operations. On a busy machine, several threads
+    # would spend ten times longer waiting for each other than computing.
     with _threads(1):
         return verification.run(cases() if of is None else list(of), list(known), progress)
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """PyTorch computes with so many threads on the CPU."""
+    """Sets the number of threads of PyTorch on the CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -257,7 +257,7 @@ class _Verification:
                 progress(done, len(todo))
             if self.errors_in_a_row >= MOST_ERRORS:
                 result["problems"].append(
-                    f"left out {len(todo) - done} cases after {MOST_ERRORS} in a row that failed"
+                    f"skipped {len(todo) - done} cases after {MOST_ERRORS} failed in a row"
                 )
                 break
         result["problems"] += [
@@ -329,7 +329,7 @@ class _Verification:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # torch's own error loses its type on its way through the operators of the library.
+    # torch's own error loses its type when it passes through the operators of the library.
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "out of memory" in str(error)
     )

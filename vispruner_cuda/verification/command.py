@@ -1,4 +1,4 @@
-"""`python -m vispruner_cuda --verify`: verifies the devices of this machine and reports."""
+"""`python -m vispruner_cuda --verify`: verifies the devices of this machine and writes a report."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .comparison import Difference
 from .expected import Expectations
 from .machine import backends, reference_backend, wrong_instruction_set
 
-# Of a case (`Case.cost`): what is cheap on a GPU can be long on a CPU.
+# Of a case (`Case.cost`): a cheap case on a GPU can take long on a CPU.
 _MOST_COST_OF_CPU = 8000.0
 _MOST_COST_OF_REFERENCE = 500.0
-_COLUMNS = 6  # devices side by side in the table
+_COLUMNS = 6  # devices per table
 
 
 class Progress:
-    """Shows on a terminal how far a backend is; elsewhere only the closing line."""
+    """Shows the progress of a backend on a terminal; elsewhere only the last line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -41,7 +41,7 @@ class Progress:
         self._shown = 0.0
 
     def update(self, done: int, total: int) -> None:
-        """Shows the state, ten times a second at most."""
+        """Shows the progress, at most ten times per second."""
         now = time.perf_counter()
         if self._live and now - self._shown > 0.1:
             self._shown = now
@@ -49,7 +49,7 @@ class Progress:
             self._stream.flush()
 
     def end(self, result: Result) -> None:
-        """Replaces the line by what came out."""
+        """Replaces the line by the result."""
         counted = [*result["operators"].values(), result["known_answers"]]
         cases_, runs = (sum(c[key] for c in counted) for key in ("cases", "runs"))
         state = "equal" if result["equal"] else "DIFFERS"
@@ -62,7 +62,7 @@ class Progress:
 
 
 def unwritable(path: Path) -> str | None:
-    """Why a file cannot be written there, or None. Leaves no new file behind."""
+    """Why a file cannot be written there, or None. Creates no file."""
     existed = path.exists()
     try:
         with path.open("a"):
@@ -75,7 +75,7 @@ def unwritable(path: Path) -> str | None:
 
 
 def driver_version() -> str | None:
-    """The version of the NVIDIA driver, where nvidia-smi says it."""
+    """The version of the NVIDIA driver, if nvidia-smi gives it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -94,7 +94,7 @@ def _processor() -> str:
 
 
 def describe(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What the JSON file says besides results: `report()`, date, platform and drivers."""
+    """The JSON file's content besides results: `report()`, date, platform and drivers."""
     driver = driver_version() if report["devices"] else None
     return {
         "format": 1,
@@ -125,9 +125,9 @@ def run(
 
     Args:
         report: of `python -m vispruner_cuda`.
-        devices: names out of `device_names(report)`.
+        devices: names from `device_names(report)`.
         quick: a subset of the cases.
-        output: the JSON file, which is written again after each backend.
+        output: the JSON file, which is rewritten after each backend.
         as_json: print its content instead of the table.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where a result differs from what is expected, as plain data."""
+"""Differences between a result and the expected one, as plain data."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from .cases import Case
 from .expected import Expected, Near, named_outputs
 
-#: A single wrong score of many can hide in the norm of all errors, so each score is checked, too:
-#: against a part of itself and a part of the largest one.
+#: The norm of all errors can hide a single wrong score, so each score is checked as well, with a
+#: bound relative to itself and to the largest one.
 RELATIVE = 1e-3
 ABSOLUTE = 1e-6
 
 
 class Difference(TypedDict, total=False):
-    """A wrong result: where it differs and how, or the `error` that came instead of it."""
+    """A wrong result: where it differs and how, or the `error` that was raised."""
 
     case: dict[str, Any]
     text: str  # the case in words
-    plans: dict[str, str]  # those that were forced
+    plans: dict[str, str]  # those that were selected
     error: str
     output: str
     position: list[int]
@@ -34,7 +34,7 @@ class Difference(TypedDict, total=False):
 
 
 def compare(case: Case, result: Any, want: Expected) -> Difference | None:
-    """The first difference of a result from what is expected, or None."""
+    """The first difference of a result from the expected one, or None."""
     got = named_outputs(case, result)
     if isinstance(want, Near):
         return _compare_scores(got["scores"], want)
@@ -72,11 +72,11 @@ def _compare_scores(got: Any, want: Near) -> Difference | None:
         return None
     error = (got.double() - scores).abs()
     norm = error.norm().item()
-    wrong = (~(error <= RELATIVE * scores + ABSOLUTE * scores.max())).nonzero()  # NaN is wrong, too
+    wrong = (~(error <= RELATIVE * scores + ABSOLUTE * scores.max())).nonzero()  # NaN: wrong
     if not len(wrong):
         if norm <= want.norm:
             return None
-        # Each score is near enough, all of them together are not: show the first large error.
+        # Each score is close enough but their norm is not: show the first large error.
         wrong = (error >= want.norm / math.sqrt(error.numel())).nonzero()
     at = tuple(wrong[0].tolist())
     return {
@@ -103,7 +103,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _element(value: Tensor, bits: Tensor) -> Any:
-    """An integer as it is; a float with its bits, which alone tell -0 and NaNs apart."""
+    """An integer as it is; a float with its bits, which distinguish -0 and NaNs."""
     if not value.is_floating_point():
         return value.item()
     width = 8 * value.element_size()

@@ -1,4 +1,4 @@
-"""What the results of a case have to be: the reference's, or float64 scores with an error bound."""
+"""Expected results of a case: the reference's, or float64 scores with an error bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .cases import EXACT, Arguments, Case
 
 @dataclass(frozen=True)
 class Exact:
-    """Outputs by name that have to be equal, tensors bit for bit."""
+    """Outputs by name that must be equal, tensors bit for bit."""
 
     outputs: Mapping[str, Any]
 
@@ -47,7 +47,7 @@ def named_outputs(case: Case, result: Any) -> dict[str, Any]:
 
 
 def expected(case: Case, arguments: Arguments) -> Expected:
-    """The result of the reference; of attention scores, that of float64 with an error bound.
+    """The result of the reference; for attention scores, that of float64 with an error bound.
 
     The bound is that of tests/ops/test_attention.py: twice the error of plain PyTorch in the dtype
     of the inputs, and at least the spacing of float32.
@@ -62,7 +62,7 @@ def expected(case: Case, arguments: Arguments) -> Expected:
         exact = _received_attention(torch.float64, *args)
         plain = _received_attention(args[0].dtype, *args)
         if keywords["lse"] is not None and len(exact):
-            # A float32 log-sum-exp has an error of its own, of about its size times eps.
+            # A float32 log-sum-exp has an error of about its size times eps.
             eps = float(keywords["lse"].abs().max()) * torch.finfo(torch.float32).eps
             plain = plain + eps * exact.max()
     spacing = torch.finfo(torch.float32).eps * exact.norm().item()
@@ -89,7 +89,7 @@ class Expectations:
     """Expected results by case, so that several backends share the work of the reference.
 
     Attributes:
-        seconds: spent in the reference so far.
+        seconds: time spent in the reference so far.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Inputs made by integer arithmetic: the same bits on every machine and from every torch.
 
-A case of the verification is a few numbers, so a difference that somebody reports can be
-reproduced anywhere, and known answers need no stored tensors. Values come from 31-bit integers;
-at most one IEEE multiplication and one conversion to the dtype follow.
+A verification case is a few numbers, so a reported difference can be reproduced anywhere, and known
+answers need no stored tensors. Values come from 31-bit integers; at most one IEEE multiplication
+and one conversion to the dtype follow.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 FEATURES = (
     "normal",  # independent tokens
     "clustered",  # many near-duplicates
-    "smooth",  # neighbours alike, as in images
+    "smooth",  # similar neighbours, as in images
     "duplicates",  # exact copies
     "few_values",  # small integers: exact ties of cosines everywhere
     "constant",  # every token the same
     "zeros",  # some tokens all zero
     "non_finite",  # some tokens with NaN or Inf
     "outliers",  # a few channels a thousand times larger
-    "tiny",  # magnitudes about the 1e-30 limit, and subnormal
+    "tiny",  # magnitudes near the 1e-30 limit, and subnormal
     "huge",  # near the largest finite number
     "signed",  # one direction and its negative
 )
@@ -36,7 +36,7 @@ _NON_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 def integers(shape: Sequence[int], seed: int) -> Tensor:
-    """int64 values in [0, 2**31 - 1) of `shape`, a function of position and seed alone.
+    """int64 values in [0, 2**31 - 1) of `shape`, a function of position and seed only.
 
     Every product stays below 2**62, so nothing overflows.
     """
@@ -52,7 +52,7 @@ def integers(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def bell(shape: Sequence[int], seed: int) -> Tensor:
-    """int64 values in [-1535, 1534] that crowd around 0: sums of three uniform ones."""
+    """int64 values in [-1535, 1534] that concentrate around 0: sums of three uniform ones."""
     x = integers(shape, seed)
     return (x & 1023) + (x >> 10 & 1023) + (x >> 20 & 1023) - 1535
 
@@ -119,7 +119,8 @@ def attention(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) 
 
 
 def laid_out(x: Tensor, layout: str, tokens: int) -> Tensor:
-    """The values of `x` under other strides or another alignment; `tokens` is their dimension."""
+    """The values of `x` with other strides or another alignment; `tokens` is the dimension of
+    tokens."""
     if layout == "cls_dropped":
         first = torch.zeros_like(x.narrow(tokens, 0, min(1, x.shape[tokens])))
         return torch.cat([first, x], dim=tokens).narrow(

@@ -1,7 +1,7 @@
 """Results that were computed once and are part of the package (known_answers.json).
 
-They need no reference at run time: a torch whose reference is wrong on a machine, by an inexact
-matrix product for example, is found by them, and so are cases for which the reference would take
+They need no reference at run time. So they detect a torch whose reference is wrong on a machine,
+for example by an inexact matrix product, and they cover cases for which the reference would take
 many seconds. `generate()` made the file:
 
     python -c 'from vispruner_cuda.verification import known_answers; known_answers.write()'
@@ -50,18 +50,18 @@ CASES = (
     Case("prune_varlen", (50, 0, 1, 70), 24, 2, (9, 3, 1, 11), method="mmr", parameter=0.3),
     # Several waves of images: their workspaces exceed 512 MiB.
     Case("dedup", (4200,) * 9, 8, None, 8, step=1000, features="clustered", dtype="float16"),
-    # Shared memory of the loop near the most that a block may have, on compute capability 9.0.
+    # Shared memory of the loop near the maximum per block of compute capability 9.0.
     Case("dedup", (14109,), 4, None, 24, step=4096, features="clustered"),
     # The longest rows of the neighbour lists.
     Case("prune", (16400,), 4, None, 24, 0.0, 4096, features="normal", dtype="float16"),
 )
-# Scores are those of float64. float32 arithmetic comes to about 2**-21 of them.
+# Scores are those of float64. The relative error of float32 arithmetic is about 2**-21.
 _SCORE_ERROR = 2**-18
 
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """A case and what it has to return.
+    """A case and its expected result.
 
     Attributes:
         stored: `indices` as integers; `bits` of float32 cosines; or `scores`.
@@ -71,7 +71,7 @@ class KnownAnswer:
     stored: dict[str, Any]
 
     def expected(self, arguments: Arguments) -> Expected:
-        """What to compare a result with. The kept features follow from the indices."""
+        """The expected result. The retained features follow from the indices."""
         if "scores" in self.stored:
             scores = torch.tensor(self.stored["scores"], dtype=torch.float64)
             return Near(scores, _SCORE_ERROR * scores.norm().item())
@@ -112,13 +112,13 @@ def generate(of: tuple[Case, ...] = CASES) -> Iterator[dict[str, Any]]:
 
 
 def _nine_digits(scores: Any) -> Any:
-    """Nested lists of floats, shortened to what a float32 can hold."""
+    """Nested lists of floats, shortened to the precision of a float32."""
     if isinstance(scores, list):
         return [_nine_digits(part) for part in scores]
     return float(f"{scores:.9g}")
 
 
 def write() -> None:
-    """Writes known_answers.json, a line for each case."""
+    """Writes known_answers.json, one line per case."""
     lines = ",\n".join(json.dumps(entry) for entry in generate())
     PATH.write_text(f'{{"answers": [\n{lines}\n]}}\n')

@@ -23,7 +23,7 @@ def _moved(value: Any, device: torch.device) -> Any:
         return type(value)(*(_moved(v, device) for v in value))
     if not isinstance(value, Tensor) or value.device == device or not value.numel():
         return value.to(device) if isinstance(value, Tensor) else value
-    # .to() keeps dense strides only; views with gaps and odd alignment have to arrive, too.
+    # .to() keeps dense strides only; views with gaps and odd alignment must be preserved as well.
     span = 1 + sum((s - 1) * t for s, t in zip(value.shape, value.stride(), strict=True))
     offset = value.storage_offset() % 8
     memory = torch.empty(span + offset, dtype=value.dtype, device=device)
@@ -46,7 +46,7 @@ def operators(device: str) -> Operators:
 
 
 def device_names(report: Mapping[str, Any]) -> list[str]:
-    """What can be verified of the machine that `report()` describes: "cpu", "cuda:0"...
+    """The devices of `report()` that can be verified: "cpu", "cuda:0"...
 
     A GPU counts if the library has kernels for it, even if they do not work there.
     """
@@ -56,7 +56,7 @@ def device_names(report: Mapping[str, Any]) -> list[str]:
 
 
 def backends(devices: Iterable[str], report: Mapping[str, Any]) -> list[Backend]:
-    """Backends of devices that `device_names` lists; the CPU is one for each instruction set."""
+    """Backends of devices that `device_names` lists; the CPU has one per instruction set."""
     choices = plans.choices()
     auto = dict.fromkeys(choices, "auto")
     found = []
@@ -75,7 +75,7 @@ def backends(devices: Iterable[str], report: Mapping[str, Any]) -> list[Backend]
 
 
 def wrong_instruction_set(backend: Backend) -> str | None:
-    """What is wrong if the library does not use the instruction set that a backend fixes."""
+    """An error message if the library does not use the instruction set that a backend selects."""
     wanted = backend.fixed.get("cpu", "auto")
     with backend.plans.use(**backend.fixed):
         used = json.loads(torch.ops.vispruner.build_info())["cpu_isa"]
@@ -85,5 +85,5 @@ def wrong_instruction_set(backend: Backend) -> str | None:
 
 
 def reference_backend() -> Backend:
-    """The reference itself: to be run on known answers."""
+    """The reference itself, for the known answers."""
     return Backend("reference", reference)

@@ -1,5 +1,5 @@
-// Greedy selection on the CPU: picks one after the other, each the token with the highest value
-// now.
+// Greedy selection on the CPU: picks tokens one after the other, each time the one with the highest
+// value.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -27,7 +27,7 @@ int highest(int count, const Key& key) {
   return best;
 }
 
-// Scores as shares of the highest one.
+// Scores divided by the highest one.
 inline void importances(const float* scores, int count, float* out) {
   float most = 0.0f;
   for (int i = 0; i < count; ++i) {

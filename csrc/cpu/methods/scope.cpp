@@ -1,8 +1,8 @@
 // SCOPE: the next pick is the token with the largest importance times coverage gain.
 //
-// The gain of a token is how much it covers of what the picks do not: the sum over all tokens of
-// max(0, cover(token, other) - covered(other)), in integers. A pick changes `covered` of few tokens
-// once some are picked, and a change of one lowers every gain by a part of one row.
+// The gain of a token is the coverage that it would add to that of the picks: the sum over all
+// tokens of max(0, cover(token, other) - covered(other)), in integers. Once some are picked, a pick
+// changes `covered` of few tokens, and each change lowers every gain by a part of one row.
 //
 // Cost at N tokens: one pass over N^2 for the first gains, then one over N for each change; a token
 // changes about log(k) times.

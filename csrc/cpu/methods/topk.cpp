@@ -8,7 +8,7 @@ void reserve(Arena& /*arena*/, const GramWorkspace& /*gram*/, int /*threads*/) {
 
 const uint16_t* select(Arena& /*arena*/, const Stages& /*stages*/, int /*picks*/,
                        const Selection& /*selection*/, const Threads& /*threads*/) {
-  return nullptr;  // never called: no token is left to a loop
+  return nullptr;  // never called: no tokens for a loop
 }
 
 }  // namespace

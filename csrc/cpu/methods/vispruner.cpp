@@ -1,8 +1,8 @@
 // The dedup loop of VisPruner on the CPU.
 //
-// Cost at R residual tokens: neighbour lists a few passes over R^2 floats, and then (R - k) / step
-// rounds that probe 4 to 10 list entries a token and sort half the list. The method's own loop
-// reads about 25 times as many similarities and multiplies matrices inside it.
+// Cost at R residual tokens: a few passes over R^2 floats for the neighbour lists, then (R - k) /
+// step rounds that probe 4 to 10 list entries per token and sort half the list. The loop as
+// published reads about 25 times as many similarities and multiplies matrices in every round.
 #include <cstring>
 #include <utility>
 
@@ -14,7 +14,7 @@ namespace {
 struct DedupWorkspace {
   uint16_t* neighbours;  // (rows, kListStride)
   float* redundancy;     // (rows, kListStride)
-  // For each thread, of the tokens that are left: similarities to one of them, and sort keys.
+  // Per thread, for the remaining tokens: similarities to one of them, and sort keys.
   float* gram_scratch;
   int32_t* key_scratch;
   float* left_inv;
@@ -38,7 +38,7 @@ struct DedupWorkspace {
   }
 };
 
-// Stable sort of the A half of the list by redundancy, highest first: ascending order of these.
+// Keys whose ascending order is the stable order of A by redundancy, highest first.
 uint64_t redundancy_key(float redundancy, int position) {
   return (uint64_t{~ordered_key(redundancy)} << 32) | static_cast<uint32_t>(position);
 }
@@ -46,7 +46,7 @@ uint64_t redundancy_key(float redundancy, int position) {
 int position_of(uint64_t key) { return static_cast<int>(static_cast<uint32_t>(key)); }
 
 // Sorts keys that are in order where their high halves are equal: a scatter into buckets of equal
-// width, the same again in crowded ones, and an insertion sort of what is nearly in order then.
+// width, again in crowded buckets, and then an insertion sort of the nearly sorted keys.
 void sort_keys(uint64_t* keys, uint64_t* scratch, int count) {
   constexpr int kFew = 16, kMostBuckets = 2048;
   if (count > kFew) {
@@ -85,8 +85,8 @@ void sort_keys(uint64_t* keys, uint64_t* scratch, int count) {
   }
 }
 
-// Makes the neighbour lists of the `n` tokens that are left, of each other. As long as all are,
-// `left` is 0, 1, 2, ...
+// Makes the neighbour lists of the `n` remaining tokens among each other. `left` is 0, 1, 2, ... as
+// long as all remain.
 void list_neighbours(const Threads& threads, const Stages& stages, DedupWorkspace& ws,
                      const uint16_t* left, int n) {
   const GramWorkspace& gram = stages.gram;
@@ -112,12 +112,12 @@ void list_neighbours(const Threads& threads, const Stages& stages, DedupWorkspac
 }
 
 // The loop of the method on residual rows 0 ... R - 1, which are in ranking order. Returns the
-// survivors.
+// retained tokens.
 const uint16_t* dedup_loop(const Threads& threads, const Stages& stages, DedupWorkspace& ws, int k,
                            int step) {
   const GramWorkspace& gram = stages.gram;
-  // Lists are made again when so many times fewer tokens are left that most of their entries are
-  // gone, unless these are so few that scanning them costs less.
+  // Lists are rebuilt when the number of tokens has fallen by this factor, since most of their
+  // entries are dropped tokens then, unless so few tokens remain that scanning them costs less.
   constexpr int kListAgain = 4, kFewTokens = 150;
   const int rows = gram.rows;
   const int64_t ld = gram.padded;
@@ -145,7 +145,7 @@ const uint16_t* dedup_loop(const Threads& threads, const Stages& stages, DedupWo
       float redundancy;
       if (ids[e] != rows) {
         redundancy = ws.redundancy[token * kListStride + e];
-      } else {  // none of the listed neighbours is in B: scan it
+      } else {  // none of the listed neighbours is in B: scan B
         const float* row = stages.matrix + token * ld;
         float best = similarity(row[list[1]], gram.inv[list[1]]);
         for (int b = 3; b < n; b += 2) {

@@ -1,5 +1,5 @@
-// Greedy selection: picks one after the other, each the token with the highest key now. One block
-// per image, one launch for all picks; a thread has its tokens' state in registers.
+// Greedy selection: picks tokens one after the other, each time the one with the highest key. One
+// block per image, one launch for all picks; a thread holds its tokens' state in registers.
 #pragma once
 #include <type_traits>
 
@@ -10,12 +10,13 @@
 
 namespace vispruner::cuda {
 
-// A token and how much it is wanted: an ordered_key, or kTaken.
+// A token and its key: an ordered_key, or kTaken.
 struct Candidate {
   uint32_t key;
   int token;
 
-  // Becomes this one if it is wanted more. Of equal ones the first stays: tokens come ascending.
+  // Replaces the candidate if the key is higher. Of equal keys the first stays, because tokens come
+  // in ascending order.
   __device__ __forceinline__ void raise(uint32_t other_key, int other) {
     if (other_key > key) *this = {other_key, other};
   }
@@ -44,7 +45,7 @@ __device__ __forceinline__ int own_token(int v) {
   return static_cast<int>(threadIdx.x) + v * static_cast<int>(blockDim.x);
 }
 
-// What a rule knows of its image.
+// The arrays of an image that a rule reads.
 struct GreedyImage {
   int tokens;
   const uint32_t* scores;  // (N) ordered keys, where the method reads them
@@ -58,7 +59,7 @@ struct GreedyImage {
   }
 };
 
-// The highest score of the image that counts, for all threads.
+// The highest score of the image (at least 0 and finite), for all threads.
 __device__ __forceinline__ float highest_score(const GreedyImage& image, Candidate* slots) {
   Candidate most = no_candidate();
   for (int token = threadIdx.x; token < image.tokens; token += blockDim.x) {
@@ -77,7 +78,7 @@ __device__ __forceinline__ GreedyImage greedy_image(const Image& image, const Wo
           own + at.method};
 }
 
-// A value for each token of a thread: in registers, or for many tokens in the method's arrays.
+// One value per token of a thread: in registers, or for many tokens in the method's arrays.
 constexpr int kMostInRegisters = 4;
 template <typename T, int kValues>
 struct OwnValues {
@@ -94,10 +95,10 @@ struct OwnValues {
   }
 };
 
-// The selection with the rule of a method, for methods that look at one row of similarities a pick.
+// The selection with the rule of a method, for methods that read one row of similarities per pick.
 //
 //   Rule(image, parameter, slots)   has kValues tokens: own_token(v) for v in [0, kValues)
-//   uint32_t key(int v)             how much the token is wanted
+//   uint32_t key(int v)             the key of the token
 //   void take(int v)                it is picked
 //   void see(int v, float cosine, bool first)   the cosine to the pick
 template <typename Rule>
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                 warp_sums);
 }
 
-// Launches it; RuleOf<kValues> is the rule for so many tokens a thread.
+// Launches it; RuleOf<kValues> is the rule for kValues tokens per thread.
 template <template <int> class RuleOf>
 int select_greedily(const Batch& batch, const WaveSize& size, int64_t channels, float parameter,
                     int64_t* indices, void* workspace, Stream stream) {

@@ -6,15 +6,15 @@ namespace vispruner::cuda {
 
 constexpr int kNeighbours = 32;  // entries of a neighbour list
 
-// Where entry `entry` of a token's neighbour list lies. Rows are permuted by groups of eight
-// entries, each row in its own way, because the lanes of a warp read entries of different tokens
-// and should meet different banks.
-constexpr int kProbes = 8;  // entries that are looked at together: 16 bytes of ids
+// Index of entry `entry` of a token's neighbour list. Each row has a different permutation of its
+// groups of eight entries, because the lanes of a warp read entries of different tokens and should
+// access different banks.
+constexpr int kProbes = 8;  // entries that are read together: 16 bytes of ids
 VP_HD int list_slot(int token, int entry) {
   return token * kNeighbours + (entry ^ (token / 2 * kProbes % kNeighbours));
 }
 
-// Arrays of the dedup loop. They live in shared memory, or else in the workspace.
+// Arrays of the dedup loop, in shared memory or in the workspace.
 constexpr int kMostCounting = 512;  // tokens of A that are never ranked by merging
 constexpr int kSentinels = 4;       // words after the last one that are greater than any
 VP_HD int half_up(int n) { return (n + 1) / 2; }

@@ -7,7 +7,7 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kRowThreads = 128, kRows = kRowThreads / kWarp;  // of a block: a warp has a row
+constexpr int kRowThreads = 128, kRows = kRowThreads / kWarp;  // per block: one warp per row
 
 // The ordered key of each token's largest cosine to another one.
 __global__ void __launch_bounds__(kRowThreads)

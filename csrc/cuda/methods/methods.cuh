@@ -1,4 +1,5 @@
-// The methods: what each needs of the stages before, and its own launches. A file per method.
+// The methods: the outputs of earlier stages that each needs, and its launches. One file per
+// method.
 #pragma once
 #include "batch.cuh"
 #include "vispruner/method.h"
@@ -7,12 +8,12 @@ namespace vispruner::cuda {
 
 struct MethodStages {
   Order order;
-  bool scores;    // it reads them
-  Matrix matrix;  // what the Gram stage is to write
-  // Bytes of the method's own arrays (WorkspaceLayout::method) of an image.
+  bool scores;    // whether it reads them
+  Matrix matrix;  // output of the Gram stage
+  // Bytes of the method's arrays (WorkspaceLayout::method) per image.
   int64_t (*bytes)(int residual);
-  // Enqueues what selects: the retained tokens of every image, ascending, into `indices`. `more`
-  // (Batch) is set if another kernel follows.
+  // Enqueues the selection, which writes the retained tokens of every image, ascending, to
+  // `indices`. `more` (Batch) is set if another kernel follows.
   int (*select)(const Batch& batch, const WaveSize& size, int64_t channels,
                 const Selection& selection, int64_t* indices, void* workspace, Stream stream);
 };

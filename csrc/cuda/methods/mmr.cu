@@ -13,7 +13,7 @@ struct Mmr {
   float lambda;
   OwnValues<float, kValues> importances;
   OwnValues<float, kValues> nearest;  // the largest cosine to a pick; 0 before the first
-  uint32_t taken = 0;                 // a bit for each
+  uint32_t taken = 0;                 // one bit per token
 
   __device__ __forceinline__ Mmr(const GreedyImage& image, float lambda_, Candidate* slots)
       : lambda(lambda_),

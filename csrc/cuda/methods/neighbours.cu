@@ -3,12 +3,12 @@
 //
 // The list is complete above its last value, so "the first entry that is in B now" is the largest
 // similarity to any token of B (ties change nothing: only the value counts). Any threshold that 32
-// to 64 tokens reach yields candidates, of which the best 32 stay; a bisection finds one in a few
-// steps. Where a value ties across the limit, some of its ties are taken.
+// to 64 tokens reach gives the candidates, of which the best 32 stay; a bisection finds one in a
+// few steps. If equal values cross the limit, some of them are taken.
 //
-// A row stays in registers, of one warp up to 1024 tokens, of a block beyond. Bytes: 4 R^2 read,
-// 192 R written. Steps of a row: the extremes of what each thread holds, two to four counts of R
-// values, and the ranking of the candidates.
+// A row stays in the registers of one warp for up to 1024 tokens, and of one block for more. Bytes:
+// 4 R^2 read, 192 R written. Steps per row: the extremes of each thread's values, two to four
+// counts of R values, and the ranking of the candidates.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -23,7 +23,7 @@ namespace {
 constexpr int kCandidates = 2 * kNeighbours;
 constexpr int kValueProbes = 16;  // bisect between values first, then between their bit patterns
 
-// The threads of a row meet.
+// Synchronizes the threads of a row.
 template <int kWarps>
 __device__ __forceinline__ void meet() {
   if constexpr (kWarps == 1) {
@@ -33,8 +33,8 @@ __device__ __forceinline__ void meet() {
   }
 }
 
-// What `fold` makes of all warps' values, known to every thread. `slots` alternates between two
-// arrays, so that one barrier a call is enough.
+// The reduction of all warps' values by `fold`, for every thread. `slots` alternates between two
+// arrays, so that one barrier per call is enough.
 template <int kWarps, typename T, typename Fold>
 __device__ __forceinline__ T fold_warps(T value, T* slots, const Fold& fold) {
   if constexpr (kWarps == 1) return value;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x == 0) found = 0;
   for (int e = threadIdx.x; e < kCandidates; e += kThreads) found_keys[e] = 0;
-  // As many keys as there are threads, 32 or more, are no less than the least of their greatest.
+  // At least kThreads keys, so 32 or more, are >= the smallest per-thread maximum.
   uint32_t low = fold_warps<kWarps>(__reduce_min_sync(kAllLanes, most), slots[0],
                                     [](uint32_t a, uint32_t b) { return min(a, b); });
   uint32_t high = fold_warps<kWarps>(__reduce_max_sync(kAllLanes, most), slots[1],
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   meet<kWarps>();
 
   const int lane = threadIdx.x % kWarp;
-  int own_found = 0;  // where a warp is alone, it counts by itself
+  int own_found = 0;  // with one warp per row, the warp counts without atomics
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     const bool take =
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kThreads)
   const int count = kWarps > 1 ? found : own_found;
   if (threadIdx.x >= kCandidates) return;
 
-  // Every candidate counts those that belong before it (equal ones in any order: they give the same
-  // redundancy), four at a time; after the last one there are zeros, which are below all.
+  // For every candidate, the candidates ahead of it are counted, four at a time (equal ones in any
+  // order: they give the same redundancy). Zeros, which are below all keys, follow the last one.
   constexpr int kEach = kThreads < kCandidates ? kCandidates / kThreads : 1;
   uint32_t key[kEach];
   int place[kEach] = {};
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // Read again: kept until here, these would take registers that the row needs.
+  // Reloaded: held until here, these would take registers that the row needs.
   int block = blockIdx.y;
   not_before(block);
   const Image out = batch[block];

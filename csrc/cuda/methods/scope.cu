@@ -1,13 +1,14 @@
 // SCOPE: the next pick is the token with the largest importance times coverage gain.
 //
-// The gain of a token is how much it covers of what the picks do not: the sum over all tokens u of
-// max(0, cover(token, u) - covered(u)). A pick raises `covered` of few tokens once some are picked;
-// each such change lowers the gains of all tokens by a part of one row of the matrix, which is
-// symmetric. Gains are integers, so that the order of the changes does not matter.
+// The gain of a token is the coverage that it would add to that of the picks: the sum over all
+// tokens u of max(0, cover(token, u) - covered(u)). Once some are picked, a pick raises `covered`
+// of few tokens; each such change lowers the gains of all tokens by a part of one row of the
+// matrix, which is symmetric. Gains are integers, so that the order of the changes does not matter.
 //
 // The first pick covers something of every token, and the gains after it are sums over the whole
-// matrix: two kernels of many blocks come to it. Each further pick has three steps, with a barrier
-// after each: find the best token; list the changes; lower the gains, four tokens per thread.
+// matrix: two kernels of many blocks compute them. Each further pick has three steps, with a
+// barrier after each: find the best token; list the changes; lower the gains, four tokens per
+// thread.
 //
 // Bytes: 8 N^2 read by many blocks; 4 N for each change, of which a token has about log(k).
 #include "methods/greedy.cuh"
@@ -17,7 +18,7 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kVector = 4;  // tokens
-constexpr int kSlots = 4;   // tokens of a thread that are looked at for changes at a time
+constexpr int kSlots = 4;   // tokens per thread that are checked for changes at a time
 // Changes whose rows are loaded at a time.
 template <int kVectors>
 constexpr int kTogetherOf = kVectors <= 2 ? 6 : 1;
@@ -28,7 +29,7 @@ struct alignas(16) Words {
 
 struct ScopeLayout {  // byte offsets from WorkspaceLayout::method
   int64_t weights;    // float (N) importance^alpha
-  int64_t wanted;     // uint32 (N) ordered keys that the first pick is chosen by
+  int64_t wanted;     // uint32 (N) ordered keys of the first pick
   int64_t gains;      // uint32 (N) after the first pick
   int64_t covered;    // uint32 (N)
   int64_t bytes;
@@ -70,9 +71,9 @@ struct ScopeImage {
   }
 };
 
-constexpr int kRowThreads = 128, kRows = kRowThreads / kWarp;  // of a block: a warp has a row
+constexpr int kRowThreads = 128, kRows = kRowThreads / kWarp;  // per block: one warp per row
 
-// The tokens' weights, and how much each is wanted while nothing is covered.
+// The tokens' weights, and their keys while nothing is covered.
 __global__ void __launch_bounds__(kRowThreads)
     scope_weights_kernel(Batch batch, int64_t channels, int quarters, unsigned char* workspace) {
   begin_dependent(batch.more);
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kRowThreads)
   image.wanted[row] = ScopeImage::key(gain, weight);
 }
 
-// What the first pick covers, and the gains after it.
+// The coverage of the first pick, and the gains after it.
 __global__ void __launch_bounds__(kRowThreads)
     scope_gains_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
   begin_dependent(batch.more);
@@ -120,21 +121,21 @@ __global__ void __launch_bounds__(kRowThreads)
   image.covered[row] = covered[row];
 }
 
-// What is in the list of changes. Two take turns.
+// State of the list of changes. Two alternate.
 struct Listed {
   int count;
   uint32_t before;  // the sum
 };
 
-// A token of which more is covered than before the latest pick.
+// A token whose coverage rose with the latest pick.
 struct alignas(16) Change {
   uint32_t row;  // where its row of the matrix begins, in bytes: below 2^32
   uint32_t before, after, unused;
 };
 
-constexpr int kScopeThreads = 512;  // at most; more would leave too few registers
+constexpr int kScopeThreads = 512;  // at most: more would leave too few registers
 
-// A value for each token of a thread's vectors: in registers, or for many tokens in an array.
+// One value per token of a thread's vectors: in registers, or for many tokens in an array.
 template <typename T, int kVectors>
 struct OwnVectors {
   static constexpr bool kInRegisters = kVectors <= 2;
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
     constexpr int kUnrolled = kVectors <= 2 ? kVectors : 1;
     OwnVectors<uint32_t, kVectors> gains(image.gains);
     OwnVectors<float, kVectors> weights(image.weights);
-    std::conditional_t<kVectors * kVector <= 32, uint32_t, uint64_t> left = 0;  // not picked: a bit
+    std::conditional_t<kVectors * kVector <= 32, uint32_t, uint64_t> left = 0;  // bits: not picked
     using Bits = decltype(left);
     Candidate best = no_candidate();
 #pragma unroll kUnrolled
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
         if (e >= 0 && e < kVector) left &= ~(Bits{1} << (q * kVector + e));
       }
       const uint32_t* row = image.matrix + best.token * image.ld;
-      // The gains after the first pick are there already.
+      // The gains after the first pick are computed already.
       for (int begin = pick == 0 ? tokens : 0; begin < tokens; begin += kSlots * threads, ++turn) {
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
@@ -238,8 +239,8 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
 #pragma unroll kUnrolled
         for (int q = 0; q < kVectors; ++q) {
           if (first_of(q) >= image.ld) break;
-          // What is taken from the gains, and as much more as `before` was in all. After the last
-          // change there are some that change nothing.
+          // The amount to subtract from the gains, plus the sum of `before`. Entries that change
+          // nothing pad the list after the last change.
           const auto* columns = reinterpret_cast<const char*>(image.matrix + first_of(q));
           uint32_t lost[kVector] = {};
           for (int c = 0; c < now.count; c += kTogether) {

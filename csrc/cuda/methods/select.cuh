@@ -1,5 +1,4 @@
-// The end of every method: the tokens that were marked, as ascending indices. For a block per
-// image.
+// The last step of every method: the marked tokens as ascending indices. One block per image.
 #pragma once
 #include "device.cuh"
 
@@ -35,7 +34,7 @@ struct Marks {
   }
 };
 
-// Writes the set bits of `keep` as ascending token numbers; a thread has some words in a row.
+// Writes the set bits of `keep` as ascending token numbers; each thread has some consecutive words.
 __device__ __forceinline__ void write_indices(const uint32_t* keep, int tokens, int64_t base,
                                               int64_t* out, uint32_t* warp_sums) {
   const int each = (words(tokens) + blockDim.x - 1) / blockDim.x;

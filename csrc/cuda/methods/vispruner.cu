@@ -2,21 +2,21 @@
 //
 // A round has three steps, with a barrier after each:
 //
-// - Look up. A lane per token of A looks for the first of its 32 neighbours that is in B now, eight
-//   at a time, and skips groups of eight that are all dropped. The redundancy falls into a bucket;
-//   an atomic addition to the bucket's count tells the token its place in it. Where no neighbour is
-//   in B, a warp scans B; that, and a crowded bucket, takes two barriers more.
+// - Look up. One lane per token of A finds the first of its 32 neighbours that is in B, eight at a
+//   time, and skips groups of eight that are all dropped. The redundancy determines a bucket; an
+//   atomic addition to the bucket's count returns the token's place in it. If no neighbour is in B,
+//   a warp scans B; that, or a crowded bucket, takes two more barriers.
 // - Scatter. Each token adds up the counts of the buckets before its own and writes its word there,
-//   so that A is in the order of its buckets. B moves to the next list.
+//   so that A is ordered by bucket. B moves to the next list.
 // - Rank. Each token counts the words of its bucket that are less than its own. The r most
-// redundant
-//   tokens are dropped, the others come to their place in the next list.
+//   redundant tokens are dropped, the others are written to the next list.
 //
-// Where many redundancies agree to the last bits and a bucket is crowded, A is counted or merged.
+// If a bucket is crowded because many redundancies agree to the last bits, A is ranked by counting
+// or merging.
 //
-// A chain of dependent accesses to shared memory: the list entry, (ids, where they are) per group
-// of eight, the key, the bucket's count; the place, the counts before it; the words of the bucket,
-// the list entry. Bytes: 192 R of neighbour lists, once, where they fit into shared memory.
+// The chain of dependent accesses to shared memory: the list entry, (ids, `where`) per group of
+// eight, the key, the bucket's count; the place, the counts before it; the words of the bucket, the
+// list entry. Bytes: 192 R of neighbour lists, once, if they fit into shared memory.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -30,17 +30,17 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: addresses of 64 bits
-constexpr int kGroup = 16;            // buckets whose counts each token of one of them adds up
+constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: 64-bit addresses
+constexpr int kGroup = 16;            // buckets per group of counts
 
-// The buckets of A's keys (BucketRule). A long A has more of them, so that few share one.
+// The buckets of A's keys (BucketRule). A long A has more of them, so that few tokens share one.
 template <int kLog2_>
 struct Buckets {
   static constexpr int kLog2 = kLog2_;
   static constexpr int kCount = 1 << kLog2;
-  static constexpr int kMost = 65536 / kCount;  // tokens; more in one, and the buckets are given up
+  static constexpr int kMost = 65536 / kCount;  // per bucket; with more, buckets are not used
   static constexpr int kGroups = kCount / kGroup;
-  static constexpr int kEach = kGroups / kWarp;  // groups that a lane adds up
+  static constexpr int kEach = kGroups / kWarp;  // groups that one lane adds up
   static constexpr int kWords = kCount / 4 + kGroups;
   static_assert(kEach == 1 || kEach == 4, "one load");
 };
@@ -51,7 +51,7 @@ constexpr int kLog2Octaves = 4;
 // Where a token is.
 constexpr uint8_t kDropped = 0, kInA = 1, kInB = 2;
 
-// What the block always has in shared memory.
+// Arrays that are always in shared memory.
 struct Shared {
   uint32_t* counts;    // (kCount / 4) tokens per bucket, a byte each; zero outside of a round
   uint32_t* totals;    // (kGroups) tokens per group of buckets; the same
@@ -83,7 +83,7 @@ VP_HD int64_t list_bytes(int residual) {
   return round_up(int64_t{residual} * kNeighbours * 2, 16) + int64_t{residual} * kNeighbours * 4;
 }
 
-// What the rounds read of the stages before.
+// Outputs of earlier stages that the rounds read.
 struct Similarity {
   const uint16_t* ids;   // (R, 32) neighbour lists, best first (list_slot)
   const uint32_t* keys;  // (R, 32) ordered keys of the redundancies they give
@@ -105,13 +105,13 @@ struct Round {
   uint32_t* extremes;
   uint32_t* next_extremes;
   int n, a_count, r;
-  bool buckets;  // A is to be ranked by them
+  bool buckets;  // whether A is ranked by buckets
 };
 
-// Which bucket a key falls into: by its distance from the highest key of the round before, on a
+// The bucket of a key, by the key's distance from the highest key of the previous round, on a
 // logarithmic scale (the bits of a float are its logarithm, linear between powers of two) that ends
-// at twice the distance of the lowest. Any rule that never falls with the key would give the same
-// ranks; redundancies bunch near the highest, and this one still spreads them.
+// at twice the distance of the lowest key. Any monotone rule gives the same ranks; this one spreads
+// the redundancies, which cluster near the highest.
 template <typename B>
 struct BucketRule {
   uint32_t high;
@@ -147,8 +147,8 @@ __device__ __forceinline__ bool store_key(const Shared& shared, const DedupState
   return true;
 }
 
-// Look up: the keys of A, as far as the neighbour lists tell them; the other positions are left in
-// `next`. Returns whether the buckets are not ready after it.
+// Look up: the keys of A that the neighbour lists give; the other positions are written to `next`.
+// Returns whether the buckets are not ready after it.
 template <typename B>
 __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& state,
                                         const Similarity& similarity, const Round& round) {
@@ -168,7 +168,7 @@ __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& 
       const int group = __ffs(static_cast<int>(open)) - 1;
       at = row ^ (group * kProbes);
       const Ids ids = *reinterpret_cast<const Ids*>(similarity.ids + at);
-      const auto four = [&](uint32_t left, uint32_t right) {  // a byte each
+      const auto four = [&](uint32_t left, uint32_t right) {  // one byte each
         const uint32_t first = shared.where[left & 0xffffu], second = shared.where[left >> 16];
         const uint32_t third = shared.where[right & 0xffffu], fourth = shared.where[right >> 16];
         return __byte_perm(__byte_perm(first, second, 0x0040), __byte_perm(third, fourth, 0x0040),
@@ -195,7 +195,7 @@ __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& 
   return left;
 }
 
-// The keys that look_up left, one warp per token.
+// The keys that look_up did not find, one warp per token.
 template <typename B>
 __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupState& state,
                                              const Similarity& similarity, const Round& round) {
@@ -219,22 +219,22 @@ __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupSt
   }
 }
 
-// Puts the entry in this place of the next list.
+// Writes the entry to this place of the next list.
 __device__ __forceinline__ void put(const Shared& shared, const Round& round, int slot,
                                     uint32_t entry) {
   round.next[slot] = entry;
   shared.where[token_of(entry)] = static_cast<uint8_t>(kInA + slot % 2);
 }
 
-// B follows the survivors of A, in its old order.
+// B follows the remaining tokens of A, in its old order.
 __device__ __forceinline__ void move_b(const Shared& shared, const Round& round) {
-  // From the last thread on: the first ones have more to do in the rankings.
+  // From the last thread on: the first threads have more work in the rankings.
   for (int b = blockDim.x - 1 - threadIdx.x; b < round.n / 2; b += blockDim.x) {
     put(shared, round, round.a_count - round.r + b, round.list[2 * b + 1]);
   }
 }
 
-// Where the token at A position p, which has this key and rank, goes: out, or on the next list.
+// Drops the token at A position p, which has this key and rank, or writes it to the next list.
 __device__ __forceinline__ void place(const Shared& shared, const Round& round, int p, uint32_t key,
                                       int rank) {
   if (rank == 0) round.next_extremes[0] = key;
@@ -257,14 +257,14 @@ __device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
   return (uint64_t{~key} << 32) | static_cast<uint32_t>(p);
 }
 
-// Scatter: the words of A come into the order of their buckets, in any order within each.
+// Scatter: orders the words of A by bucket, in any order within each.
 template <typename B>
 __device__ __forceinline__ void scatter(const Shared& shared, const DedupState& state,
                                         const Round& round) {
   constexpr uint32_t kOnes = 0x01010101u;
   if (threadIdx.x < kSentinels) state.sorted[0][round.a_count + threadIdx.x] = ~uint64_t{0};
   if (static_cast<int>(threadIdx.x & ~(kWarp - 1)) >= round.a_count) return;
-  // The tokens in all groups before each of those that this lane adds up.
+  // The number of tokens before each of the groups that this lane adds up.
   struct alignas(4 * B::kEach) Totals {
     uint32_t of[B::kEach];
   };
@@ -279,7 +279,7 @@ __device__ __forceinline__ void scatter(const Shared& shared, const DedupState& 
     before.of[e] = sum;
     sum += own;
   }
-  // Whole warps make every turn, so that all lanes meet in the shuffle.
+  // All lanes of a warp run every iteration, because all take part in the shuffle.
   for (int p = threadIdx.x; p - static_cast<int>(threadIdx.x % kWarp) < round.a_count;
        p += blockDim.x) {
     const bool inside = p < round.a_count;
@@ -308,8 +308,8 @@ __device__ __forceinline__ void scatter(const Shared& shared, const DedupState& 
   }
 }
 
-// Rank: each token counts the words of its bucket that are less than its own. Those of the buckets
-// before it are, and those of later buckets are not, so that whole vectors can be read.
+// Rank: each token counts the words of its bucket that are less than its own. Words of earlier
+// buckets are less and words of later buckets are not, so that whole vectors can be read.
 template <typename B>
 __device__ __forceinline__ void rank_in_buckets(const Shared& shared, const DedupState& state,
                                                 const Round& round) {
@@ -335,14 +335,14 @@ __device__ __forceinline__ void rank_in_buckets(const Shared& shared, const Dedu
   for (int w = blockDim.x - 1 - threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
 }
 
-// Rank where a bucket is crowded: a group of lanes counts who beats a token.
+// Rank if a bucket is crowded: a group of lanes counts the keys ahead of a token's key.
 __device__ __forceinline__ void sort_by_counting(const Shared& shared, const DedupState& state,
                                                  const Round& round) {
-  int shift = 5;  // as many lanes as there are threads for
+  int shift = 5;  // as many lanes per token as there are threads for
   while (shift > 0 && static_cast<int>(blockDim.x >> shift) < round.a_count) --shift;
   const int lanes = 1 << shift, groups = blockDim.x >> shift;
   const int lane = threadIdx.x & (lanes - 1);
-  // Every thread makes every turn, so that whole warps meet in the shuffles.
+  // All threads run every iteration, because all lanes of a warp take part in the shuffles.
   for (int p0 = 0; p0 < round.a_count; p0 += groups) {
     const int p = p0 + (threadIdx.x >> shift);
     int rank = 0;
@@ -408,7 +408,7 @@ __device__ __forceinline__ void sort_by_merging(const Shared& shared, const Dedu
   }
 }
 
-// All rounds; returns the list that is left.
+// All rounds; returns the remaining list.
 template <typename B>
 __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, const DedupState& state,
                                                       const Similarity& similarity, int residual,
@@ -422,7 +422,7 @@ __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, cons
     *shared.missing = 0;
     *shared.crowded = 0;
     shared.extremes[0] = ordered_key(1.0f);
-    shared.extremes[1] = ordered_key(1.0f) - (1u << 26);  // about 0.004: most are above it
+    shared.extremes[1] = ordered_key(1.0f) - (1u << 26);  // about 0.004: most keys are above it
   }
   __syncthreads();
   Round round{};
@@ -537,7 +537,7 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
     }
   }
   __syncthreads();
-  // Read again: kept through the rounds, these would take registers that the rounds need.
+  // Reloaded: held during the rounds, these would take registers that the rounds need.
   int block = blockIdx.x;
   not_before(block);
   const Image out = batch[block];
@@ -551,7 +551,7 @@ plan::DedupBytes shared_bytes(const WaveSize& size) {
           far + state, far};
 }
 
-// A lane for each token of A in the first round, if there are as many.
+// One lane per token of A in the first round, if there are that many.
 int threads_for(int residual, int most) {
   const auto threads = static_cast<int>(round_up(half_up(residual), kWarp));
   return threads < 128 ? 128 : threads < most ? threads : most;

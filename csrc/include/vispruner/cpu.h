@@ -10,17 +10,17 @@
 
 namespace vispruner::cpu {
 
-// Threads come from the caller (torch's own pool): run(tasks, body) calls body(i) for i in
-// [0, tasks), each on its own thread as far as there are threads.
+// The caller provides the threads (torch's own pool): run(tasks, body) calls body(i) for i in
+// [0, tasks), on as many threads as there are.
 struct Threads {
   int count;
   std::function<void(int64_t tasks, const std::function<void(int64_t)>& body)> run;
 };
 
-// The instruction set in use: the best one of this processor, unless a plan asks for another.
+// The instruction set in use: the best one of this processor, unless a plan selects another.
 const char* isa_name();
 bool isa_supported(plan::Cpu asked);  // by this build and this processor
-// Separated by commas, the least first: those that were built, and those this processor has.
+// Comma-separated, lowest first: the instruction sets that were built, and those of this processor.
 std::string isa_built();
 std::string isa_usable();
 
@@ -42,8 +42,8 @@ struct PruneImage {
 int64_t prune_workspace_bytes(const ImageShape& shape, int64_t channels, const Selection& selection,
                               int threads);
 
-// Prunes one image. `feats` and `attention` give layout and dtype; their data pointers are not
-// used, those of `image` are.
+// Prunes one image. `feats` and `attention` give layout and dtype. Data pointers are taken from
+// `image`.
 void prune_image(const FeatureView& feats, const AttentionView& attention, const PruneImage& image,
                  const Selection& selection, const Threads& threads, void* workspace);
 

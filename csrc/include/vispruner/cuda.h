@@ -1,8 +1,8 @@
 // CUDA kernels: interface between the torch-free code in csrc/cuda and the bindings.
 //
 // All functions enqueue work on `stream`, whose device is current. They return 0, a cudaError_t, or
-// kRefused for work that the device or an explicit plan cannot do; error_string() says what is
-// wrong. None waits for the device, none allocates.
+// kRefused for work that the device or an explicit plan cannot do; error_string() gives the reason.
+// They neither wait for the device nor allocate.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -1,7 +1,7 @@
 // Methods of selection: their names, their parameters and which stages they need.
 //
-// Ranking, quantization and the Gram matrix are stages that methods share. What a method does with
-// them is one file per backend, csrc/cpu/methods and csrc/cuda/methods.
+// The methods share the stages for ranking, quantization and the Gram matrix. The rest of each
+// method is one file per backend, in csrc/cpu/methods and csrc/cuda/methods.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -12,10 +12,10 @@ namespace vispruner {
 
 enum class Method { kVispruner, kTopk, kRandom, kMaxmin, kScope, kMmr };
 
-// What the positions are that the stages after the ranking work on.
+// The order of the positions that the stages after the ranking work on.
 enum class Order { kScore, kRandom, kIndex };
 
-// What the Gram stage makes of the inner products.
+// The output of the Gram stage.
 enum class Matrix {
   kSimilarity,  // float: similarity(G_ij, inv_j)
   kCosine,      // float: similarity(G_ij, inv_j) * inv_i
@@ -36,17 +36,16 @@ inline Selection vispruner_selection(double important_ratio, int64_t step) {
   Selection selection{};
   selection.method = Method::kVispruner;
   selection.important_ratio = important_ratio;
-  // Larger than any image: rounds are bounded by the tokens anyway.
+  // Larger than any image: the number of tokens bounds the rounds.
   selection.step = static_cast<int>(step < kMaxTokens ? step : kMaxTokens);
   return selection;
 }
 
-// The other methods, which have one parameter or none (0 then). Returns what is wrong in one line,
+// The other methods, which have one parameter or none (then 0). Returns a one-line error message,
 // or an empty string.
 std::string parse_selection(const std::string& method, double parameter, Selection* selection);
 
-// How an image is divided: `important` tokens are kept by their rank, `diverse` ones by the
-// method's loop.
+// The split of k: `important` tokens are kept by rank, `diverse` ones by the method's loop.
 inline ImageShape image_shape(int64_t tokens, int64_t k, const Selection& selection) {
   switch (selection.method) {
     case Method::kVispruner: return image_shape(tokens, k, selection.important_ratio);

@@ -1,8 +1,8 @@
-// Canonical numerics v1 (docs/numerics.md): the arithmetic that decides which tokens stay.
+// Canonical numerics v1 (docs/numerics.md): the arithmetic that decides which tokens are retained.
 //
-// Shared by the CUDA and the CPU kernels, so that there is one definition of each step. Every step
-// is exact or a single correctly rounded IEEE operation. Compile with floating-point contraction
-// off (nvcc: --fmad=false, GCC and Clang: -ffp-contract=off) and never with fast-math.
+// The CUDA and the CPU kernels share this one definition of each step. Every step is exact or a
+// single correctly rounded IEEE operation. Compile with floating-point contraction off (nvcc:
+// --fmad=false, GCC and Clang: -ffp-contract=off) and never with fast-math.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -59,8 +59,8 @@ VP_HD float to_float(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 #else
-  // Branch-free and exact for every class of value: shift the fields into place, rescale the
-  // exponent by a multiplication (which also normalizes subnormals), restore Inf and NaN.
+  // Branch-free and exact for all values: shift the fields into place, rescale the exponent by a
+  // multiplication (which also normalizes subnormals), restore Inf and NaN.
   const uint32_t magnitude = (uint32_t{x.bits} & 0x7fffu) << 13;
   const float scaled = bits_float(magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= (0x7c00u << 13) ? kInfBits : 0u;
@@ -85,14 +85,14 @@ VP_HD float ranking_score(float sum) { return sum != sum ? bits_float(0xff800000
 VP_HD uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffffu; }
 
 // The scale of a token whose largest magnitude_bits is `peak`; 0 means "all q are zero". The
-// integer maximum orders NaN above Inf above every finite value, so one test finds them all.
+// integer maximum orders NaN above Inf above every finite value, so one comparison is enough.
 VP_HD float quantization_scale(uint32_t peak) {
   const float m = bits_float(peak);
   return (peak < kInfBits && m >= kTinyPeak) ? kQuantMax / m : 0.0f;
 }
 
 // Adding 1.5 * 2^23 to a small float leaves the nearest integer (ties to even) in the low bits of
-// its representation; `bias`, an even number, comes on top. |x * scale| is at most 2047 and a
+// its representation; `bias`, an even number, is added to it. |x * scale| is at most 2047 plus a
 // rounding error.
 VP_HD uint32_t quantize_bits(float x, float scale, int bias) {
   return float_bits(x * scale + static_cast<float>(12582912 + bias));
@@ -146,12 +146,12 @@ VP_HD float positive_score(float score) {
   return score > 0.0f ? (score < kLargestFloat ? score : kLargestFloat) : 0.0f;
 }
 
-// In [0, 1], of positive scores: 1 for the highest of the image.
+// In [0, 1], for positive scores; 1 for the highest of the image.
 VP_HD float importance(float score, float highest) {
   return highest > 0.0f ? score / highest : 0.0f;
 }
 
-// x^(quarters / 4) for x in [0, 1], by square roots and multiplications alone, in this order.
+// x^(quarters / 4) for x in [0, 1], by square roots and multiplications only, in this order.
 VP_HD float power_of_quarters(float x, int quarters) {
   float result = 1.0f;
   for (int whole = quarters / 4; whole > 0; --whole) result = result * x;
@@ -165,8 +165,8 @@ VP_HD float power_of_quarters(float x, int quarters) {
 // ---- coverage ---------------------------------------------------------------------------------
 constexpr float kCoverageUnit = 65536.0f;  // of cosine 1
 
-// How much one token covers another: their cosine in fixed point, 0 where it is negative. Sums over
-// an image are below 2^32, whatever their order.
+// The coverage of one token by another: their cosine in fixed point, 0 where it is negative. Sums
+// over an image are below 2^32 in any order.
 VP_HD uint32_t coverage(float cosine) {
   const float scaled = (cosine > 0.0f ? cosine : 0.0f) * kCoverageUnit;  // exact
   return float_bits(scaled + 8388608.0f) - 0x4b000000u;                  // half to even
@@ -179,7 +179,8 @@ VP_HD uint32_t mix_bits(uint32_t x) {  // MurmurHash3's finalizer
   return x ^ (x >> 16);
 }
 
-// What a token is ranked by instead of its score, whose key makes it differ between images.
+// Replaces a token's score in the ranking. It depends on the score's key, so that it differs
+// between images.
 VP_HD uint32_t random_key(uint32_t seed, uint32_t token, uint32_t score_key) {
   return mix_bits(mix_bits(seed + 0x9e3779b9u * token) ^ score_key);
 }

@@ -1,8 +1,8 @@
-// Launch plans: which of its kernels or algorithms each stage uses.
+// Launch plans: the kernel or algorithm that each stage uses.
 //
 // Every plan of a stage returns the same tokens. The functions below choose one from the shape of
-// the work; a plan that is asked for by name replaces that choice. A plan that cannot do the work
-// is an error, never another plan.
+// the work; a plan that is requested by name replaces that choice. If it cannot do the work, that
+// is an error; no other plan is used.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -19,9 +19,9 @@ enum class Neighbours {                                    // the most residual 
   kBlock16384,
   kBlock32768
 };
-enum class Dedup { kAuto, kListsShared, kStateShared, kWorkspace };  // where the loop's arrays lie
+enum class Dedup { kAuto, kListsShared, kStateShared, kWorkspace };  // where the loop's arrays are
 enum class Sort { kAuto, kBuckets, kCounting };
-enum class ClsAttention { kAuto, kShared, kWorkspace };  // where the logits lie
+enum class ClsAttention { kAuto, kShared, kWorkspace };  // where the logits are
 enum class ReceivedAttention { kAuto, kWide, kNarrow };  // 64 columns per tile, or 16
 enum class Launch { kAuto, kOrdered, kDependent };
 enum class Cpu { kAuto, kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
@@ -39,22 +39,22 @@ struct Plans {
   Cpu cpu;
 };
 
-// ---- what was asked for -----------------------------------------------------------------------
+// ---- requested plans --------------------------------------------------------------------------
 // Process-wide. The environment variables (VISPRUNER_RANK_PLAN, ...) are read once, when the
-// library is loaded; set() replaces what they say.
+// library is loaded; set() overrides them.
 Plans current();
 Cpu current_cpu();  // for inner loops
 
-// Both return what is wrong in one line, or an empty string.
+// Both return a one-line error message, or an empty string.
 std::string set(const std::string& stage, const std::string& name);
 std::string environment_error();
 
-// {"stage": {"variable": ..., "names": [...], "current": ...}, ...} as JSON; of the GPU stages only
-// if `cuda`.
+// {"stage": {"variable": ..., "names": [...], "current": ...}, ...} as JSON; GPU stages are
+// included only if `cuda`.
 std::string describe(bool cuda);
 
-// ---- what the shape suggests ------------------------------------------------------------------
-constexpr int64_t kFewBlocks = 64;  // leave the smallest GPUs idle: make more, smaller ones
+// ---- plans chosen from the shape --------------------------------------------------------------
+constexpr int64_t kFewBlocks = 64;  // fewer leave the smallest GPUs idle: use more, smaller ones
 
 inline Rank choose(Rank asked, int64_t blocks_of_32) {
   if (asked != Rank::kAuto) return asked;
@@ -102,7 +102,7 @@ inline Dedup choose(Dedup asked, const DedupBytes& bytes, int64_t limit) {
   return bytes.state_shared <= limit ? Dedup::kStateShared : Dedup::kWorkspace;
 }
 
-// Whether A is ranked by buckets, unless one is crowded.
+// Whether A is ranked by buckets (unless one is crowded).
 inline bool ranks_by_buckets(Sort asked) { return asked != Sort::kCounting; }
 
 // `bytes` of shared memory for the logits and the query. The limit fits every GPU that the kernels
@@ -118,8 +118,8 @@ inline ReceivedAttention choose(ReceivedAttention asked, int64_t wide_bytes, int
   return wide_bytes <= limit ? ReceivedAttention::kWide : ReceivedAttention::kNarrow;
 }
 
-// Whether a kernel may let the next one of its call come early. (Whether that one does is decided
-// when it is launched.)
+// Whether a kernel may let the next one of its call start early. (Whether that one does is decided
+// at its launch.)
 inline bool overlaps(Launch asked) { return asked != Launch::kOrdered; }
 
 }  // namespace vispruner::plan

@@ -1,4 +1,4 @@
-// What pruning one image means in numbers. Shared by the CPU and the CUDA path.
+// The sizes of pruning one image, and views of its inputs. Shared by the CPU and the CUDA path.
 #pragma once
 #include <cstdint>
 
@@ -14,7 +14,7 @@ struct ImageShape {
   int important;  // kept by score
   int diverse;    // kept by the dedup loop
   VP_HD int kept() const { return important + diverse; }
-  // Tokens that enter the dedup loop; 0 when there is nothing for it to do.
+  // Tokens that enter the dedup loop; 0 if it has nothing to do.
   VP_HD int residual() const { return diverse > 0 ? tokens - important : 0; }
 };
 
@@ -24,7 +24,7 @@ inline ImageShape image_shape(int64_t tokens, int64_t k, double important_ratio)
   return {static_cast<int>(tokens), static_cast<int>(important), static_cast<int>(k - important)};
 }
 
-// (H, N) attention of one image or of all: strides in elements, any of them may be anything.
+// (H, N) attention of one image or of all: strides are in elements and arbitrary.
 struct AttentionView {
   const void* data;  // null: no scores, tokens are in ranking order already
   DType dtype;
@@ -47,8 +47,8 @@ struct HeadsView {
 };
 
 struct ClsAttentionArgs {
-  HeadsView q;  // one query an image and head
-  HeadsView k;  // `tokens` keys, the first of them [CLS]
+  HeadsView q;  // one query per image and head
+  HeadsView k;  // `tokens` keys, the first is [CLS]
   DType dtype;
   int64_t images;
   int heads, tokens, head_dim;

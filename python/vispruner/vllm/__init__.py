@@ -1,28 +1,28 @@
 """Visual token pruning in vLLM: an out-of-tree plugin.
 
-vLLM finds :func:`register` by its entry point, so installing the package is enough. An engine
-prunes when it is told to:
+vLLM finds :func:`register` through its entry point, so installing the package is enough. An engine
+prunes with this option:
 
     vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides '{"vispruner": {"k": 64}}'
 
-Without that option it builds vLLM's own classes and nothing of this package runs. docs/serving.md
+Without it, vLLM builds its own classes and no code of this package runs. docs/serving.md
 has the options, the limits and the supported versions.
 
-- `config`: what an engine and a request may ask for;
-- `processing`: the front end, which lays out the shortened prompt before any image is encoded;
-- `model`: what the workers share: scores, the choice, tensor parallelism;
+- `config`: options of engines and requests;
+- `processing`: the front end, which builds the shortened prompt before any image is encoded;
+- `model`: shared by the workers of all families: scores, selection, tensor parallelism;
 - `llava`, `llava_next`, `llava_onevision`, `internvl`, `qwen_vl`: one module per family, named by
   the family's file in `models`;
 - `requests`: k of a request in `vllm_xargs`; `guard`: errors where an option would be ignored;
-- `metrics`, `timing`, `headers`: what operators and clients see;
-- `compatibility`: the versions of vLLM whose internals these modules know.
+- `metrics`, `timing`, `headers`: counters, logs and response headers;
+- `compatibility`: the versions of vLLM that these modules support.
 """
 
 from __future__ import annotations
 
 
 def architectures() -> dict[str, str]:
-    """Architecture to the class of this package that takes its place, "module:class"."""
+    """Architecture to the class of this package that replaces it, "module:class"."""
     from ..models import families
 
     places: dict[str, str] = {}
@@ -32,11 +32,12 @@ def architectures() -> dict[str, str]:
 
 
 def register() -> None:
-    """Puts the pruning classes before vLLM's own; the entry point of group `vllm.general_plugins`.
+    """Registers the pruning classes in place of vLLM's; the entry point of group
+    `vllm.general_plugins`.
 
-    vLLM calls it in every process, some of them more than once, and before CUDA may be touched: it
-    only notes names. On a version of vLLM that is not supported the classes are stand-ins that
-    serve unpruned as before and refuse an engine that asks for pruning.
+    vLLM calls it in every process, in some more than once, before CUDA may be initialized, so it
+    only registers names. On an unsupported version of vLLM, stand-in classes serve unpruned as
+    before and reject an engine with the pruning option.
     """
     from vllm import ModelRegistry
 

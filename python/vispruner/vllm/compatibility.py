@@ -1,9 +1,9 @@
-"""The versions of vLLM that are supported, and what happens on others.
+"""The supported versions of vLLM, and the behaviour on others.
 
-The modules of this package subclass vLLM's model and processor classes. That surface is not stable
-between minor releases, and a moved method can mean a silently wrong answer, so a version is
-supported once the engine tests have passed on it, and refused before that. Only engines that ask
-for pruning are refused: others go on with vLLM's own classes.
+The modules of this package subclass vLLM's model and processor classes. These interfaces are not
+stable between minor releases, and a moved method can cause wrong answers without an error. So a
+version is supported once the engine tests have passed on it, and rejected before that. Only engines
+with the pruning option are rejected: others use vLLM's own classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SUPPORTED = ("0.32", "0.33")
 
 _MODELS = "vllm.model_executor.models"
 
-#: architecture to the class of vLLM that it has, which mostly has its name
+#: architecture to its class in vLLM, which mostly has the same name
 STOCK = {
     **{
         architecture: f"{_MODELS}.{module}:{architecture}"
@@ -49,8 +49,8 @@ _ENCODER_ATTENTION = "vllm.model_executor.layers.attention.mm_encoder_attention:
 _POSITIONS = ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens")
 
 #: Internals that are overridden, called or read, with the parameters, fields or attributes that are
-#: relied on. Attributes that only instances have, as the layers of a tower, are left to the engine
-#: tests.
+#: used. Attributes that only instances have, such as the layers of a tower, are checked by the
+#: engine tests.
 INTERNALS: dict[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._get_mm_hashes": ("inputs",),
     f"{_PROCESSOR}._apply_hf_processor_main": ("mm_items", "hf_kwargs"),
@@ -79,9 +79,9 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     "vllm.multimodal.processing:PromptReplacement": ("modality", "target", "replacement"),
     "vllm.multimodal.processing:PromptUpdateDetails.select_token_id": ("seq", "embed_token_id"),
     "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
-    # Which data of images a cached prefix may do without: that of positions stays.
+    # The image data that a cached prefix may drop; data for positions must stay.
     "vllm.multimodal.utils:strip_covered_mm_data": ("mm_features", "uses_mrope"),
-    # Its `forward` hands all arguments on to one of these.
+    # Its `forward` passes all arguments to one of these.
     **{
         f"{_ENCODER_ATTENTION}.{forward}": ("query", "key")
         for forward in ("forward_native", "forward_cuda")
@@ -143,13 +143,13 @@ INTERNALS: dict[str, tuple[str, ...]] = {
 
 
 class UnsupportedVersionError(RuntimeError):
-    """This vLLM is not one whose internals are known; the message is one line."""
+    """This version of vLLM is not supported; the message is one line."""
 
 
 def moved(internals: dict[str, tuple[str, ...]] = INTERNALS) -> list[str]:
-    """What is not where it was: "module:name" of internals that are gone or take other parameters.
+    """Internals that are missing or take other parameters, as "module:name".
 
-    Importing them touches no device.
+    Importing them initializes no device.
     """
     found = []
     for place, parameters in internals.items():
@@ -169,7 +169,7 @@ def moved(internals: dict[str, tuple[str, ...]] = INTERNALS) -> list[str]:
 
 
 def version_problem() -> str | None:
-    """Why the installed version of vLLM is not supported, None if it is."""
+    """Why the installed version of vLLM is not supported; None if it is."""
     from vllm import __version__
 
     if ".".join(__version__.split(".")[:2]) in SUPPORTED:
@@ -181,7 +181,8 @@ def version_problem() -> str | None:
 
 
 def refuse_unsupported() -> None:
-    """Raises UnsupportedVersionError on a version, or a build of one, that is not as expected."""
+    """Raises UnsupportedVersionError for an unsupported version or a build that differs from the
+    release."""
     problem = version_problem()
     if problem is None and (gone := moved()):
         problem = f"{KEY}: this build of vLLM differs from the release in {gone[0]}"
@@ -194,7 +195,7 @@ def _stand_in(architecture: str) -> type[Any]:
     stock: type[Any] = getattr(importlib.import_module(module), name)
 
     class StandIn(stock):
-        """vLLM's own model; refuses an engine that asks for pruning."""
+        """vLLM's own model; rejects an engine with the pruning option."""
 
         def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
             if Pruning.of(vllm_config.model_config.hf_config) is not None:
@@ -205,7 +206,7 @@ def _stand_in(architecture: str) -> type[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """Stand-ins for the architectures, made when vLLM asks for one."""
+    """Stand-ins for the architectures, created when vLLM loads one."""
     if name in STOCK:
         return _stand_in(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

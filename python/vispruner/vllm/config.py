@@ -1,4 +1,4 @@
-"""What an engine, and a request to it, may ask for."""
+"""Pruning options of an engine and of its requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..selection import Budget
 #: The key of the engine's options in `--hf-overrides`, and of a request's in `mm_processor_kwargs`.
 KEY = "vispruner"
 
-#: Base of the mixins that stand before classes of vLLM, which are not typed.
+#: Base of the mixins for classes of vLLM, which are not typed.
 Mixin: Any = object
 
 _BUDGET = tuple(field.name for field in fields(Budget))
@@ -21,7 +21,7 @@ _CAPS = {"k": "max_k", "ratio": "max_ratio"}
 
 
 def _budget(options: Mapping[str, Any]) -> Budget:
-    """A Budget; whatever is wrong with it is a ValueError that says where it came from."""
+    """A Budget; an invalid one is a ValueError that names its source."""
     try:
         return Budget(**options)
     except (TypeError, ValueError) as error:
@@ -42,8 +42,8 @@ class Pruning:
     """The pruning of one engine.
 
     Attributes:
-        budget: what is kept of every picture unless a request says otherwise.
-        cap: the most that a request may ask for; what memory is planned with.
+        budget: tokens kept per picture unless a request sets another number.
+        cap: the maximum for a request, which memory is planned for.
     """
 
     budget: Budget
@@ -51,16 +51,16 @@ class Pruning:
 
     @classmethod
     def of(cls, hf_config: Any) -> Pruning | None:
-        """The pruning that an engine was configured with, None if it was not.
+        """The pruning options of an engine, None without them.
 
         Args:
             hf_config: the model's configuration with `--hf-overrides` applied. Under the key
                 "vispruner" it holds the arguments of `vispruner.apply` (`k` or `ratio`,
-                `method` and its parameters) and, where requests may ask for more than that, `max_k`
-                or `max_ratio`.
+                `method` and its parameters) and, if requests may set more than that, `max_k` or
+                `max_ratio`.
 
         Raises:
-            ValueError: an option is unknown or out of its bounds.
+            ValueError: an option is unknown or out of bounds.
         """
         raw = getattr(hf_config, KEY, None)
         if raw is None:
@@ -80,14 +80,14 @@ class Pruning:
         return cls(budget, cap)
 
     def for_request(self, mm_kwargs: Mapping[str, object]) -> Budget:
-        """What a request keeps of every picture.
+        """The budget of a request, per picture.
 
         Args:
             mm_kwargs: its `mm_processor_kwargs`; under the key "vispruner" they may hold k (or
-                ratio, where the engine has a ratio), up to the engine's cap.
+                ratio, if the engine has a ratio), up to the engine's cap.
 
         Raises:
-            ValueError: it asks for something else, or for more; the server answers with HTTP 400.
+            ValueError: an invalid option, or more than the cap; the server answers with HTTP 400.
         """
         raw = mm_kwargs.get(KEY)
         if raw is None:
@@ -105,10 +105,11 @@ class Pruning:
 
 
 def without_key(mm_kwargs: Mapping[str, object]) -> dict[str, object]:
-    """A request's `mm_processor_kwargs` without ours, for the processor of transformers."""
+    """A request's `mm_processor_kwargs` without this package's, for the processor of
+    transformers."""
     return {name: value for name, value in mm_kwargs.items() if name != KEY}
 
 
 def identity(budget: Budget) -> str:
-    """What must be equal for two prunings of an image to be the same, as a part of cache keys."""
+    """The options that determine the pruning of an image, as part of cache keys."""
     return f"{vispruner_cuda.__version__} {budget!r}"

@@ -1,8 +1,8 @@
-"""Nothing that was asked for is ignored: errors where vLLM would go on without pruning.
+"""Errors for requested pruning that vLLM would ignore.
 
-vLLM hands options that it does not know to the model's configuration and to the image processor,
-which may not read them. These checks run where every engine finds its model and where every request
-becomes tokens. Engines and requests that do not ask for pruning pass.
+vLLM passes unknown options to the model's configuration and to the image processor, which may not
+read them. These checks run when an engine looks up its model and when a request is tokenized. They
+accept engines and requests without pruning options.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _INSTALLED = "_vispruner_guard"
 
 
 class UnsupportedEngineError(RuntimeError):
-    """An engine asks for pruning in a way that would be ignored; the message is one line."""
+    """The pruning option of an engine would be ignored; the message is one line."""
 
 
 def check_engine(model_config: Any, architecture: str, supported: Mapping[str, Any]) -> None:
-    """Whether pruning that is asked for will happen.
+    """Checks that the requested pruning will be applied.
 
     Args:
         model_config: vLLM's `ModelConfig`, with `hf_overrides` applied.
-        architecture: that vLLM chose for it.
+        architecture: the one that vLLM chose.
         supported: the architectures that can be pruned.
 
     Raises:
-        UnsupportedEngineError: it will not: the architecture or the implementation has no pruned
-            class, or the option is misspelt.
+        UnsupportedEngineError: the architecture or the implementation has no pruned class, or the
+            option is misspelt.
     """
     overrides = getattr(model_config, "hf_overrides", None)
     for name in overrides if isinstance(overrides, Mapping) else ():
@@ -57,13 +57,13 @@ def check_engine(model_config: Any, architecture: str, supported: Mapping[str, A
 
 
 def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
-    """Whether the pruning that a request asks for is one that its engine allows.
+    """Checks that the engine allows the pruning options of a request.
 
     Args:
         hf_config: of the engine's model; prompt: vLLM's, with `mm_processor_kwargs` if it has any.
 
     Raises:
-        ValueError: it is not, or the engine does not prune; the server answers with HTTP 400.
+        ValueError: it does not, or the engine does not prune; the server answers with HTTP 400.
     """
     kwargs = prompt.get("mm_processor_kwargs") or {}
     if KEY not in kwargs:
@@ -78,7 +78,7 @@ def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
 
 
 def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
-    """Lets a method run only after the check of the same arguments."""
+    """Runs a check with the same arguments before a method."""
     method = getattr(owner, name)
 
     if inspect.iscoroutinefunction(method):
@@ -99,10 +99,10 @@ def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
 
 
 def install_engine_check(supported: Mapping[str, Any]) -> None:
-    """Has every model that vLLM looks up in this process checked, on whatever version.
+    """Checks every model that vLLM looks up in this process, on any version.
 
     Args:
-        supported: the architectures that have a class of this package, be it one that refuses.
+        supported: the architectures that have a class of this package, including stand-ins.
     """
     from vllm import ModelRegistry
 
@@ -121,7 +121,7 @@ def install_engine_check(supported: Mapping[str, Any]) -> None:
 
 
 def install_request_checks() -> None:
-    """Has every request of this process checked, and its fields read (`requests`)."""
+    """Checks every request of this process and reads its fields (`requests`)."""
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 

@@ -1,9 +1,9 @@
-"""The visual tokens of a request in the headers of its answer, for clients that want to know.
+"""The visual tokens of a request in the headers of its answer.
 
     vllm serve ... --middleware vispruner.vllm.headers.TokenHeaders
 
-The counts are known when the prompt is laid out, before the first token, so streamed answers have
-them as well.
+The counts are known when the prompt is built, before the first token, so streamed answers have them
+as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 def _remembering(process: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wraps BaseRenderer._process_tokens_async, which lays out a prompt of the request at hand."""
+    """Wraps BaseRenderer._process_tokens_async, which builds a prompt of the current request."""
 
     @functools.wraps(process)
     async def remembered(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""InternVL 3 and 3.5: k tokens of every tile and frame, scored by the attention of [CLS].
+"""InternVL 3 and 3.5: k tokens per tile and frame, scored by the attention of [CLS].
 
-A token is a block of patches and its score the mean of theirs, as in `vispruner.models.internvl`.
-vLLM has the class under the name of InternS1, and every rank runs the whole tower.
+A token is a block of patches, and its score is the mean of theirs, as in
+`vispruner.models.internvl`. vLLM's class is named InternS1, and every rank runs the whole tower.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Info(PrunedInfo, InternS1ProcessingInfo):
         return {"image": super().get_supported_mm_limits()["image"]}  # videos are answered with 400
 
     def tokens(self) -> int:
-        """Tokens of a tile."""
+        """Tokens per tile."""
         return int(self.get_hf_processor().image_seq_length)
 
     def most_retained(self) -> int:
@@ -54,7 +54,7 @@ class _Processor(PrunedProcessor, InternS1MultiModalProcessor):
 
 @register_processor(_Info, _Processor)
 class PrunedInternVL(PrunedModel, InternS1ForConditionalGeneration):
-    """`InternVLForConditionalGeneration` with k visual tokens a tile."""
+    """`InternVLForConditionalGeneration` with k visual tokens per tile."""
 
     stock = InternS1ForConditionalGeneration
     config: Any
@@ -71,7 +71,7 @@ class PrunedInternVL(PrunedModel, InternS1ForConditionalGeneration):
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """(tiles * k, C) of each image."""
         retained = kwargs.pop(RETAINED["image"], None)
-        if retained is None:  # embeddings that were passed as such
+        if retained is None:  # embeddings passed by the client
             return super().embed_multimodal(**kwargs)
         given = self._parse_and_validate_image_input(**kwargs)
         tiles = [int(count) for count in given["num_patches"]]
@@ -96,7 +96,7 @@ class PrunedInternVL(PrunedModel, InternS1ForConditionalGeneration):
             pixels: (B, 3, H, W).
 
         Returns:
-            (B, N, C) tokens before the projector and (B, N) float32 attention that [CLS] pays them.
+            (B, N, C) tokens before the projector and (B, N) float32 attention of [CLS] to them.
         """
         layer = self.vision_tower.encoder.layer[-1].attention
         with AttentionTap(layer.attn) as tap:

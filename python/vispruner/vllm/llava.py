@@ -1,4 +1,4 @@
-"""LLaVA-1.5: the kept patches of an image are projected, the others never are."""
+"""LLaVA-1.5: only the retained patches of an image are projected."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class _Processor(PrunedProcessor, LlavaMultiModalProcessor):
 
 @register_processor(_Info, _Processor)
 class PrunedLlava(PrunedTowerModel, LlavaForConditionalGeneration):
-    """`LlavaForConditionalGeneration` with k visual tokens an image."""
+    """`LlavaForConditionalGeneration` with k visual tokens per image."""
 
     stock = LlavaForConditionalGeneration
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """(k, C) of each image; k may differ between the images of a batch."""
         retained = kwargs.pop(RETAINED["image"], None)
-        if retained is None:  # embeddings that were passed as such
+        if retained is None:  # embeddings passed by the client
             return super().embed_multimodal(**kwargs)
         pixels: Tensor = self._parse_and_validate_image_input(**kwargs)["pixel_values"]
         counts = counts_of(retained)

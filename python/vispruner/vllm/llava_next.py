@@ -1,8 +1,8 @@
-"""LLaVA-NeXT: k tokens of every tile, as `vispruner.apply(model, k=k, tiles="all")` keeps them.
+"""LLaVA-NeXT: k tokens per tile, the same as with `vispruner.apply(model, k=k, tiles="all")`.
 
 The placeholders of an image are counted before it is encoded, so the layout must not depend on
-which patches are kept: tiles x k tokens, no line ends, padding like any patch. An image that would
-not get shorter is left as it is.
+which patches are retained: tiles x k tokens, no line ends, padding like any other patch. An image
+that would not get shorter is not pruned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def tiles_of(hf_config: Any, size: Sequence[int]) -> int:
 
 
 def patches_of(hf_config: Any) -> int:
-    """Patches of a tile."""
+    """Patches per tile."""
     vision = hf_config.vision_config
     return int((vision.image_size // vision.patch_size) ** 2)
 
@@ -72,19 +72,20 @@ class _Processor(PrunedProcessor, LlavaNextMultiModalProcessor):
 
 @register_processor(_Info, _Processor)
 class PrunedLlavaNext(PrunedTowerModel, LlavaNextForConditionalGeneration):
-    """`LlavaNextForConditionalGeneration` with k visual tokens a tile."""
+    """`LlavaNextForConditionalGeneration` with k visual tokens per tile."""
 
     stock = LlavaNextForConditionalGeneration
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """(tiles * k, C) of each image; the whole image where it keeps every patch of its tiles."""
+        """(tiles * k, C) of each image; the whole image if all patches of its tiles are
+        retained."""
         retained = kwargs.pop(RETAINED["image"], None)
-        if retained is None:  # embeddings that were passed as such
+        if retained is None:  # embeddings passed by the client
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         sizes = image_input["image_sizes"]
         patches = patches_of(self.config)
-        # Beside larger images an image is padded with empty tiles.
+        # In a batch with larger images an image is padded with empty tiles.
         tiles = [tiles_of(self.config, size) for size in sizes]
         pixels = [
             own[:count] for own, count in zip(image_input["pixel_values"], tiles, strict=True)

@@ -1,7 +1,7 @@
-"""LLaVA-OneVision: tokens are chosen after they have been projected, packed and pooled.
+"""LLaVA-OneVision: tokens are chosen after projection, packing and pooling.
 
-Of an image, k tokens of the overview are kept and k for each tile out of the pooled rest, and all
-line ends, as in `vispruner.models.llava_onevision`. All of these are counts of its size.
+An image keeps k tokens of the overview, k per tile of its other pooled tokens, and all line ends,
+as in `vispruner.models.llava_onevision`. All of these counts follow from its size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Info(PrunedInfo, LlavaOnevisionProcessingInfo):
         return sum(self.layout((size.height, size.width), self.pruning.cap))
 
     def layout(self, size: Any, budget: Budget) -> tuple[int, int, int]:
-        """Tokens of the overview and of the pooled tiles that stay, and line ends.
+        """Numbers of retained tokens of the overview and of the pooled tiles, and of line ends.
 
         Args:
             size: (height, width) of an image.
@@ -65,7 +65,7 @@ class _Info(PrunedInfo, LlavaOnevisionProcessingInfo):
 
 class _Processor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
     def retained(self, processed: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
-        """Three numbers of each image: those of `_Info.layout`."""
+        """Three numbers per image: those of `_Info.layout`."""
         if processed.get("pixel_values") is None:
             return {}
         return {"image": [self.info.layout(size, budget) for size in processed["image_sizes"]]}
@@ -76,7 +76,7 @@ class _Processor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
 
 @register_processor(_Info, _Processor)
 class PrunedLlavaOnevision(PrunedTowerModel, LlavaOnevisionForConditionalGeneration):
-    """`LlavaOnevisionForConditionalGeneration` with k visual tokens a tile."""
+    """`LlavaOnevisionForConditionalGeneration` with k visual tokens per tile."""
 
     stock = LlavaOnevisionForConditionalGeneration
 
@@ -97,14 +97,14 @@ class PrunedLlavaOnevision(PrunedTowerModel, LlavaOnevisionForConditionalGenerat
         }
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The kept tokens and the line ends of each image."""
+        """The retained tokens and the line ends of each image."""
         retained = kwargs.pop(RETAINED["image"], None)
-        if retained is None:  # embeddings that were passed as such
+        if retained is None:  # embeddings passed by the client
             return super().embed_multimodal(**kwargs)
         given = self._parse_and_validate_image_input(**kwargs)
         sizes, patches = given["image_sizes"], patches_of(self.config)
         layouts = [torch.as_tensor(numbers).flatten().tolist() for numbers in retained]
-        # Beside larger images an image is padded with empty tiles.
+        # In a batch with larger images an image is padded with empty tiles.
         tiles = [tiles_of(self.config, size) for size in sizes]
         pixels = [own[:count] for own, count in zip(given["pixel_values"], tiles, strict=True)]
         embeddings: list[Tensor] = []
@@ -144,7 +144,8 @@ class PrunedLlavaOnevision(PrunedTowerModel, LlavaOnevisionForConditionalGenerat
     def _packed(
         self, size: Tensor, tiles: Tensor, scores: Tensor, ends: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """An unpruned image: its tokens, which of them are no line ends, and the scores of those.
+        """An unpruned image: its tokens, a mask of those that are not line ends, and the scores of
+        these.
 
         Args:
             size: (height, width); tiles: (tiles, N, C); scores: (tiles, N); ends: line ends.

@@ -1,9 +1,9 @@
-"""What an operator sees of pruning: counters on `/metrics` of vLLM's server.
+"""Pruning counters on `/metrics` of vLLM's server.
 
-They are made with prometheus_client, in its default registry or its multiprocess mode, whichever
-vLLM serves. The server's own process counts images and tokens, exactly: it lays out the prompts.
-Workers time scoring and selection in processes of their own, so their counters reach `/metrics` in
-multiprocess mode only (`timing`).
+They use prometheus_client, in its default registry or its multiprocess mode, whichever vLLM serves.
+The server's process builds the prompts, so its counts of images and tokens are exact. Workers
+measure scoring and selection in other processes, so their counters reach `/metrics` in multiprocess
+mode only (`timing`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Pruned:
     """An image or a video of a prompt.
 
     Attributes:
-        modality: "image" or "video"; budget: what its request keeps.
+        modality: "image" or "video"; budget: of its request.
         before, kept: visual tokens without and with pruning.
     """
 
@@ -38,7 +38,7 @@ class Pruned:
 
 
 class Counters:
-    """The counters of a server's process; one set for a process, since the registry is one."""
+    """The counters of a server's process; one set per process, since there is one registry."""
 
     def __init__(self) -> None:
         self._items = {
@@ -47,14 +47,15 @@ class Counters:
         }
         labels = (*_BUDGET, "modality")
         self._before = Counter(
-            f"{KEY}_visual_tokens_before", "Visual tokens that these would have unpruned.", labels
+            f"{KEY}_visual_tokens_before", "Visual tokens before pruning.", labels
         )
-        self._kept = Counter(f"{KEY}_visual_tokens_kept", "Visual tokens that they have.", labels)
+        self._kept = Counter(f"{KEY}_visual_tokens_kept", "Visual tokens after pruning.", labels)
 
     def add(self, model_name: str, pruned: Pruned, items: int = 1) -> None:
-        """Counts an image or a video; with `items=0` it makes the series, at 0."""
+        """Counts an image or a video; with `items=0` it creates the series, at 0."""
         budget = pruned.budget
-        # Clients choose k up to the cap, which bounds the series; a ratio is rounded for that.
+        # Clients choose k up to the cap, which bounds the number of series; ratios are rounded to
+        # bound it.
         k = "" if budget.k is None else str(budget.k)
         ratio = "" if budget.ratio is None else f"{budget.ratio:.2f}"
         self._items[pruned.modality].labels(model_name, k, ratio).inc(items)
@@ -83,7 +84,7 @@ worker_counters = functools.cache(WorkerCounters)
 def _counting(
     add_request: Callable[..., Awaitable[Any]],
 ) -> Callable[..., Awaitable[Any]]:
-    """Wraps AsyncLLM.add_request: counts what the engine has taken, not what it refused."""
+    """Wraps AsyncLLM.add_request: counts accepted requests only."""
 
     @functools.wraps(add_request)
     async def counted(engine: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,11 +98,11 @@ def _counting(
 
 
 def install(model_config: Any, budget: Budget, modalities: Iterable[str]) -> None:
-    """Has the requests of this process counted.
+    """Counts the requests of this process.
 
     Args:
-        model_config: vLLM's, of an engine that prunes; budget: what it keeps unless a request says
-            otherwise; modalities: that the model takes. Their series are there from the beginning.
+        model_config: vLLM's, of an engine that prunes; budget: its default; modalities: of the
+            model. Their series exist from the beginning.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -1,4 +1,4 @@
-"""The workers: what all families share between the encoder and the language model."""
+"""The part of the workers between the encoder and the language model, shared by all families."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning
 from .timing import Timing
 
-logger = init_logger(f"vllm.plugins.{KEY}")  # below "vllm", whose handlers it takes
+logger = init_logger(f"vllm.plugins.{KEY}")  # below "vllm", whose handlers it uses
 
 
 class AttentionTap:
-    """Reads the queries and keys that one layer of an encoder attends with.
+    """Records the queries and keys of one attention layer of an encoder.
 
-    It is on the layer only inside its `with` block. What it reads is computed anyway, and whichever
-    kernel computes the attention stays in use.
+    The hook is active inside its `with` block only. The queries and keys are computed in any case,
+    and the attention kernel does not change.
 
     Args:
         attention: vLLM's `MMEncoderAttention` of the layer.
@@ -58,10 +58,10 @@ class AttentionTap:
 
 
 def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
-    """Cuts images into runs of at most `limit` tokens, or of one image that has more.
+    """Splits images into runs of at most `limit` tokens, or of one image that has more.
 
-    The scheduler counts the tokens that stay, so it hands over up to N / k times the images that
-    the encoder's memory was planned for.
+    The scheduler counts retained tokens, so it sends up to N / k times the images that the
+    encoder's memory was planned for.
     """
     start = held = 0
     for index, count in enumerate(tokens):
@@ -74,12 +74,12 @@ def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
 
 
 class PrunedModel(Mixin):
-    """Mixin before a model class of vLLM.
+    """Mixin for a model class of vLLM, as its first base.
 
     Attributes:
-        stock: vLLM's own class, which is built where the engine does not prune.
+        stock: vLLM's own class, which is built if the engine does not prune.
         pruning: the engine's options.
-        encoder_tokens: visual tokens that the encoder may see at once.
+        encoder_tokens: visual tokens that the encoder may process at once.
         timing: of this worker.
     """
 
@@ -115,7 +115,7 @@ class PrunedModel(Mixin):
 
     @classmethod
     def check_engine(cls, vllm_config: VllmConfig) -> None:
-        """Raises ValueError for options of the engine that pruning does not go with."""
+        """Raises ValueError for options of the engine that pruning does not support."""
         processor_kwargs = vllm_config.model_config.multimodal_config.mm_processor_kwargs
         if KEY in (processor_kwargs or {}):
             raise ValueError(
@@ -127,7 +127,7 @@ class PrunedModel(Mixin):
 
     @classmethod
     def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
-        """Options that cannot be used, whether each is, and why not."""
+        """Options that cannot be used: name, whether it is set, reason."""
         lora = vllm_config.lora_config
         return {
             "--enable-tower-connector-lora": (
@@ -143,22 +143,21 @@ class PrunedModel(Mixin):
     def choose(
         self, features: Tensor, scores: Tensor, lengths: Sequence[int], counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Chooses the tokens of packed pictures, the same ones on every rank.
+        """Chooses the tokens of packed pictures, the same on every rank.
 
         Args:
             features: (T, C); scores: (T,) float32.
             lengths: tokens of each picture; counts: tokens to keep of each.
 
         Returns:
-            (T', C) kept features and (T',) int64 ascending rows of features.
+            (T', C) retained features and (T',) int64 ascending rows of features.
         """
         group = get_tp_group()
         with self.timing("selection"):
             kept, rows = self.pruning.budget.select_packed(features, scores, lengths, counts)
             if group.world_size > 1:
-                # Equal features and scores give equal choices, but nothing makes every kernel of
-                # every rank return equal bits, and ranks that disagree on a token would go
-                # unnoticed.
+                # Equal features and scores give equal tokens. But kernels on different ranks may
+                # return different bits, and ranks that disagree on a token would cause no error.
                 rows = group.broadcast(rows.contiguous())
                 kept = features[rows]
         self.timing.record(len(lengths), len(features), len(rows))
@@ -166,12 +165,12 @@ class PrunedModel(Mixin):
 
 
 def over_all_heads(scores: Tensor, ranks: int) -> Tensor:
-    """The mean over all heads, from the means over each rank's share of them."""
+    """The mean over all heads, from the means over each rank's heads."""
     return scores if ranks == 1 else tensor_model_parallel_all_reduce(scores) / ranks
 
 
 def counts_of(retained: Any) -> list[int]:
-    """The field RETAINED of a batch of images as vLLM hands it over: a tensor, or one an image."""
+    """The field RETAINED of a batch of images as vLLM passes it: a tensor, or one per image."""
     if isinstance(retained, Tensor):
         return [int(count) for count in retained.flatten().tolist()]
     return [int(count) for item in retained for count in torch.as_tensor(item).flatten().tolist()]

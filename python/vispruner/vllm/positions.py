@@ -1,10 +1,10 @@
-"""Where retained tokens are: M-RoPE positions of a prompt that misses some of its visual tokens.
+"""M-RoPE positions of retained tokens, in a prompt without its dropped visual tokens.
 
-Qwen's kept tokens stay at the time, height and width that they have in the unpruned prompt, and
-the text after them at its own. Which tokens are kept is known only when their picture has been
-encoded, so the place of each travels beside its embedding, as extra channels, and the runner has
-it written into the positions of the prompt just before the tokens are computed
-(`recompute_mrope_positions`, which vLLM has for its own pruning of videos).
+Qwen's retained tokens, and the text after them, keep their time, height and width of the unpruned
+prompt. The retained tokens are known only when their picture has been encoded. So each embedding
+carries its position in extra channels, and the model runner writes it into the positions of the
+prompt before the tokens are computed (`recompute_mrope_positions`, vLLM's interface for its own
+video pruning).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 
 _BASE = 128  # digits below it are exact in bfloat16
 
-#: Extra channels of an embedding: two digits each of how far its picture is behind the beginning of
-#: its video (0 in an image), of its row and of its column; -1 where nothing was dropped.
+#: Extra channels of an embedding: two digits each of its picture's offset from the beginning of its
+#: video (0 in an image), of its row and of its column; -1 if no token was dropped.
 CHANNELS = 6
 
 
 def with_places(embeddings: Tensor, places: Tensor) -> Tensor:
-    """Appends places (k, 3) int64 below 16384 to embeddings (k, C): (k, C + CHANNELS)."""
+    """Appends positions (k, 3) int64 below 16384 to embeddings (k, C): (k, C + CHANNELS)."""
     digits = torch.stack([places // _BASE, places % _BASE], -1).flatten(1)
     return torch.cat([embeddings, digits.to(embeddings)], 1)
 
 
 def without_places(embeddings: Tensor) -> Tensor:
-    """Appends channels to the embeddings (T, C) of an image or video that lost nothing."""
+    """Appends channels to the embeddings (T, C) of an unpruned image or video."""
     return torch.nn.functional.pad(embeddings, (0, CHANNELS), value=-1.0)
 
 
@@ -41,13 +41,13 @@ def write_places(
     computed: int,
     placeholders: Sequence[int],
 ) -> Tensor:
-    """Puts the kept tokens of one step at their rows and columns.
+    """Sets the rows and columns of the retained tokens of one step.
 
-    Row 0, the time, is right from the beginning and never changed, so the result is the same when a
-    step is repeated.
+    Row 0, the time, is correct from the beginning and never changed, so repeating a step gives the
+    same result.
 
     Args:
-        input_ids: (L,) the prompt; computed: its tokens that earlier steps computed.
+        input_ids: (L,) the prompt; computed: number of its tokens that earlier steps computed.
         embeddings: (t, C + CHANNELS) of the visual tokens that this step computes, in order.
         positions: (3, L) of the prompt.
         placeholders: token ids of visual tokens.
@@ -70,13 +70,13 @@ def write_places(
 
 @dataclass(frozen=True)
 class Unpruned:
-    """The prompt that a pruned one comes from.
+    """The unpruned prompt of a pruned one.
 
     Attributes:
         tokens: with all placeholders.
         features: vLLM's specifications of its images and videos, at their places in it.
-        columns: the column in `tokens` of each token of the pruned prompt; of a pruned picture the
-            first ones, until it is known which are kept.
+        columns: the column in `tokens` of each token of the pruned prompt; for a pruned picture the
+            first ones, until the retained tokens are known.
     """
 
     tokens: list[int]
@@ -91,11 +91,11 @@ class Unpruned:
         pictures: Sequence[tuple[int, int]],
         placeholders: Collection[int],
     ) -> Unpruned:
-        """Fills in the placeholders that are missing.
+        """Inserts the missing placeholders.
 
         Args:
             tokens: a pruned prompt; features: its images and videos, in order.
-            pictures: tokens that each picture of a feature keeps, and those that it has.
+            pictures: retained tokens and all tokens of each picture of a feature.
             placeholders: token ids of visual tokens.
         """
         whole: list[int] = []

@@ -1,8 +1,8 @@
-"""The front end: how many placeholders an image has in a prompt, before anything is encoded.
+"""The front end: the number of placeholders of an image in a prompt, before it is encoded.
 
-The number of retained tokens follows from the size of an image, so the prompt is laid out at its
-short length at once: scheduling, chunked prefill, the KV cache and the usage counts of the API see
-nothing else. The number travels to the workers with each image, in a field of its own.
+The number of retained tokens follows from the size of an image, so the prompt has its short length
+from the beginning: scheduling, chunked prefill, the KV cache and the usage counts of the API all
+use it. The number is passed to the workers in a separate field of each image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import metrics
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning, identity, without_key
 
-#: modality to the field of its items that holds the tokens that each of their pictures keeps
+#: modality to the field of its items with the numbers of retained tokens per picture
 RETAINED = {"image": "vispruner_retained", "video": "vispruner_retained_video"}
 
 _laid_out: ContextVar[list[metrics.Pruned]] = ContextVar("vispruner_laid_out")
@@ -30,13 +30,13 @@ _laid_out: ContextVar[list[metrics.Pruned]] = ContextVar("vispruner_laid_out")
 
 @dataclass
 class _Shortened(PromptUpdateDetails):
-    """Placeholders of a pruned item, with what they were made of.
+    """Placeholders of a pruned item, with the counts that they were made from.
 
-    vLLM's caches of processed items keep the placeholders and drop the rest, so this is where the
-    counts of an item are that is not processed again.
+    vLLM's caches of processed items keep the placeholders and drop the rest, so the counts of a
+    cached item are stored here.
 
     Attributes:
-        ahead: positions that the item takes beyond one for each placeholder.
+        ahead: positions that the item takes beyond one per placeholder.
     """
 
     pruned: metrics.Pruned | None = None
@@ -44,7 +44,7 @@ class _Shortened(PromptUpdateDetails):
 
 
 def _embedded(details: PromptUpdateDetails) -> int:
-    """Placeholders that an embedding takes the place of."""
+    """The number of placeholders that embeddings replace."""
     if details.is_embed is None:
         return len(details.full)
     return int(details.is_embed(details.full).sum())
@@ -57,7 +57,7 @@ def _details(tokens: Any) -> PromptUpdateDetails:
 
 
 class PrunedInfo(Mixin):
-    """Mixin before a `ProcessingInfo` of vLLM, for an engine that prunes.
+    """Mixin for a `ProcessingInfo` of vLLM, as its first base, for an engine that prunes.
 
     Attributes:
         pruning: the engine's options.
@@ -81,7 +81,7 @@ class PrunedInfo(Mixin):
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """The largest image at the cap: what vLLM sizes its encoder cache and budget with."""
+        """The largest image at the cap, which vLLM sizes its encoder cache and budget for."""
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
         return {**(most or {}), "image": self.most_retained()}
 
@@ -91,46 +91,46 @@ class PrunedInfo(Mixin):
 
 
 class PrunedProcessor(Mixin):
-    """Mixin before a `MultiModalProcessor` of vLLM whose `info` is a PrunedInfo.
+    """Mixin for a `MultiModalProcessor` of vLLM, as its first base, whose `info` is a PrunedInfo.
 
-    A family says in `retained` what each item keeps and, where an item is not one picture, in
-    `shortened` which of its placeholders are left.
+    A family defines in `retained` the number of tokens of each item and, if an item is not one
+    picture, in `shortened` its remaining placeholders.
     """
 
     info: Any
 
     def retained(self, processed: Mapping[str, Any], budget: Budget) -> dict[str, list[int]]:
-        """Tokens that each picture keeps, of every item of a modality.
+        """Retained tokens per picture, of every item of a modality.
 
         Args:
-            processed: what the processor of transformers made of images and videos; a modality
-                whose embeddings were passed as such is left out of the answer.
+            processed: output of the processor of transformers for images and videos; a modality
+                whose embeddings were passed by the client is not in the result.
         """
         raise NotImplementedError
 
     def shortened(self, tokens: Any, retained: int, item: Mapping[str, Any]) -> Any:
-        """The placeholders of an item of which each picture keeps `retained` tokens.
+        """The placeholders of an item with `retained` tokens per picture.
 
         Args:
-            tokens: its placeholders in the unpruned prompt, as vLLM's own processor gives them.
+            tokens: its placeholders in the unpruned prompt, from vLLM's own processor.
             item: its processed fields.
         """
         return tokens[:retained]
 
     def ahead(self, retained: int, item: Mapping[str, Any]) -> int:
-        """Positions that an item takes beyond one a placeholder; arguments as for `shortened`."""
+        """Positions that an item takes beyond one per placeholder; arguments as for `shortened`."""
         return 0
 
     def check_positions(self, ahead: int) -> None:
         """Raises ValueError for a prompt whose positions the model has no rotary embedding for.
 
         Args:
-            ahead: positions beyond one for each token, of all its items.
+            ahead: positions beyond one per token, of all its items.
         """
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        # The caches of processed images, of encoder outputs and of prefixes, and whatever they are
-        # shared with outside, must not confuse an image with itself pruned in another way.
+        # The caches of processed images, encoder outputs and prefixes, and external stores that
+        # share them, must not mix up different prunings of an image.
         budget = self.info.pruning.for_request(inputs.hf_processor_mm_kwargs)
         named = {**inputs.hf_processor_mm_kwargs, KEY: identity(budget)}
         return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=named))
@@ -153,7 +153,7 @@ class PrunedProcessor(Mixin):
         return {**fields, **own}
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        """vLLM's, with the counts of its pruned items under our key."""
+        """vLLM's result, with the counts of its pruned items under this package's key."""
         prompt = super().apply(inputs, timing_ctx)
         prompt[KEY] = _laid_out.get()
         return prompt
@@ -203,9 +203,9 @@ _Model = TypeVar("_Model", bound=type[Any])
 def register_processor(
     info: type[PrunedInfo], processor: type[PrunedProcessor]
 ) -> Callable[[_Model], _Model]:
-    """Class decorator: how the front end lays out prompts for a PrunedModel.
+    """Class decorator that sets how the front end builds prompts for a PrunedModel.
 
-    Without the option the model's front end is vLLM's own, made by vLLM's own factories.
+    Without the option, the model has vLLM's own front end, from vLLM's factories.
     """
 
     def decorate(model: _Model) -> _Model:

@@ -1,8 +1,8 @@
-"""Qwen2-VL to Qwen3.5: pictures of any size, merged 2 x 2, at their own positions.
+"""Qwen2-VL to Qwen3.5: pictures of any size, merged 2 x 2, with unpruned positions.
 
-Scores and choice are those of `vispruner.models.qwen_vl`: the attention that patches receive in the
-last block with full attention, averaged over the four patches of a merged token. Each frame of a
-video (each pair that the model merges in time) is a picture of its own.
+Scores and selection are those of `vispruner.models.qwen_vl`: the attention that patches receive in
+the last block with full attention, averaged over the four patches of a merged token. Each frame of
+a video (each pair that the model merges in time) is a separate picture.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _always() -> bool:
 
 
 def _positions_are_recomputed(vllm_config: VllmConfig) -> bool:
-    """Whether the model runner asks for it, which V1 on a CPU does not up to 0.33."""
+    """Whether the model runner recomputes positions; V1 on a CPU does not, up to 0.33."""
     if vllm_config.use_v2_model_runner or not current_platform.is_cpu():
         return True
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -104,7 +104,7 @@ class _Processor(PrunedProcessor):
             return tokens[: frames * retained]
         video = self.info.get_hf_config().video_token_id
         kept, run = [], 0
-        for token in tokens.full:  # Qwen3-VL: each frame between a time and its own end
+        for token in tokens.full:  # Qwen3-VL: each frame between a time and an end token
             run = run + 1 if token == video else 0
             if run <= retained:
                 kept.append(token)
@@ -144,18 +144,18 @@ class _Processor(PrunedProcessor):
 
 
 def _rotary_positions(hf_config: Any) -> int:
-    """Positions that a language model has rotary embeddings for, at least."""
+    """A lower bound of the positions that a language model has rotary embeddings for."""
     # vLLM's factor for video pruning, whose positions are those of the unpruned prompt as well.
     return 4 * int(hf_config.get_text_config().max_position_embeddings)
 
 
 def _times_of_frames(hf_config: Any, seconds: Any, sizes: Sequence[Grid]) -> list[Tensor]:
-    """How far each frame is behind the first, (t,) int64 of each video, in positions.
+    """Offset of each frame from the first, in positions, (t,) int64 per video.
 
-    In the arithmetic of `get_mrope_input_positions`, of models that read videos frame after frame.
+    With the arithmetic of `get_mrope_input_positions`, for models that read videos frame by frame.
 
     Args:
-        seconds: between frames, of each video; None where the model does not look at them.
+        seconds: between frames, of each video; None if the model does not use them.
     """
     per_second = getattr(hf_config.vision_config, "tokens_per_second", 1.0)
     seconds = getattr(seconds, "data", seconds)  # a field of an item, or of a batch
@@ -167,9 +167,10 @@ def _times_of_frames(hf_config: Any, seconds: Any, sizes: Sequence[Grid]) -> lis
 
 
 class _Scored:
-    """A vision transformer whose tokens carry their scores, for ranks that gather each other's.
+    """A vision transformer whose tokens carry their scores in extra channels, for gathering over
+    ranks.
 
-    The bits of a float32 are as many channels as it takes in the type of the tokens.
+    The bits of a float32 score take as many channels as needed in the type of the tokens.
     """
 
     def __init__(
@@ -186,22 +187,22 @@ class _Scored:
 
 
 def _without_scores(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and scores of what a _Scored returned."""
+    """Tokens and scores from the output of a _Scored."""
     channels = torch.float32.itemsize // tokens.dtype.itemsize
     scores = tokens[:, -channels:].contiguous().view(torch.float32)
     return tokens[:, :-channels], scores.squeeze(1)
 
 
 class _PrunedQwen(PrunedModel):
-    """What the generations share."""
+    """Shared by all generations."""
 
     config: Any
     visual: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        # The runner has positions recomputed where vLLM's own pruning of videos is on. Here that
-        # pruning stays off, so its question alone is answered anew, for this configuration alone,
-        # and before the model sizes its rotary tables by it.
+        # The runner recomputes positions only if vLLM's own video pruning is on. It is off here, so
+        # only the method that the runner calls to check is overridden, for this configuration and
+        # before the model sizes its rotary tables by it.
         multimodal = vllm_config.model_config.multimodal_config
         object.__setattr__(multimodal, "is_multimodal_pruning_enabled", _always)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -231,19 +232,19 @@ class _PrunedQwen(PrunedModel):
             **super().refused_options(vllm_config),
             "--video-pruning-rate": (
                 bool(multimodal.video_pruning_rate),
-                "two prunings of a video do not add up",
+                "a video cannot be pruned twice",
             ),
             "--enable-prompt-embeds": (
                 vllm_config.model_config.enable_prompt_embeds,
-                "embeddings of a prompt do not say where a picture's tokens are",
+                "embeddings of a prompt have no positions of a picture's tokens",
             ),
             "speculative decoding other than ngram": (
                 speculative is not None and speculative.method != "ngram",
-                "the look-ahead of a draft model would shift the positions of kept tokens",
+                "the look-ahead of a draft model would shift the positions of retained tokens",
             ),
             "pipeline parallelism": (
                 vllm_config.parallel_config.pipeline_parallel_size > 1,
-                "only its first stage knows the positions of kept tokens",
+                "only its first stage has the positions of retained tokens",
             ),
             "model runner V1 on this vLLM's CPU backend": (
                 not _positions_are_recomputed(vllm_config),
@@ -257,7 +258,7 @@ class _PrunedQwen(PrunedModel):
 
     # ----------------------------------------------------------------------------- the embeddings
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """(T, C + CHANNELS) of the tokens that each image and video keeps."""
+        """(T, C + CHANNELS) of the retained tokens of each image and video."""
         retained = {modality: kwargs.pop(name, None) for modality, name in RETAINED.items()}
         embeddings: list[Tensor] = []
         inputs: Mapping[str, Any] = self._parse_and_validate_multimodal_inputs(**kwargs)
@@ -265,13 +266,13 @@ class _PrunedQwen(PrunedModel):
             modality = name.removesuffix("s")
             if retained[modality] is not None:
                 embeddings += self._pruned(modality, given, counts_of(retained[modality]))
-            else:  # embeddings that were passed as such
+            else:  # embeddings passed by the client
                 encode = getattr(self, f"_process_{modality}_input")
                 embeddings += [without_places(item) for item in encode(given)]
         return tuple(embeddings)
 
     def _pruned(self, modality: str, given: Any, counts: list[int]) -> list[Tensor]:
-        """(T, C + CHANNELS) of each item of which every picture keeps so many tokens."""
+        """(T, C + CHANNELS) of each item, with these numbers of retained tokens per picture."""
         merge = int(self.visual.spatial_merge_size)
         grids = _grids(given[f"{modality}_grid_thw"])
         sizes = [(t, h // merge, w // merge) for t, h, w in grids]
@@ -281,7 +282,7 @@ class _PrunedQwen(PrunedModel):
         embeddings: list[Tensor] = []
         for part in encoder_batches(lengths, self.encoder_tokens):
             whole, scores = self._encode(torch.cat(pixels[part]), grids[part])
-            # The features of earlier blocks that Qwen3-VL appends do not take part in the choice.
+            # The features of earlier blocks that Qwen3-VL appends are not used for selection.
             main = whole[:, : self.config.get_text_config().hidden_size]
             items = list(zip(sizes[part], counts[part], strict=True))
             _, rows = self.choose(
@@ -301,17 +302,18 @@ class _PrunedQwen(PrunedModel):
         return embeddings
 
     def _times(self, given: Any, sizes: Sequence[Grid]) -> list[Tensor]:
-        """How far each frame is behind the first, (t,) int64 of each item, in positions."""
+        """Offset of each frame from the first, in positions, (t,) int64 per item."""
         return _times_of_frames(self.config, given.get("second_per_grid_ts"), sizes)
 
     def _encode(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """Runs the vision transformer, on every rank or (`--mm-encoder-tp-mode data`) on one each.
+        """Runs the vision transformer, on every rank or (`--mm-encoder-tp-mode data`) each picture
+        on one rank.
 
         Args:
             pixels: (patches, values) of images or videos; grids: of each.
 
         Returns:
-            (T, C) merged tokens and (T,) float32 attention that each receives within its picture.
+            (T, C) merged tokens and (T,) float32 attention received within the picture.
         """
         if not self.use_data_parallel:
             return self._encode_here(pixels, grids)
@@ -322,7 +324,7 @@ class _PrunedQwen(PrunedModel):
         return _without_scores(torch.cat(list(of_items)))
 
     def _encode_here(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-        """`_encode` of what this rank is given."""
+        """`_encode` of this rank's pictures."""
         blocks = self.visual.blocks
         last = getattr(self.visual, "fullatt_block_indexes", [len(blocks) - 1])[-1]
         attention = blocks[last].attn
@@ -340,17 +342,18 @@ class _PrunedQwen(PrunedModel):
         return encoded, scores
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Scores (T,) of merged tokens in the order of the blocks, in that of the embeddings."""
+        """Reorders scores (T,) of merged tokens from the order of the blocks to that of the
+        embeddings."""
         return scores
 
     # ------------------------------------------------------------------------------ the positions
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
-        """Positions (3, L) of a pruned prompt, and how far the answer is ahead of its length.
+        """Positions (3, L) of a pruned prompt, and the RoPE delta of the answer.
 
-        Exact but for the height and width of kept tokens, which `recompute_mrope_positions` fills
-        in when the images have been encoded.
+        Exact except for the height and width of retained tokens, which `recompute_mrope_positions`
+        sets when the images have been encoded.
         """
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         visual = (self.config.image_token_id, self.config.video_token_id)
@@ -361,7 +364,7 @@ class _PrunedQwen(PrunedModel):
         return positions[:, unpruned.columns], ahead + missing
 
     def _picture(self, feature: Any) -> tuple[int, int]:
-        """Tokens that each picture of an image or video keeps, and those that it has."""
+        """Retained tokens and all tokens of each picture of an image or video."""
         ((_, h, w),) = _grids(feature.data[f"{feature.modality}_grid_thw"].data.view(1, 3))
         whole = h * w // int(self.visual.spatial_merge_size) ** 2
         kept = feature.data.get(RETAINED[feature.modality])
@@ -377,10 +380,9 @@ class _PrunedQwen(PrunedModel):
         """Called by the runner before each step of a prompt.
 
         Returns:
-            The embeddings without their extra channels, the positions (3, L), and how far the
-            answer is ahead of the prompt's length.
+            The embeddings without their extra channels, the positions (3, L), and the RoPE delta.
         """
-        with gpu_sync_allowed():  # the host has to know how far the answer is ahead
+        with gpu_sync_allowed():  # the host needs the RoPE delta
             if multimodal_embeddings:
                 visual = (self.config.image_token_id, self.config.video_token_id)
                 mrope_positions = write_places(
@@ -408,7 +410,7 @@ class _Processor25(_Processor, Qwen2_5_VLMultiModalProcessor):
 
 class _Processor3(_Processor, Qwen3VLMultiModalProcessor):
     def positions(self, size: Grid, item: Mapping[str, Any]) -> int:
-        frames, height, width = size  # each frame is a picture, and its time is text
+        frames, height, width = size  # each frame is a picture, its time is text
         return frames * max(height, width)
 
 
@@ -430,20 +432,20 @@ class _Info35Moe(PrunedInfo, Qwen3_5MoeProcessingInfo):
 
 @register_processor(_Info2, _Processor2)
 class PrunedQwen2VL(_PrunedQwen, Qwen2VLForConditionalGeneration):
-    """`Qwen2VLForConditionalGeneration` with k visual tokens an image or frame."""
+    """`Qwen2VLForConditionalGeneration` with k visual tokens per image or frame."""
 
     stock = Qwen2VLForConditionalGeneration
-    supports_multimodal_pruning = True  # which has the runner recompute positions
+    supports_multimodal_pruning = True  # so that the runner recomputes positions
 
 
 @register_processor(_Info25, _Processor25)
 class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
-    """`Qwen2_5_VLForConditionalGeneration` with k visual tokens an image or frame."""
+    """`Qwen2_5_VLForConditionalGeneration` with k visual tokens per image or frame."""
 
     stock = Qwen2_5_VLForConditionalGeneration
 
     def _in_raster_order(self, scores: Tensor, grids: Sequence[Grid]) -> Tensor:
-        # The blocks see the patches window by window.
+        # The blocks process the patches window by window.
         orders = []
         for (t, h, w), start in zip(
             grids, itertools.accumulate((t * h * w for t, h, w in grids), initial=0), strict=False
@@ -462,7 +464,7 @@ class _Experts(_PrunedQwen):
             **super().refused_options(vllm_config),
             "LoRA": (
                 vllm_config.lora_config is not None,
-                "adapters of experts run on GPUs only, where no test has run them",
+                "adapters of experts run on GPUs only and are untested there",
             ),
         }
 
@@ -477,27 +479,27 @@ class _PrunedQwen3(_PrunedQwen):
 
 @register_processor(_Info3, _Processor3)
 class PrunedQwen3VL(_PrunedQwen3, Qwen3VLForConditionalGeneration):
-    """`Qwen3VLForConditionalGeneration` with k visual tokens an image or frame."""
+    """`Qwen3VLForConditionalGeneration` with k visual tokens per image or frame."""
 
     stock = Qwen3VLForConditionalGeneration
 
 
 @register_processor(_Info3Moe, _Processor3)
 class PrunedQwen3VLMoe(_Experts, _PrunedQwen3, Qwen3VLMoeForConditionalGeneration):
-    """`Qwen3VLMoeForConditionalGeneration` with k visual tokens an image or frame."""
+    """`Qwen3VLMoeForConditionalGeneration` with k visual tokens per image or frame."""
 
     stock = Qwen3VLMoeForConditionalGeneration
 
 
 @register_processor(_Info35, _Processor3)
 class PrunedQwen35(_PrunedQwen3, Qwen3_5ForConditionalGeneration):
-    """`Qwen3_5ForConditionalGeneration` with k visual tokens an image or frame."""
+    """`Qwen3_5ForConditionalGeneration` with k visual tokens per image or frame."""
 
     stock = Qwen3_5ForConditionalGeneration
 
 
 @register_processor(_Info35Moe, _Processor3)
 class PrunedQwen35Moe(_Experts, _PrunedQwen3, Qwen3_5MoeForConditionalGeneration):
-    """`Qwen3_5MoeForConditionalGeneration` with k visual tokens an image or frame."""
+    """`Qwen3_5MoeForConditionalGeneration` with k visual tokens per image or frame."""
 
     stock = Qwen3_5MoeForConditionalGeneration

@@ -1,8 +1,8 @@
-"""The k of a request in `vllm_xargs`, a field that opens no other option to clients.
+"""The k of a request in `vllm_xargs`, a field that gives clients no other option.
 
-vLLM takes `mm_processor_kwargs` of requests only with `--trust-request-mm-kwargs`, which opens all
-options of the image processor. `vllm_xargs` is passed through for extensions such as this one. What
-is asked for there becomes the same option of the same request, bounded by the engine's cap.
+vLLM accepts `mm_processor_kwargs` of requests only with `--trust-request-mm-kwargs`, which gives
+clients all options of the image processor. `vllm_xargs` is passed through for extensions such as
+this one. Its fields become the same options of the same request, bounded by the engine's cap.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _asked: ContextVar[Mapping[str, Any] | None] = ContextVar("vispruner_asked", def
 
 
 def taken_from(request: Any) -> dict[str, Any]:
-    """The options that a request has in `vllm_xargs`, which are taken out of it.
+    """The options of a request in `vllm_xargs`, which are removed from it.
 
     Raises:
-        ValueError: a field is unknown, or the request has the option in another place as well.
+        ValueError: a field is unknown, or the request sets the option in another place as well.
     """
     fields = getattr(request, "vllm_xargs", None) or {}
     own = {name: value for name, value in fields.items() if str(name).lower().startswith(KEY)}
@@ -43,14 +43,15 @@ def taken_from(request: Any) -> dict[str, Any]:
 
 
 def add_asked(prompt: MutableMapping[str, Any]) -> None:
-    """Adds the options of the request at hand to a prompt of it."""
+    """Adds the options of the current request to one of its prompts."""
     asked = _asked.get()
     if asked:
         prompt["mm_processor_kwargs"] = {**(prompt.get("mm_processor_kwargs") or {}), KEY: asked}
 
 
 def reads_fields(preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a method (self, request, ...) of the server's renderer that makes prompts of it."""
+    """Wraps a method (self, request, ...) of the server's renderer that makes prompts of the
+    request."""
 
     @functools.wraps(preprocess)
     async def wrapped(renderer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""How long a worker scores and selects: counters, and a log line at an interval.
+"""Scoring and selection times of a worker: counters, and a log line at an interval.
 
-A worker is another process than the one that serves `/metrics`, which shows its counters only in
+A worker is not the process that serves `/metrics`, which shows the worker's counters only in
 prometheus_client's multiprocess mode (PROMETHEUS_MULTIPROC_DIR, which vLLM sets for several API
-servers). The log line needs no such thing.
+servers). The log line works without it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..clock import Clock
 from .config import KEY
 from .metrics import worker_counters
 
-logger = init_logger(f"vllm.plugins.{KEY}")  # below "vllm", whose handlers it takes
+logger = init_logger(f"vllm.plugins.{KEY}")  # below "vllm", whose handlers it uses
 
 
 class Timing:
     """The times of one worker.
 
     Args:
-        model_name: as the engine's metrics call it; device: of the encoder.
-        counted: False for a rank that does the work of another one at the same time.
+        model_name: as in the engine's metrics; device: of the encoder.
+        counted: False for a rank that duplicates the work of another one.
     """
 
     def __init__(self, model_name: str, device: torch.device, counted: bool) -> None:
@@ -48,10 +48,10 @@ class Timing:
             yield
 
     def record(self, pictures: int, before: int, kept: int) -> None:
-        """Counts a batch of the encoder, and logs what there was since the last line.
+        """Counts a batch of the encoder, and logs the totals since the last line.
 
-        Times on a GPU are counted when it has come to their end, at a later call; the host never
-        waits for them.
+        Times on a GPU are counted at a later call, when the GPU has finished; the host never waits
+        for them.
         """
         if self._clock is None:
             return
@@ -70,7 +70,7 @@ class Timing:
         }
         logger.info(
             "Pruned %d pictures in %.1f s: %d visual tokens, %d kept; scoring %.3f ms and "
-            "selection %.3f ms a picture",
+            "selection %.3f ms per picture",
             self._pictures, now - self._reported, self._before, self._kept, each["scoring"],
             each["selection"],
         )  # fmt: skip

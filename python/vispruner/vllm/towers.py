@@ -1,4 +1,5 @@
-"""What the LLaVA models share: a CLIP or SigLIP tower whose last built layer makes the features."""
+"""Shared by the LLaVA models: a CLIP or SigLIP tower whose last built layer computes the
+features."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .model import AttentionTap, PrunedModel, over_all_heads
 
 
 class PrunedTowerModel(PrunedModel):
-    """Mixin before a LLaVA model of vLLM."""
+    """Mixin for a LLaVA model of vLLM, as its first base."""
 
     config: Any
     vision_tower: Any
@@ -27,7 +28,7 @@ class PrunedTowerModel(PrunedModel):
                 f"{KEY}: needs a CLIP or SigLIP vision tower, whose attention ranks the patches; "
                 f"this one is {tower.model_type!r}"
             )
-        # The features must be the patches: all of them, and not [CLS].
+        # The features must be all patches, without [CLS].
         own = hf_config.vision_feature_select_strategy
         needed = "default" if _has_cls(hf_config) else "full"
         if own != needed:
@@ -35,7 +36,7 @@ class PrunedTowerModel(PrunedModel):
                 f"{KEY}: needs vision_feature_select_strategy={needed!r} with a tower of type "
                 f"{tower.model_type!r}, got {own!r}"
             )
-        # vLLM builds the tower up to the feature layer, so that layer is the last it has.
+        # vLLM builds the tower up to the feature layer, so that layer is the last one.
         layer, layers = hf_config.vision_feature_layer, tower.num_hidden_layers
         if not isinstance(layer, int) or not -layers <= layer <= layers or layer == 0:
             raise UnsupportedModelError(
@@ -50,8 +51,8 @@ class PrunedTowerModel(PrunedModel):
             pixels: (B, 3, H, W).
 
         Returns:
-            (B, N, C) features of the patches and (B, N) float32 scores: attention that [CLS] pays
-            them or, in a tower without it, that they receive.
+            (B, N, C) features of the patches and (B, N) float32 scores: the attention of [CLS] to
+            them or, in a tower without [CLS], the attention that they receive.
         """
         layer = self.vision_tower.vision_model.encoder.layers[-1].self_attn
         with AttentionTap(layer.attn) as tap:
@@ -71,5 +72,5 @@ class PrunedTowerModel(PrunedModel):
 
 
 def _has_cls(hf_config: Any) -> bool:
-    """Whether the tower puts [CLS] before its patches."""
+    """Whether the tower has [CLS] before its patches."""
     return isinstance(hf_config.vision_config, CLIPVisionConfig)

@@ -1,4 +1,4 @@
-// Arithmetic: one operation a structure, and the loops over lanes that apply it to registers.
+// Arithmetic: one structure per operation, and the loops over lanes that apply it to registers.
 #pragma once
 #include <cfenv>
 #include <cmath>
@@ -30,7 +30,7 @@ void ternary(Warp& warp, const Instruction& i, uint32_t lanes) {
     return slot_of<T>(Op::run(value_of<T>(a[l]), value_of<T>(b[l]), value_of<T>(c[l])));
   });
 }
-// The result has another type, and what is slow or not harmless for idle lanes runs lane by lane.
+// The result has another type. Operations that are slow or unsafe for idle lanes run lane by lane.
 template <typename Op, typename T, typename R = T>
 void unary_each(Warp& warp, const Instruction& i, uint32_t lanes) {
   const auto* a = source<T>(warp, i.a);
@@ -344,7 +344,7 @@ void extract_field(Warp& warp, const Instruction& i, uint32_t lanes) {
   write_each_lane(destination<T>(warp, i.d), lanes, [=](uint32_t l) {
     const uint32_t at = b[l] & 0xff, length = c[l] & 0xff;
     const U value = static_cast<U>(a[l]);
-    U fill = 0;  // what the bits beyond the field are
+    U fill = 0;  // the bits beyond the field
     if (std::is_signed_v<T> && length) {
       const uint32_t sign = at + length - 1;
       fill = value >> (sign < kBits ? sign : kBits - 1) & 1;

@@ -7,8 +7,8 @@
 
 namespace ptx {
 
-// The source is read and the target belongs to the copy from now on; the bytes come when they are
-// waited for. Until then there is neither what was there before nor what will be.
+// The source is read and the destination belongs to the copy from now on. The bytes arrive when
+// they are waited for; until then the destination holds neither its old content nor the new one.
 void Execution::async_copy(Warp& warp, const Instruction& i, uint32_t pc, uint32_t lanes) {
   constexpr uint8_t kGarbage = 0xdb;
   uint64_t to[kLanes], from[kLanes];

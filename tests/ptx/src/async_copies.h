@@ -23,7 +23,7 @@ struct AsyncCopies {
     for (const uint32_t size : group_sizes) committed += size;
     group_sizes.push_back(static_cast<uint32_t>(copies.size()) - committed);
   }
-  // Ends the oldest groups, so that at most so many remain. Returns how many copies they have.
+  // Ends the oldest groups, so that at most this many remain. Returns the number of their copies.
   uint32_t take_groups(size_t remaining) {
     uint32_t count = 0;
     while (group_sizes.size() > remaining) {

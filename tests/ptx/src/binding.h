@@ -1,4 +1,4 @@
-// The executor's Python functions, which both modules have.
+// The executor's Python functions, part of both modules.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -79,7 +79,8 @@ void float_to_16(Warp& warp, const Instruction& i, uint32_t lanes) {
                   [=](uint32_t l) { return uint32_t{F::from_float(value_of<float>(a[l]))}; });
 }
 
-// The source register may be wider than the source type: From is the type, Held what is held.
+// The source register may be wider than the source type: From is the source type, Held that of the
+// register.
 template <typename Op, typename To, typename From, typename Held>
 void convert(Warp& warp, const Instruction& i, uint32_t lanes) {
   const auto* a = source<Held>(warp, i.a);

@@ -1,4 +1,4 @@
-// Counts of what a kernel did, and the models behind them.
+// Counts of a kernel's work, and the models behind them.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -11,7 +11,7 @@ namespace ptx {
 struct Traffic {
   uint64_t requests = 0;  // of a warp
   uint64_t actual = 0;    // wavefronts of shared memory, sectors of global memory
-  uint64_t ideal = 0;     // the least that could bring so many bytes
+  uint64_t ideal = 0;     // the minimum for this number of bytes
   uint64_t bytes = 0;
 
   void add(uint64_t now, uint64_t least, uint64_t moved) {
@@ -30,7 +30,7 @@ struct Counters {  // of one kernel, over its launches
     uint64_t warps = 0, threads = 0;
   };
   std::vector<Executed> executed;  // each instruction
-  uint64_t longest_block = 0;      // warp instructions of the block that has most
+  uint64_t longest_block = 0;      // warp instructions of the block with the most
 
   // with Options::profile
   Traffic shared, matrix, atomic, load, store, async_global, async_shared;
@@ -38,10 +38,10 @@ struct Counters {  // of one kernel, over its launches
   std::map<uint32_t, Traffic> by_instruction;
 };
 
-// How often shared memory has to work for an access of a warp: 32 banks of four bytes, a quarter,
-// half or all of the warp at a time.
+// Wavefronts of shared memory for an access of a warp: 32 banks of four bytes, a quarter, half or
+// all of the warp at a time.
 uint32_t wavefronts(const uint64_t* addresses, uint32_t lanes, uint32_t bytes, uint32_t* ideal);
-// Sectors of 32 bytes that the lanes touch.
+// Sectors of 32 bytes that the lanes access.
 uint32_t sectors(const uint64_t* addresses, uint32_t lanes, uint32_t bytes, uint32_t* ideal);
 
 }  // namespace ptx

@@ -1,5 +1,5 @@
 // The functions of the CUDA runtime that the project's host code and the objects of nvcc call.
-// Launches go to the executor, with the PTX out of the objects' fat binaries.
+// Launches go to the executor, with the PTX from the objects' fat binaries.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -48,7 +48,7 @@ cudaError_t last_error = cudaSuccess;
 
 int device_number() { return ptx::first_device_number() + selected_device; }
 
-// cudaSetDevice(3) is device 3 of the current eight, and so is what cudaGetDevice says of it.
+// cudaSetDevice(3) is device 3 of the current eight, and cudaGetDevice returns its number.
 bool is_device(int number, int* index) {
   *index = number < ptx::kDevices ? number : number - ptx::first_device_number();
   return *index >= 0 && *index < ptx::kDevices;
@@ -60,7 +60,7 @@ cudaError_t result(cudaError_t error) {
 }
 cudaError_t result(int error) { return result(static_cast<cudaError_t>(error)); }
 
-// Notes a call. False: it needs a newer driver.
+// Records a call. False: it needs a newer driver.
 bool enter(const char* name) {
   ++log().runtime_calls[name];
   if (ptx::device().driver >= CUDART_VERSION) return true;
@@ -133,7 +133,7 @@ int ptx::current_device_number() { return device_number(); }
 
 extern "C" {
 
-// ---- what nvcc's host code registers
+// ---- registration by nvcc's host code
 void** __cudaRegisterFatBinary(void* wrapper) {
   struct Wrapper {
     int magic, version;

@@ -1,4 +1,4 @@
-// Decoders of instructions that compute.
+// Decoders of arithmetic instructions.
 #include "arithmetic.h"
 #include "decoder.h"
 
@@ -48,7 +48,7 @@ LaneFunction for_number(Type type, const F& run) {
   return is_float(type) ? for_float(type, run) : for_integer(type, run);
 }
 
-// Floats without a rounding may be fused by ptxas, so that it must be written.
+// ptxas may fuse float operations without a rounding modifier, so it is required.
 enum class Mode : uint8_t { kNearest, kZero, kDown, kUp };
 Mode take_rounding(Decoding& d) {
   return d.take_one_of<Mode>(
@@ -238,7 +238,7 @@ void decode_shift(Decoding& d) {
   i.a = d.source(1, register_bits(type));
   i.b = d.source(2, 32);
 }
-// The result has 32 bits, whatever the source has.
+// The result has 32 bits, for any source.
 void decode_bit_count(Decoding& d, Type type, LaneFunction function) {
   Instruction& i = d.instruction();
   if (!function) d.unknown();

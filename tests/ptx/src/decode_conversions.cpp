@@ -103,7 +103,7 @@ LaneFunction for_float(Type type, const F& run) {
     default: return nullptr;
   }
 }
-// Whether the source register has 64 bits although its type has not.
+// Whether the source register has 64 bits although its type has fewer.
 template <typename Op, typename To, typename From>
 LaneFunction from_register(bool wide) {
   return wide ? convert<Op, To, From, uint64_t> : convert<Op, To, From, From>;
@@ -155,7 +155,7 @@ void decode_cvt(Decoding& d) {
     to_integral = true;
     rounding = value;
   }
-  nearest = d.take("rn");  // other roundings of floats are left over, and refused
+  nearest = d.take("rn");  // other roundings of floats remain, and are refused
 
   d.need(2);
   Instruction& i = d.instruction();
@@ -177,7 +177,7 @@ void decode_cvt(Decoding& d) {
   } else if (!from_float && !to_float) {
     if (nearest || to_integral) d.unknown();
     i.function = integer_to_integer(to, from, wide, saturate);
-  } else if (from_float && !to_float) {  // saturates without being asked
+  } else if (from_float && !to_float) {  // always saturates
     if (!to_integral || wide != (bytes_of(from) == 8)) d.unknown();
     i.function = float_to_integer(to, from, rounding);
   } else if (!from_float) {
@@ -188,7 +188,7 @@ void decode_cvt(Decoding& d) {
     i.function = for_float(
         to, [&](auto t) { return rounded<RoundToIntegral, decltype(t), decltype(t)>(rounding); });
   } else {
-    // From 64 to 32 bits a rounding must be given; otherwise there is none.
+    // From 64 to 32 bits a rounding is required; otherwise there is none.
     if (nearest != (bytes_of(from) > bytes_of(to)) || wide != (bytes_of(from) == 8)) d.unknown();
     i.function = for_float(to, [&](auto t) {
       return for_float(from, [&](auto f) -> LaneFunction {

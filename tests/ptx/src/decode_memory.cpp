@@ -1,4 +1,4 @@
-// Decoders of instructions that touch memory.
+// Decoders of memory instructions.
 #include "decoder.h"
 
 namespace ptx {
@@ -12,7 +12,7 @@ Space take_space(Decoding& d) {
   }
   if (d.take("shared::cta")) return Space::kShared;
   if (d.take("param")) return Space::kParameter;
-  return Space::kGeneric;  // .local, .const, ... are left over, and refused
+  return Space::kGeneric;  // .local, .const, ... remain, and are refused
 }
 
 // The registers of a value or of the elements of a vector. They may be wider than the elements.
@@ -73,7 +73,7 @@ void decode_st(Decoding& d) {
   decode_values(d, d.operand(1), false);
 }
 
-// atom returns what was there, red does not. Both are relaxed; the scope makes no difference here.
+// atom returns the old value, red does not. Both are relaxed; the scope has no effect here.
 void decode_atomic(Decoding& d) {
   Instruction& i = d.instruction();
   const bool returns = d.opcode() == "atom";

@@ -1,4 +1,4 @@
-// Decoders of branches and of instructions in which lanes or warps meet.
+// Decoders of branches and of instructions that synchronize lanes or warps.
 #include "decoder.h"
 
 namespace ptx {
@@ -82,8 +82,8 @@ void decode_redux(Decoding& d) {
   i.e = d.source(2, 32);
 }
 
-// bar is barrier.aligned. Without .aligned the lanes of a warp may come one after the other, which
-// is allowed for both here, as long as they come to the same instruction.
+// bar is barrier.aligned. Without .aligned the lanes of a warp may arrive one after the other. Here
+// both allow it, as long as they arrive at the same instruction.
 void decode_bar(Decoding& d) {
   Instruction& i = d.instruction();
   if (d.opcode() == "bar" && d.take("warp")) {

@@ -11,11 +11,11 @@
 
 namespace ptx {
 
-// Fails, by name and line, at every opcode, modifier and operand that it does not know.
+// Throws an error with name and line for every unknown opcode, modifier and operand.
 Instruction decode(const Statement& statement, KernelBuilder& builder);
 
-// One statement being decoded. The functions of opcodes take the modifiers that they know, in any
-// order; one that is left over is an error.
+// One statement being decoded. The functions of opcodes take the modifiers that they support, in
+// any order; a remaining one is an error.
 class Decoding {
  public:
   Decoding(const Statement& statement, KernelBuilder& builder);
@@ -31,7 +31,7 @@ class Decoding {
   // ---- modifiers
   bool take(const std::string& modifier);
   void require(const std::string& modifier);
-  Type take_type();  // the last type that is named
+  Type take_type();  // the last type in the name
   template <typename T>
   T take_one_of(const std::vector<std::pair<const char*, T>>& choices) {
     for (const auto& [name, value] : choices) {

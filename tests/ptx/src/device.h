@@ -6,16 +6,16 @@ namespace ptx {
 
 struct Device {
   int major = 9, minor = 0;       // compute capability
-  int shared_bytes = 227 * 1024;  // that a block may ask for
+  int shared_bytes = 227 * 1024;  // maximum per block
   int driver = 13000;
-  int newest_ptx = 0;  // PTX for newer devices is not seen, as in an old library; 0: all is seen
+  int newest_ptx = 0;  // newer PTX is hidden, as in an old library; 0: none is
 
   int capability() const { return 10 * major + minor; }
 };
 
-// The device at hand. Every call of set_device() brings a new one, to which nobody has asked for
-// shared memory yet. Its number differs from that of any before, so that host code that keeps
-// something by device number starts anew as well.
+// The current device. Every call of set_device() creates a new one, for which no shared memory has
+// been requested. Its number differs from all earlier ones, so that host code that caches by device
+// number starts over as well.
 const Device& device();
 void set_device(const Device& device);
 constexpr int kDevices = 8;  // equal ones

@@ -1,4 +1,4 @@
-// Errors of the input: text that is not PTX, PTX that is not known, misused binding functions.
+// Errors of the input: text that is not PTX, unknown PTX, misused binding functions.
 #pragma once
 #include <stdexcept>
 #include <string>

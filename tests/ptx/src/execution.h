@@ -13,7 +13,7 @@
 
 namespace ptx {
 
-// Thrown after a finding that a launch cannot survive.
+// Thrown after a finding that ends the launch.
 struct Aborted {};
 
 class Execution {
@@ -43,7 +43,7 @@ class Execution {
     throw Aborted();
   }
 
-  // ---- lanes and warps that meet (synchronization.cpp)
+  // ---- synchronization of lanes and warps (synchronization.cpp)
   void arrive_at_warp_sync(Warp& warp, const Instruction& i, uint32_t pc, uint32_t lanes);
   void release_warp(Warp& warp);
   void check_meeting(const Warp& warp, uint32_t lane, uint32_t set);
@@ -57,9 +57,9 @@ class Execution {
   [[noreturn]] void deadlock();
 
   // ---- memory (memory_access.cpp)
-  // Where the bytes of each lane are on the host, after all checks. A lane that may not have them
-  // gets bytes that nothing else uses. `addresses` become those of the space; `values` are 16
-  // bytes a lane, what is to be written.
+  // The host address of each lane's bytes, after all checks. A lane whose access is not allowed
+  // gets unused bytes. `addresses` become those of the space; `values` are 16 bytes per lane to be
+  // written.
   void resolve(const Warp& warp, const Instruction& i, uint32_t pc, uint32_t lanes, Space space,
                uint64_t* addresses, uint32_t bytes, Access how, const uint8_t* values,
                uint8_t** places);
@@ -107,7 +107,7 @@ class Execution {
   std::vector<uint8_t> shared_data_;
   std::vector<AsyncCopies> async_;  // of the threads
 
-  // of the block that is being executed
+  // of the current block
   uint32_t block_number_ = 0, block_index_[3] = {};
   uint32_t alive_ = 0, at_barrier_ = 0;  // threads
   uint64_t steps_ = 0;                   // warp instructions of the launch
@@ -115,7 +115,7 @@ class Execution {
   uint64_t longest_block_ = 0;
 };
 
-// Of all lanes, whether they are active or not.
+// Of all lanes, active or not.
 inline void load_addresses(const Warp& warp, const Instruction& i, uint64_t* addresses) {
   if (i.wide_address) {
     const uint64_t* a = source<uint64_t>(warp, i.a);

@@ -99,7 +99,7 @@ void Execution::run_block(uint32_t number) {
     std::fill(variable->state.begin(), variable->state.end(),
               options_.initialized ? uint8_t{0} : kWritten);
   }
-  // What the block before left is as bad as anything.
+  // The content left by the previous block serves as garbage.
   if (options_.seed % 2) std::fill(shared_data_.begin(), shared_data_.end(), 0xa5);
   for (AsyncCopies& copies : async_) copies.clear();
   start_warps();
@@ -181,7 +181,7 @@ void Execution::make_ready(Warp& warp, uint32_t pc, uint32_t lanes) {
   }
 }
 
-// In lockstep the lanes at the lowest pc, because they may meet the others again further on.
+// In lockstep the lanes at the lowest pc, because they may reconverge with the others.
 Group Execution::next_group(Warp& warp) {
   if (warp.ready.size() == 1) {
     const Group group = warp.ready[0];
@@ -208,7 +208,7 @@ Group Execution::next_group(Warp& warp) {
   return lowest;
 }
 
-// Until the lanes part, wait, end, come to where others are, or have had their turn.
+// Until the lanes diverge, wait, end, reach other lanes, or have used up their quantum.
 void Execution::run_group(Warp& warp, Group group) {
   uint32_t limit = ~0u;
   if (options_.lockstep) {
@@ -279,7 +279,7 @@ void Execution::run_group(Warp& warp, Group group) {
   }
 }
 
-// False: the lanes go different ways, and are in warp.ready.
+// False: the lanes diverge, and are in warp.ready.
 bool Execution::branch(Warp& warp, const Instruction& i, uint32_t lanes, Group* group) {
   if (options_.profile) ++counters_.branches;
   if (lanes == group->lanes) {

@@ -30,7 +30,7 @@ struct Machine {
   std::map<std::string, const Kernel*> kernels;  // that were launched, the last of each name
   uint32_t era = 0;                              // of the race checker
 
-  // Runs a launch that the driver would accept. False: a finding ended it before its time.
+  // Runs a launch that the driver would accept. False: a finding ended it early.
   bool run(const Kernel& kernel, const LaunchShape& shape, const uint8_t* parameters);
 };
 

@@ -16,7 +16,7 @@ constexpr uint32_t kMagic = 0xba55ed50;
 constexpr uint16_t kPtx = 1;                       // kind of an entry; 2 is machine code
 constexpr uint64_t kCompressed = 0x2000 | 0x8000;  // flags of an entry: LZ4, Zstandard
 
-// Code for one device alone (sm_90a) or one family (sm_100f).
+// Code for one device only (sm_90a) or one family (sm_100f).
 bool is_specific(std::string_view text) {
   const size_t at = text.find(".target sm_");
   if (at == std::string_view::npos) return false;

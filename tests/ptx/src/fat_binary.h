@@ -16,7 +16,7 @@ struct FatEntry {
   std::string_view text;  // in the fat binary
 };
 
-// There is PTX, but none for the device.
+// There is PTX, but none that fits the device.
 struct NoFittingPtx : Error {
   using Error::Error;
 };
@@ -24,7 +24,8 @@ struct NoFittingPtx : Error {
 // The PTX entries, in the order of the file.
 std::vector<FatEntry> read_fat_binary(const uint8_t* data);
 
-// As a driver chooses: the newest that the device can run, of those up to `newest` (0: all).
+// The entry that a driver chooses: the newest that the device can run, of those up to `newest` (0:
+// all).
 const FatEntry& choose_ptx(const std::vector<FatEntry>& entries, uint32_t capability,
                            uint32_t newest);
 

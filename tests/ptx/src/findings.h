@@ -1,4 +1,4 @@
-// What the checkers report, each place once.
+// Findings of the checkers, each place once.
 #pragma once
 #include <cstdint>
 #include <set>
@@ -38,7 +38,7 @@ class Reporter {
   void begin_block(uint32_t block) { block_ = block; }
   const Kernel& kernel() const { return kernel_; }
 
-  // `text` is a function: most findings are those of a place that has been reported.
+  // `text` is a function: most findings are of a place that has been reported already.
   template <typename F>
   void report(const char* kind, uint32_t pc, uint32_t thread, const F& text) {
     if (!findings_.is_new(kind, kernel_, pc)) return;

@@ -122,7 +122,8 @@ void KernelBuilder::finish(uint32_t line) {
   lay_out_shared();
 }
 
-// Static variables as they are declared, then the dynamic ones, which all begin at one place.
+// Static variables as they are declared, then the dynamic ones, which all begin at the same
+// address.
 void KernelBuilder::lay_out_shared() {
   uint32_t end = 0, red_zones = kRedZone, dynamic_alignment = 1;
   for (SharedVariable& variable : kernel_.shared) {

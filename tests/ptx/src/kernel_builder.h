@@ -24,7 +24,7 @@ class KernelBuilder {
   // Every error of this kernel: "PTX line n: text in kernel".
   [[noreturn]] void fail(uint32_t line, const std::string& text) const;
 
-  // ---- what the parser declares
+  // ---- declarations, for the parser
   void open_scope() { scopes_.emplace_back(); }
   void close_scope() { scopes_.pop_back(); }
   void declare_register(const std::string& name, Type type);
@@ -36,10 +36,10 @@ class KernelBuilder {
   // Once everything is declared: addresses of shared variables, targets of branches.
   void finish(uint32_t line);
 
-  // ---- what the decoder looks up; `bits` is 16, 32 or 64
+  // ---- look-ups, for the decoder; `bits` is 16, 32 or 64
   Register destination(const Operand& operand, uint32_t bits, uint32_t line);
   Register source(const Operand& operand, uint32_t bits, uint32_t line);
-  Register predicate(const Operand& operand, uint32_t line);  // a constant, too
+  Register predicate(const Operand& operand, uint32_t line);  // or a constant
   // A register of any width, as the values of loads, stores and conversions may be wider.
   RegisterName any_register(const Operand& operand, uint32_t line) const;
   // Base register or symbol of an address; whether it has 64 bits.

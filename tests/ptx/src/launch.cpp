@@ -18,7 +18,7 @@ std::string description(const Kernel& kernel, const LaunchRequest& request) {
          std::to_string(request.shared_bytes) + ">>>";
 }
 
-// Why the grid or the block is none that a device takes; empty: it is one.
+// Why a device does not accept the grid or the block; empty: it does.
 std::string shape_fault(const Kernel& kernel, const LaunchRequest& request) {
   constexpr uint64_t kMostGrid[3] = {0x7fffffff, 65535, 65535}, kMostBlock[3] = {1024, 1024, 64};
   constexpr uint64_t kMostThreads = 1024;
@@ -59,7 +59,7 @@ int refusal(const Kernel& kernel, const LaunchRequest& request) {
                   " bytes of them static, although cudaFuncSetAttribute was not called: " + what);
     return cuda_error::kInvalidValue;
   }
-  // No finding: host code may try, and tell its caller of the error.
+  // No finding: host code may try, and report the error to its caller.
   if (request.allowed_shared >= 0 && dynamic > request.allowed_shared) {
     return cuda_error::kInvalidValue;
   }

@@ -1,4 +1,4 @@
-// Launches: what the driver would refuse, and a log.
+// Launches: the driver's checks, and a log.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -13,7 +13,7 @@ struct LaunchRequest {
   uint32_t grid[3] = {1, 1, 1};
   uint32_t block[3] = {1, 1, 1};
   uint64_t shared_bytes = 0;
-  // Dynamic shared memory that cudaFuncSetAttribute has allowed; negative: it was not asked.
+  // Dynamic shared memory that cudaFuncSetAttribute has allowed; negative: it was not called.
   int64_t allowed_shared = -1;
   bool dependent = false;  // programmatic stream serialization
 };
@@ -34,7 +34,7 @@ Log& log();
 int launch(const Kernel& kernel, const LaunchRequest& request,
            const std::vector<uint8_t>& parameters);
 
-// A finding about a launch or another call of the runtime.
+// A finding for a launch or another call of the runtime.
 void report_launch(const std::string& text);
 
 }  // namespace ptx

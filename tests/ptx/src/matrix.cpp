@@ -40,8 +40,8 @@ void Execution::load_matrix(Warp& warp, const Instruction& i, uint32_t pc) {
 
 namespace {
 
-// Operands as the PTX manual lays them out over the lanes: register by register, four lanes hold
-// 16 bytes of a row of a, or of a column of b.
+// Operands in the PTX manual's layout over the lanes: register by register, four lanes hold 16
+// bytes of a row of a, or of a column of b.
 struct Operands {
   const uint32_t *a[4], *b[2], *c[4];
   uint32_t* d[4];

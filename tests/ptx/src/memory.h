@@ -1,4 +1,4 @@
-// Memory that kernels may use, and what is known of its bytes.
+// Memory that kernels may use, and the states of its bytes.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -11,7 +11,7 @@ namespace ptx {
 
 // States of a byte.
 constexpr uint8_t kWritten = 1;
-constexpr uint8_t kPending = 2;  // an asynchronous copy is to bring it
+constexpr uint8_t kPending = 2;  // an asynchronous copy will write it
 
 struct Allocation {
   std::string name;
@@ -36,14 +36,14 @@ class Memory {
   void clear() { allocations_.clear(); }
   const std::vector<std::unique_ptr<Allocation>>& allocations() const { return allocations_; }
 
-  // The allocation that all these bytes lie in, or null. `hint` is where to look first.
+  // The allocation that contains all these bytes, or null. `hint` is checked first.
   Allocation* find(uint64_t address, uint64_t bytes, uint32_t* hint) const {
     if (*hint < allocations_.size() && allocations_[*hint]->contains(address, bytes)) {
       return allocations_[*hint].get();
     }
     return search(address, bytes, hint);
   }
-  // " 4 bytes into x (16 bytes)" for each allocation that is not far.
+  // " 4 bytes into x (16 bytes)" for each allocation nearby.
   std::string near(uint64_t address, uint64_t far) const;
 
  private:
@@ -52,7 +52,7 @@ class Memory {
   std::vector<std::unique_ptr<Allocation>> allocations_;
 };
 
-// Text of a finding for each output of which bytes were not written.
+// Text of a finding for each output with bytes that were not written.
 std::vector<std::string> missing_outputs(const Memory& memory);
 
 }  // namespace ptx

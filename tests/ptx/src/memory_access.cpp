@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint32_t kMostBytes = 16;  // of an access
 
-// Bytes for lanes that may not have those that they asked for: zeros to read, or a sink.
+// Bytes for lanes whose access is not allowed: zeros to read, or a sink.
 alignas(kMostBytes) const uint8_t kZeros[kMostBytes] = {};
 alignas(kMostBytes) uint8_t sink[kMostBytes];
 
@@ -89,7 +89,7 @@ void Execution::resolve(const Warp& warp, const Instruction& i, uint32_t pc, uin
       high -= kSharedWindow;
     }
   }
-  // All lanes at once, where nothing is wrong with their addresses.
+  // All lanes at once, if their addresses are valid.
   Allocation* allocation = nullptr;
   if (space != Space::kGeneric && any % bytes == 0) {
     const Memory& memory = space == Space::kShared ? shared_ : machine_.memory;
@@ -161,7 +161,7 @@ uint8_t* Execution::resolve_lane(const Warp& warp, const Instruction& i, uint32_
   return allocation->at(address);
 }
 
-// ld.global.nc may be used where nothing writes while the kernel runs.
+// ld.global.nc may be used for memory that is not written while the kernel runs.
 void Execution::check_read_only(const Warp& warp, uint32_t pc, uint32_t lanes,
                                 const uint64_t* addresses, uint32_t bytes) {
   for_each_lane(lanes, [&](uint32_t l) {
@@ -346,7 +346,7 @@ void Execution::profile_access(const Instruction& i, uint32_t pc, const uint64_t
   counters_.by_instruction[pc].add(actual, ideal, moved);
 }
 
-// Lanes of one address take turns.
+// Lanes with the same address are serialized.
 void Execution::profile_atomic(const Instruction& i, uint32_t pc, const uint64_t* addresses,
                                uint32_t lanes) {
   uint32_t turns = 0, ideal = 0;

@@ -1,5 +1,6 @@
 // The Python module vispruner_ptx: the executor, and the project's operators with their real host
-// code. Tensors come as addresses, shapes and strides; tests/support/compiled_kernels.py owns them.
+// code. Tensors are passed as addresses, shapes and strides; tests/support/compiled_kernels.py owns
+// them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,7 +34,7 @@ TensorArg tensor_arg(const py::tuple& t) {
 
 int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// The memory that one call may use: inputs, outputs and the workspace, no byte more.
+// The memory that one call may use: exactly the inputs, outputs and the workspace.
 class CallMemory {
  public:
   CallMemory() { ptx::machine().memory.clear(); }
@@ -58,7 +59,7 @@ class CallMemory {
     add(name, address, bytes, true, false).is_output = true;
   }
   void* workspace(int64_t bytes) {
-    constexpr size_t kAlignment = 512;  // torch's allocator gives no less
+    constexpr size_t kAlignment = 512;  // the minimum of torch's allocator
     if (bytes <= 0) return nullptr;
     const auto size = static_cast<size_t>(bytes);
     workspace_ = std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
@@ -67,7 +68,7 @@ class CallMemory {
     return workspace_;
   }
 
-  // After the call, with its error.
+  // Called after the call, with its error.
   void finish(int error) {
     if (error) {
       throw std::runtime_error("error " + std::to_string(error) + ": " + cuda::error_string(error));

@@ -19,7 +19,7 @@ namespace {
 // The newest PTX that the project's kernels have been run from.
 constexpr uint64_t kNewestMajor = 9, kNewestMinor = 0;
 
-// A mangled name as people write it: without "void", namespaces of the project and parameters.
+// A readable form of a mangled name: without "void", namespaces of the project and parameters.
 std::string pretty_name(const std::string& mangled) {
   int status = 0;
   char* demangled = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
@@ -245,7 +245,7 @@ class Parser {
       while (more_attributes()) {
         if (accept(".align")) {
           alignment = count();
-        } else if (accept(".ptr")) {  // about what it points to
+        } else if (accept(".ptr")) {  // describes the pointee
           if (is(".global") || is(".shared") || is(".const") || is(".local")) next();
           if (accept(".align")) count();
         } else {
@@ -306,7 +306,7 @@ class Parser {
         instruction();
       }
     }
-    // Threads that come to the end of the text.
+    // Threads that reach the end of the text.
     Instruction end;
     end.kind = Kind::kExit;
     place_.text = "(end)";
@@ -430,7 +430,7 @@ class Parser {
   std::shared_ptr<FileNames> files_ = std::make_shared<FileNames>();
   std::vector<SharedVariable> module_shared_;
   uint32_t target_ = 0;
-  // of the kernel that is being parsed
+  // of the current kernel
   Kernel* kernel_ = nullptr;
   std::unique_ptr<KernelBuilder> builder_;
   Place place_;

@@ -1,4 +1,4 @@
-// PTX text to a module: directives, declarations, and instructions by way of the decoder.
+// PTX text to a module: directives, declarations, and instructions through the decoder.
 #pragma once
 #include <memory>
 #include <string_view>
@@ -7,7 +7,7 @@
 
 namespace ptx {
 
-// Throws Error, with the line, at the first thing that it does not know.
+// Throws Error, with the line, at the first unknown element.
 std::unique_ptr<Module> parse(std::string_view text);
 
 }  // namespace ptx

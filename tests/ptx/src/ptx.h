@@ -1,4 +1,4 @@
-// What the parser makes of PTX and what the executor runs: instructions, kernels, modules.
+// Output of the parser and input of the executor: instructions, kernels, modules.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -47,7 +47,7 @@ bool is_signed(Type type);
 Type type_named(const std::string& name);  // kNone: there is no such type
 
 enum class Kind : uint8_t {
-  kArithmetic,  // lanes do not meet and nothing touches memory: Instruction::function
+  kArithmetic,  // neither synchronizes nor accesses memory: Instruction::function
   kNothing,     // griddepcontrol
   kBranch,
   kExit,
@@ -105,7 +105,7 @@ enum class Reduction : uint8_t { kAdd, kMin, kMax, kAnd, kOr, kXor };
 enum class BarrierReduction : uint8_t { kAnd, kOr, kCount };
 enum class Matrix : uint8_t { kInt8, kFloat16, kBFloat16 };
 
-// What the counters distinguish.
+// The categories of the counters.
 enum class Category : uint8_t {
   kInteger,
   kLogic,
@@ -147,7 +147,7 @@ struct Instruction {
   uint32_t values = 0;        // first of Kernel::value_registers: elements of vectors, matrices
   uint32_t target = 0;        // of a branch
   int32_t source_offset = 0;  // of the global address of an asynchronous copy
-  mutable uint32_t last_used = 0;  // the allocation that the last access fell into
+  mutable uint32_t last_used = 0;  // the allocation of the last access
   Kind kind = Kind::kNothing;
   Category category = Category::kOther;
   Space space = Space::kGeneric;
@@ -155,7 +155,7 @@ struct Instruction {
   uint8_t bytes = 0;             // in memory, of an element
   uint8_t elements = 1;          // of a vector, or matrices
   uint8_t operation = 0;         // one of the enumerations above
-  Logic combine = Logic::kNone;  // setp: how the comparison joins predicate c
+  Logic combine = Logic::kNone;  // setp: how the comparison is combined with predicate c
   bool negate_guard = false;
   bool negate_source = false;  // of a predicate source
   bool wide_values = false;    // the registers of the values are those of 64 bits
@@ -166,11 +166,11 @@ struct Instruction {
   bool waits_for_grid = false;  // griddepcontrol.wait
 };
 
-// Where an instruction comes from.
+// The origin of an instruction.
 struct Place {
   uint32_t ptx_line = 0;
   uint32_t file = 0, line = 0;              // of the source
-  uint32_t outer_file = 0, outer_line = 0;  // into which it was inlined; 0: it was not
+  uint32_t outer_file = 0, outer_line = 0;  // of the caller it was inlined into; 0: none
   std::string text;
 };
 
@@ -182,8 +182,8 @@ struct SharedVariable {
   std::string name;
   uint32_t alignment = 1, bytes = 0;
   bool dynamic = false;
-  // Here variables lie kRedZone bytes further apart than on hardware, so that they have the same
-  // banks and an access beyond one of them does not fall into the next.
+  // Here variables are kRedZone bytes further apart than on hardware, so that they have the same
+  // banks and an access beyond one of them is not in the next.
   uint32_t address = 0;
 };
 constexpr uint32_t kRedZone = 1024;
@@ -223,7 +223,7 @@ struct Kernel {
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   std::vector<SharedVariable> shared;
-  uint32_t static_shared_bytes = 0;  // as the hardware lays them out
+  uint32_t static_shared_bytes = 0;  // in the hardware's layout
   uint32_t max_threads = 1024;
   uint32_t required_block[3] = {0, 0, 0};  // .reqntid; 0: any
   uint32_t registers32 = 0, registers64 = 0, predicates = 0;

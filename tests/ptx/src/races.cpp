@@ -53,23 +53,23 @@ void RaceChecker::order(uint32_t warp, uint32_t lanes, uint32_t alive) {
   }
 }
 
-// Whether an event is before what this lane does now.
+// Whether an event is before the current access of this lane.
 bool RaceChecker::ordered(const Current& now, uint32_t lane, const Event& event) const {
   if (event.era < now.horizon) return true;
   if (event.era < block_era_) return false;  // another block
   if (event.thread == now.warp * kLanes + lane) return true;
-  // A barrier came between, unless the thread had ended and did not come to it.
+  // A barrier came between, unless the thread had ended before it.
   if (event.era < era_ && exit_eras_[event.thread] != event.era) return true;
   return event.thread / kLanes == now.warp &&
          known(now.order, lane, event.thread % kLanes, event.clock);
 }
 
-// Whether a write leaves the bytes as they are.
+// Whether a write does not change the bytes.
 bool RaceChecker::writes_same_value(const Current& now, uint32_t lane, uint64_t address,
                                     const Event& other) const {
   if (now.how != Access::kWrite || !now.values) return false;
   const uint8_t* there = now.allocation.at(address);
-  // The bytes of this instruction are not in memory yet: another lane of it may have come first.
+  // The bytes of this instruction are not in memory yet: another lane may have been first.
   const uint32_t other_lane = other.thread % kLanes;
   if (other.pc == now.pc && other.thread / kLanes == now.warp && other_lane < lane &&
       now.addresses[other_lane] == address) {
@@ -139,15 +139,15 @@ inline void RaceChecker::add_user(const Current& now, Users& users, uint32_t lan
   users.other_warp = kNobody;
 }
 
-// There have been users since the last barrier.
+// Adds this access to the users of a unit since the last barrier.
 void RaceChecker::join_users(const Current& now, Users& users, uint32_t lanes) {
   const auto lane = static_cast<uint32_t>(__builtin_ctz(lanes));
   const auto thread = static_cast<uint16_t>(now.warp * kLanes + lane);
   const auto pc = static_cast<uint16_t>(now.pc);
   if (users.thread / kLanes == now.warp) {
     if (users.clock != now.order.clock) {
-      // What was before this access of the lane is before all that is after it: only the rest
-      // needs to be remembered.
+      // Accesses before this one of the lane are also before all later ones: only the others need
+      // to be kept.
       uint32_t rest = 0;
       for_each_lane(users.lanes, [&](uint32_t l) {
         rest |= uint32_t{!known(now.order, lane, l, users.clock)} << l;
@@ -186,7 +186,7 @@ inline void RaceChecker::write(const Current& now, Cell& cell, uint32_t lane, ui
   cell.write_clock = now.order.clock;
   cell.write_thread = static_cast<uint16_t>(now.warp * kLanes + lane);
   cell.write_pc = static_cast<uint16_t>(now.pc);
-  // Those reads are before this write or have been reported: either way they are done with.
+  // Those reads are before this write or have been reported, so they can be dropped.
   cell.readers.era = 0;
 }
 

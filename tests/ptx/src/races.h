@@ -1,10 +1,10 @@
 // Race checker: two accesses to the same bytes, one of them a write and not both atomic, without an
 // order between them.
 //
-// Not by the schedule that happened, but by what orders accesses (happens-before):
+// Independent of the actual schedule, by the order of accesses (happens-before):
 //   * a new launch, a barrier of the block: both begin a new era;
-//   * within a warp bar.warp.sync and, if the options say so, other instructions in which lanes
-//     meet: each is a tick of the warp's clock.
+//   * within a warp bar.warp.sync and, if the options say so, other instructions that synchronize
+//     lanes: each is a tick of the warp's clock.
 // Blocks of one launch have no order.
 #pragma once
 #include <cstdint>
@@ -21,16 +21,16 @@ enum class Access : uint8_t { kRead, kWrite, kAtomic };
 
 class RaceChecker {
  public:
-  // `era` goes on from launch to launch, because the memory's shadow does.
+  // `era` continues from launch to launch, because the memory's shadow does.
   RaceChecker(Reporter& reporter, uint32_t& era, uint32_t threads);
 
   void begin_block();
   void block_barrier() { ++era_; }
   void exit(uint32_t thread);
-  void order(uint32_t warp, uint32_t lanes, uint32_t alive);  // these lanes of a warp have met
+  void order(uint32_t warp, uint32_t lanes, uint32_t alive);  // lanes of a warp have synchronized
 
-  // Lanes access `bytes` each at addresses, aligned, in one allocation. `values` are 16 bytes a
-  // lane, what is written; null: not known.
+  // Lanes access `bytes` each at addresses, aligned, in one allocation. `values` are 16 bytes per
+  // lane to be written; null: unknown.
   void check(Allocation& allocation, bool shared, Access how, const uint64_t* addresses,
              uint32_t lanes, uint32_t bytes, uint32_t warp, uint32_t pc, const uint8_t* values);
 
@@ -40,21 +40,21 @@ class RaceChecker {
  private:
   struct WarpOrder {
     uint32_t clock = 1;
-    uint32_t all_known = 0;  // the clock when all lanes met
-    bool partial = false;    // whether some lanes have met without the others
-    // known[l][k]: what lane k did before this clock is before what lane l does now.
+    uint32_t all_known = 0;  // the clock when all lanes synchronized
+    bool partial = false;    // whether only some lanes have synchronized since
+    // known[l][k]: accesses of lane k before this clock are before the current one of lane l.
     uint32_t known[kLanes][kLanes];
   };
   struct Event {
     uint32_t era, clock;
     uint16_t thread, pc;
   };
-  struct Current {  // the access that is being checked
+  struct Current {  // the access to be checked
     Allocation& allocation;
     bool shared;
     Access how;
     uint32_t bytes, warp, pc;
-    uint32_t horizon;  // what was before this era is before all of it
+    uint32_t horizon;  // all earlier eras are before all of the access
     const uint64_t* addresses;
     const uint8_t* values;
     WarpOrder& order;

@@ -5,7 +5,7 @@
 namespace ptx {
 namespace {
 
-// Every unit becomes 2^log2 smaller ones, which were all used in the same way.
+// Splits every unit into 2^log2 smaller ones with the same record.
 template <typename T>
 void split(std::vector<T>& units, size_t count, uint32_t log2) {
   if (units.size() < count) units.resize(count);
@@ -14,8 +14,7 @@ void split(std::vector<T>& units, size_t count, uint32_t log2) {
 
 }  // namespace
 
-// Units that are left from before have eras before the horizon, so that nothing needs to be
-// cleared.
+// Old units have eras before the horizon, so nothing needs to be cleared.
 void ShadowPage::restart(uint32_t horizon) {
   horizon_ = horizon;
   unit_log2_ = kLargestUnitLog2;

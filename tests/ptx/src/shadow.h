@@ -1,5 +1,5 @@
-// What the race checker remembers of each unit of memory. A unit has 16 bytes until something
-// smaller is accessed; then the units of that page become smaller.
+// The race checker's record of each unit of memory. A unit has 16 bytes until a smaller access;
+// then the units of that page become smaller.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -9,14 +9,14 @@ namespace ptx {
 constexpr uint16_t kNobody = 0x7fff;
 
 // Threads that have read a unit, or used it in atomics, since the last barrier. The lanes of one
-// warp are known one by one. Of other warps one thread is enough: with two warps any later write
-// is a race, unless a barrier comes first.
+// warp are recorded one by one. For other warps one thread is enough: with two warps any later
+// write is a race, unless a barrier comes first.
 struct Users {
   uint32_t era = 0, clock = 0;
   uint32_t lanes = 0;
   uint16_t thread = 0, pc = 0;
   uint16_t other_warp : 15;  // a thread
-  uint16_t other_block : 1;  // a thread of an earlier block of this launch, too
+  uint16_t other_block : 1;  // also a thread of an earlier block of this launch
   uint16_t other_pc = 0;
 
   Users() : other_warp(kNobody), other_block(0) {}
@@ -33,7 +33,7 @@ class ShadowPage {
  public:
   static constexpr uint32_t kBytes = 1024;
 
-  // For an access of so many bytes. What happened before era `horizon` does not matter any more.
+  // For an access of this many bytes. Accesses before era `horizon` are ignored.
   void prepare(uint32_t bytes, uint32_t horizon) {
     if (horizon != horizon_) restart(horizon);
     if (bytes < 1u << unit_log2_) refine(bytes);

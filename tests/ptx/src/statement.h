@@ -1,4 +1,4 @@
-// An instruction as it is written: what the parser hands to the decoder.
+// An instruction as written, passed from the parser to the decoder.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -9,7 +9,7 @@ namespace ptx {
 struct Operand {
   enum class Kind : uint8_t { kRegister, kNumber, kAddress, kVector, kPair, kSymbol };
   Kind kind = Kind::kSymbol;
-  std::string text;            // name of the register or symbol (of an address, too), or a number
+  std::string text;            // name of the register or symbol (also of an address), or a number
   int64_t offset = 0;          // of an address
   std::vector<Operand> parts;  // of a vector {a, b} or a pair a|b
   bool negated = false;        // !p

@@ -1,4 +1,4 @@
-// Where lanes of a warp meet, and warps of a block.
+// Synchronization of the lanes of a warp and of the warps of a block.
 #include <algorithm>
 #include <cstdio>
 #include <map>
@@ -30,13 +30,13 @@ void Execution::arrive_at_warp_sync(Warp& warp, const Instruction& i, uint32_t p
   if (lanes) release_warp(warp);
 }
 
-// Lets those go on all of whose members have come.
+// Releases the lanes whose members have all arrived.
 void Execution::release_warp(Warp& warp) {
   uint32_t tried = 0;
   while (const uint32_t open = warp.at_warp_sync & ~tried) {
     const auto lane = static_cast<uint32_t>(__builtin_ctz(open));
     const uint32_t set = warp.members[lane] & warp.alive;
-    if (set & ~warp.at_warp_sync) {  // some are still on their way
+    if (set & ~warp.at_warp_sync) {  // some have not arrived
       tried |= 1u << lane;
       continue;
     }
@@ -45,7 +45,7 @@ void Execution::release_warp(Warp& warp) {
     meet(warp, kernel_.code[pc], pc, set);
     warp.at_warp_sync &= ~set;
     tried &= ~set;
-    // Lanes may come to a warp barrier from different places.
+    // Lanes may reach a warp barrier from different places.
     for (uint32_t rest = set; rest;) {
       const uint32_t at = warp.pc[__builtin_ctz(rest)];
       uint32_t same = 0;
@@ -100,7 +100,7 @@ void Execution::shuffle(Warp& warp, const Instruction& i, uint32_t pc, uint32_t 
   std::copy_n(source<uint32_t>(warp, i.a), kLanes, from);
   uint32_t* d = destination<uint32_t>(warp, i.d);
   for_each_lane(set, [&](uint32_t l) {
-    // As the PTX manual has it.
+    // As in the PTX manual.
     const int lane = static_cast<int>(l), distance = static_cast<int>(b[l] & 31);
     const int clamp = static_cast<int>(c[l] & 31), segment = static_cast<int>(c[l] >> 8 & 31);
     const int highest = (lane & segment) | (clamp & ~segment), lowest = lane & segment;
@@ -176,7 +176,7 @@ void Execution::arrive_at_barrier(Warp& warp, uint32_t pc, uint32_t lanes) {
   release_block();
 }
 
-// Lets the block go on if all living threads have come.
+// Releases the block if all threads that have not exited have arrived.
 bool Execution::release_block() {
   if (at_barrier_ == 0 || at_barrier_ != alive_) return false;
   check_barrier();

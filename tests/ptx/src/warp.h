@@ -1,4 +1,4 @@
-// A warp: its registers, and where its lanes are.
+// A warp: its registers and the states of its lanes.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,21 +15,21 @@ struct Group {
 };
 
 struct Warp {
-  // kLanes values each; registers of 8 and 16 bits are in those of 32, whose upper bits nothing
-  // may depend on.
+  // kLanes values each; registers of 8 and 16 bits are in those of 32, whose upper bits are
+  // undefined.
   uint32_t* registers32 = nullptr;
   uint64_t* registers64 = nullptr;
-  uint32_t* predicates = nullptr;  // a bit each lane
+  uint32_t* predicates = nullptr;  // one bit per lane
   const Kernel* kernel = nullptr;
   uint32_t index = 0;
   uint32_t alive = 0;  // lanes
   std::vector<Group> ready;
   uint32_t at_warp_sync = 0, at_block_barrier = 0;  // lanes that wait
   uint32_t pc[kLanes];                              // of those
-  uint32_t members[kLanes];                         // whom those at a warp sync wait for
+  uint32_t members[kLanes];                         // member masks of lanes at a warp sync
 };
 
-// What a register of a type is stored in.
+// The storage type of a register.
 template <typename T>
 using Slot = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
@@ -67,7 +67,7 @@ inline __attribute__((always_inline)) void for_each_lane(uint32_t lanes, const F
   }
 }
 
-// d[l] = f(l) for these lanes. `f` must be harmless for the others, too: it runs for all, in
+// d[l] = f(l) for these lanes. `f` must be safe for the others as well: it runs for all lanes, in
 // vector instructions. d may be one of its sources.
 template <typename D, typename F>
 inline __attribute__((always_inline)) void write_lanes(D* d, uint32_t lanes, const F& f) {
@@ -91,7 +91,7 @@ inline void write_each_lane(D* d, uint32_t lanes, const F& f) {
   for_each_lane(lanes, [&](uint32_t l) { d[l] = f(l); });
 }
 
-// Values of registers, and what is stored of a value. NaN results are canonical, as on hardware.
+// Values of registers, and their stored form. NaN results are canonical, as on hardware.
 template <typename T>
 inline T value_of(Slot<T> slot) {
   if constexpr (std::is_floating_point_v<T>) {

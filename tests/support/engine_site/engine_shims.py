@@ -1,13 +1,11 @@
-"""What vLLM's CPU build needs to be tested; nothing of it is needed to serve.
+"""Workarounds for testing with vLLM's CPU build. Serving does not need them.
 
-- The torchvision that it depends on is built for CUDA: beside a CPU-only torch its operators cannot
-  be registered and its import fails. They are declared here; nobody calls them.
-- Its CPU model runner V1 overrides `load_model` and leaves out what the GPU runner does there:
-  asking the model whether M-RoPE positions are to be recomputed (vLLM's own video pruning suffers,
-  too).
-- Its model runner V2 is made of Triton kernels, and Triton comes without a backend for the CPU
-  here. Where TRITON_INTERPRET=1 asks for Triton's interpreter, which needs no backend, vLLM finds
-  one that is only a name.
+- The torchvision that it depends on is built for CUDA: with a CPU-only torch its operators cannot
+  be registered and its import fails. They are declared here and never called.
+- Its CPU model runner V1 overrides `load_model` without a step of the GPU runner: checking whether
+  the model recomputes M-RoPE positions (this breaks vLLM's own video pruning as well).
+- Its model runner V2 uses Triton kernels, and Triton has no CPU backend here. With
+  TRITON_INTERPRET=1, Triton's interpreter needs none, so vLLM gets a dummy backend.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-_libraries: list[Any] = []  # an operator is declared as long as its library is alive
+_libraries: list[Any] = []  # operators are declared as long as their library exists
 
 
 def _declare_torchvision_operators() -> None:
@@ -52,7 +50,7 @@ def _name_a_backend(module: ModuleType) -> None:
 
 
 class _Finder:
-    """Runs something when a module is imported, and costs nothing until then."""
+    """Runs a function when a module is imported, at no cost until then."""
 
     def __init__(
         self,
@@ -86,7 +84,7 @@ class _Finder:
 
 
 def install() -> None:
-    """Before torchvision or vLLM is imported; does nothing the second time."""
+    """Installs the shims, before torchvision or vLLM is imported. A second call has no effect."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path) or _libraries:
         return
     finders = [

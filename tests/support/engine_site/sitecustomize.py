@@ -1,4 +1,4 @@
-"""Installs the shims in every Python that is started with this folder on its path."""
+"""Installs the shims in every Python process with this directory on its path."""
 
 import engine_shims
 
