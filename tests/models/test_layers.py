@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2] / "python" / "vispruner"
 #: Layers, lowest first. Each imports only earlier ones, at module level or inside a function.
 ORDER = (
     "methods", "releases", "clock", "selection", "taps", "report", "models", "hf", "phases",
-    "shapes", "flops", "clip", "embedded", "lmms_eval", "vllm", "cli",
+    "shapes", "flops", "clip", "embedded", "sweep", "lmms_eval", "vllm", "cli",
 )  # fmt: skip
 LONGEST = 350  # lines per file, except in vllm and embedded
 

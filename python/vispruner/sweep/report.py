@@ -194,7 +194,7 @@ def write(
     figure = _plot(summaries, tolerance)
     figure.savefig(directory / "sweep.png", dpi=150)
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     (directory / "sweep.svg").write_text(svg.getvalue())
     inline = svg.getvalue()[svg.getvalue().index("<svg") :]
     page = _page(summaries, best, tolerance, about, changed, skipped, inline)
