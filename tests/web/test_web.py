@@ -105,7 +105,7 @@ def test_another_method(page: Any) -> None:
     page.get_by_label("method").click()
     page.get_by_role("option", name="mmr").click()
     page.wait_for_function("src => document.querySelector('#kept img').src != src", arg=before)
-    page.get_by_label("weight of the similarity to what is retained").first.wait_for()
+    page.get_by_label("weight of the similarity to retained tokens").first.wait_for()
     page.get_by_label("tokens that the deduplication drops per round").first.wait_for(
         state="hidden"
     )

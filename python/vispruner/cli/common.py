@@ -46,9 +46,9 @@ METHODS = ("vispruner", "topk", "random", "maxmin", "scope", "mmr")
 PARAMETERS = {
     "important_ratio": (float, "vispruner", 0.5, "share of the retained tokens selected by score"),
     "step": (int, "vispruner", 8, "tokens that the deduplication drops per round"),
-    "seed": (int, "random", 0, "of the random order"),
+    "seed": (int, "random", 0, "seed of the random order"),
     "scope_alpha": (float, "scope", 1.0, "exponent of the importance, a multiple of 0.25"),
-    "mmr_lambda": (float, "mmr", 1.0, "weight of the similarity to what is retained"),
+    "mmr_lambda": (float, "mmr", 1.0, "weight of the similarity to retained tokens"),
 }
 
 

@@ -72,7 +72,7 @@ class Subject:
         self._whole: tuple[str, Any, Any] | None = None  # the latest item's inputs and answer
 
     def key(self, item: Item, budget: Budget | None) -> str:
-        """What a measurement depends on: model, picture, question and setting."""
+        """Hash of the model, picture, question and setting, on which a measurement depends."""
         parts = (self.identity, item.picture, item.question, repr(budget))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
