@@ -101,6 +101,7 @@ def _settings(options: argparse.Namespace) -> list[Budget]:
 
 
 def run(options: argparse.Namespace) -> int:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -145,7 +146,9 @@ def run(options: argparse.Namespace) -> int:
     ]
     summaries = sweep.summarize(kept, measured)
     best = sweep.recommended(summaries, options.tolerance)
-    table = Table(*report.HEADINGS)
+    table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    for number, heading in enumerate(report.HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
     for summary in summaries:
         table.add_row(*report.row(summary), style="bold" if summary is best else None)
     console.print(table)
