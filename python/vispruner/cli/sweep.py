@@ -146,12 +146,13 @@ def run(options: argparse.Namespace) -> int:
     ]
     summaries = sweep.summarize(kept, measured)
     best = sweep.recommended(summaries, options.tolerance)
-    table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for number, heading in enumerate(report.HEADINGS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
     for summary in summaries:
         table.add_row(*report.row(summary), style="bold" if summary is best else None)
     console.print(table)
+    console.print(report.LEGEND, style="dim")
     console.print(report.advice(best, summaries, options.tolerance), highlight=False)
     about = {
         "model": options.model or "the bundled model",

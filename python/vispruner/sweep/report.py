@@ -37,20 +37,21 @@ class Changed:
 HEADINGS = (
     "setting",
     "tokens",
-    "equal %",
-    "right %",
+    "equal",
+    "right",
     "loss",
     "log p",
-    "top-1 %",
+    "top-1",
     "KV MiB",
-    "prefill ms",
-    "TTFT ms",
+    "prefill",
+    "TTFT",
 )
-_LEGEND = (
-    "tokens: visual tokens, median. equal: answers equal to the unpruned model's. loss: points, "
-    "paired with the unpruned model, ± standard error clustered by picture. log p and top-1: "
-    "log-probability of the unpruned model's answer and share of its tokens that stay the first "
-    "choice, teacher-forced. TTFT: time to first token. Times are medians."
+LEGEND = (
+    "tokens: visual tokens, median. equal: answers equal to the unpruned model's, right: correct "
+    "answers, in %. loss: points, paired with the unpruned model, ± standard error clustered by "
+    "picture. log p and top-1: log-probability of the unpruned model's answer, and share of its "
+    "tokens (%) that stay the first choice, teacher-forced. prefill and TTFT (time to first "
+    "token): medians in ms."
 )
 
 
@@ -162,7 +163,7 @@ def _page(
         f"<style>{_STYLE}</style></head><body><h1>How many visual tokens to retain</h1>"
         f'<p class="advice">{text(advice(best, summaries, tolerance))}</p><p>{facts}</p>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{plot}"
-        f"<p>{text(_LEGEND)}</p>"
+        f"<p>{text(LEGEND)}</p>"
         + (f"<h2>Pictures that were skipped</h2><ul>{left_out}</ul>" if skipped else "")
         + (f"<h2>Answers that changed most</h2>{articles}" if changed else "")
         + "</body></html>"
