@@ -257,7 +257,7 @@ def test_ratio(
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "scope", "scope_alpha": 0.5}, {"method": "random", "seed": 3}]
+    "options", [{"method": "scope", "scope_alpha": 0.5}, {"method": "mmr", "mmr_lambda": 0.5}]
 )
 def test_another_method(
     engine: Callable[..., Engine],
