@@ -234,10 +234,10 @@ LARGE += [
     for tokens, k, features in (
         (576, 64, "clustered"),
         (1025, 20, "smooth"),
-        (2049, 12, "duplicates"),
-        (4100, 5, "few_values"),
+        (2049, 8, "duplicates"),
+        (4100, 3, "few_values"),
     )
-    for method in PARAMETERS
+    for method in ("maxmin", "scope", "mmr")
 ]
 
 

@@ -104,7 +104,9 @@ def test_published(
         got = vispruner_cuda.prune(feats[None], scores[None], K, method=method, **options)
         assert got.indices[0].tolist() == sorted(want), seed
         compared += 1
-    assert compared >= 20
+        if compared == 20:
+            return
+    pytest.fail(f"only {compared} clear problems")
 
 
 def test_topk_is_the_important_half() -> None:
