@@ -2,7 +2,6 @@
 #include "vispruner/method.h"
 
 #include <cmath>
-#include <iterator>
 
 namespace vispruner {
 namespace {
@@ -47,7 +46,6 @@ std::string parse_selection(const std::string& method, double parameter, Selecti
     }
     *selection = {};
     selection->method = named.method;
-    selection->step = 1;
     if (named.method == Method::kMmr) selection->mmr_lambda = static_cast<float>(parameter);
     if (named.method == Method::kScope) {
       selection->scope_quarters = static_cast<int>(4.0 * parameter);

@@ -200,13 +200,11 @@ def prune(
     else:
         values = methods.resolve(
             method,
-            {
-                "important_ratio": important_ratio,
-                "step": step,
-                "seed": seed,
-                "scope_alpha": scope_alpha,
-                "mmr_lambda": mmr_lambda,
-            },
+            important_ratio=important_ratio,
+            step=step,
+            seed=seed,
+            scope_alpha=scope_alpha,
+            mmr_lambda=mmr_lambda,
         )
         _checks.prune(feats, cls_attn, k)
         kept, indices = _prune_by(
@@ -249,13 +247,11 @@ def prune_varlen(
     """
     values = methods.resolve(
         method,
-        {
-            "important_ratio": important_ratio,
-            "step": step,
-            "seed": seed,
-            "scope_alpha": scope_alpha,
-            "mmr_lambda": mmr_lambda,
-        },
+        important_ratio=important_ratio,
+        step=step,
+        seed=seed,
+        scope_alpha=scope_alpha,
+        mmr_lambda=mmr_lambda,
     )
     bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k)
     packed = (_detached(feats), _detached(cls_attn), bounds, ks)

@@ -103,7 +103,7 @@ PARAMETERS: Mapping[str, Parameter] = {
 }
 
 
-def resolve(method: object, given: Mapping[str, object]) -> dict[str, float]:
+def resolve(method: object, **given: object) -> dict[str, float]:
     """The parameters of a method: the given ones (not None), after a check, and defaults for the
     others.
 

@@ -294,7 +294,7 @@ def prune(
     **parameters: float | None,
 ) -> PruneResult:
     """See :func:`vispruner_cuda.prune`."""
-    values = methods.resolve(method, parameters)
+    values = methods.resolve(method, **parameters)
     _checks.prune(feats, cls_attn, k)
     scores = ranking_scores(cls_attn)
     batch, n = scores.shape
@@ -314,7 +314,7 @@ def prune_varlen(
     **parameters: float | None,
 ) -> PruneVarlenResult:
     """See :func:`vispruner_cuda.prune_varlen`."""
-    values = methods.resolve(method, parameters)
+    values = methods.resolve(method, **parameters)
     bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k)
     attn = cls_attn.unsqueeze(0)
     kept, kept_bounds = [], [0]

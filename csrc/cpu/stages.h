@@ -90,7 +90,8 @@ struct Stages {
   const float* scores;  // (rows) if the method reads them
 };
 
-// One method: csrc/cpu/methods has one file per method.
+// One method: csrc/cpu/methods has one file per method. The functions are null in methods without a
+// loop.
 struct MethodKernels {
   Order order;
   bool scores;  // whether it reads them

@@ -2,6 +2,7 @@
 #pragma once
 #include "vispruner/cuda.h"
 #include "vispruner/method.h"
+#include "vispruner/plan.h"
 #include "vispruner/shape.h"
 
 namespace vispruner::cuda {
@@ -64,6 +65,12 @@ struct Batch {
     return image;
   }
 };
+
+// The same for a kernel that is not the last of its call.
+inline Batch followed(Batch batch) {
+  batch.more = plan::overlaps(plan::current().launch);
+  return batch;
+}
 
 // The largest image of a wave, which determines the grid size.
 struct WaveSize {

@@ -63,21 +63,20 @@ int run_wave(const PruneArgs& args, const Batch& batch, const WaveSize& size, vo
   const int64_t channels = args.feats.channels;
   if (size.kept == 0) return 0;
   const MethodStages& method = stages_of(args.selection.method);
-  Batch followed = batch;  // another kernel of this call follows
-  followed.more = plan::overlaps(plan::current().launch);
   const Ranking ranking{method.order, args.selection.seed, method.scores};
   const bool ranked = method.order != Order::kIndex || method.scores;
-  if (const int e =
-          rank_and_quantize(followed, size, args.feats, ranked ? args.attention : AttentionView{},
-                            ranking, RankOutput{}, workspace, stream)) {
+  if (const int e = rank_and_quantize(followed(batch), size, args.feats,
+                                      ranked ? args.attention : AttentionView{}, ranking,
+                                      RankOutput{}, workspace, stream)) {
     return e;
   }
   if (size.residual > 0) {
-    if (const int e = gram(followed, size, channels, method.matrix, nullptr, workspace, stream)) {
+    if (const int e =
+            gram(followed(batch), size, channels, method.matrix, nullptr, workspace, stream)) {
       return e;
     }
   }
-  const Batch& selected = args.kept_feats ? followed : batch;
+  const Batch selected = args.kept_feats ? followed(batch) : batch;
   if (const int e = method.select(selected, size, channels, args.selection, args.indices, workspace,
                                   stream)) {
     return e;
@@ -172,9 +171,7 @@ int pairwise_cosine(const FeatureView& feats, int64_t images, int tokens, float*
     batch.first.first_feature = begin * feats.image_stride;
     const auto now = static_cast<int>(images - begin < per_wave ? images - begin : per_wave);
     const WaveSize size{now, tokens, tokens, 0};
-    Batch followed = batch;
-    followed.more = plan::overlaps(plan::current().launch);
-    if (const int e = rank_and_quantize(followed, size, feats, AttentionView{}, Ranking{},
+    if (const int e = rank_and_quantize(followed(batch), size, feats, AttentionView{}, Ranking{},
                                         RankOutput{}, workspace, stream)) {
       return e;
     }

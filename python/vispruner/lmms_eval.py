@@ -11,17 +11,17 @@ parameters and, for LLaVA-NeXT, tiles.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any, NamedTuple
-
-from vispruner_cuda import methods
 
 from .hf import Pruner, apply
 from .models import families
 from .selection import Budget
 
 PREFIX = "vispruner_"
+_BUDGET = tuple(field.name for field in dataclasses.fields(Budget))
 
 
 class _Harness(NamedTuple):
@@ -50,22 +50,14 @@ class _Pruned:
     def __init__(
         self,
         *args: Any,
-        k: int | None = None,
-        ratio: float | None = None,
-        method: str = methods.DEFAULT,
-        important_ratio: float | None = None,
-        step: int | None = None,
-        seed: int | None = None,
-        scope_alpha: float | None = None,
-        mmr_lambda: float | None = None,
         tiles: str | None = None,
         **kwargs: Any,
     ) -> None:
+        ours = {name: kwargs.pop(name) for name in _BUDGET if name in kwargs}
         super().__init__(*args, **kwargs)
         model: Any = self.model  # type: ignore[attr-defined]
         options: dict[str, Any] = {} if tiles is None else {"tiles": tiles}
-        budget = Budget(k, ratio, important_ratio, step, method, seed, scope_alpha, mmr_lambda)
-        self.pruner = apply(model, budget, **options)
+        self.pruner = apply(model, Budget(**ours), **options)
 
 
 @functools.cache

@@ -94,7 +94,7 @@ class Budget:
             if not 0 < ratio <= 1:  # false for NaN as well
                 raise ValueError(f"ratio must be in (0, 1], got {ratio}")
         given = {name: getattr(self, name) for name in methods.PARAMETERS}
-        for name, value in methods.resolve(self.method, given).items():
+        for name, value in methods.resolve(self.method, **given).items():
             object.__setattr__(self, name, value)
 
     @property

@@ -656,7 +656,7 @@ METHODS = [
     Mutation(
         "scope: coverage is not stored",
         SCOPE,
-        "image.covered[token] = after;",
+        "scope.covered[token] = after;",
         "",
         RESULTS,
     ),

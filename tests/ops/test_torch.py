@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vispruner_cuda
-from vispruner_cuda import reference
+from vispruner_cuda import methods, reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -84,13 +84,14 @@ def test_meta_tensors() -> None:
     assert kept.indices.device.type == "meta"
 
 
+@pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_compile_fullgraph(device: str) -> None:
+def test_compile_fullgraph(device: str, method: str) -> None:
     def model(feats: Tensor, attn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kept = vispruner_cuda.prune(feats * 2, attn, 10)
+        kept = vispruner_cuda.prune(feats * 2, attn, 10, method=method)
         ranked = vispruner_cuda.topk(attn, 3)
         packed = vispruner_cuda.prune_varlen(
-            feats.flatten(0, 1), attn[:, 0].flatten(), [0, 40, 80], 6
+            feats.flatten(0, 1), attn[:, 0].flatten(), [0, 40, 80], 6, method=method
         )
         return kept.feats + 1, kept.indices + ranked.indices[:, :1], packed.indices
 
@@ -215,7 +216,7 @@ def test_cuda_graph_is_captured_by_the_first_call_of_a_process() -> None:
     program = """
 import torch, vispruner_cuda
 from support.problems import Problem
-from vispruner_cuda import reference
+from vispruner_cuda import methods, reference
 feats, attn = (t.cuda() for t in Problem(1, 196, 4, None, 26).tensors())
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):

@@ -100,7 +100,7 @@ def _with_heads(cls_attn: Tensor, dim: int) -> Tensor:
 
 def _method(method: str, parameters: Mapping[str, float | None]) -> tuple[str | float, float]:
     """As `selection_of` of src/operators.cpp takes it."""
-    values = methods.resolve(method, parameters)
+    values = methods.resolve(method, **parameters)
     if method == methods.DEFAULT:
         return values["important_ratio"], values["step"]
     return method, next(iter(values.values()), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -34,6 +35,7 @@ TIMES = {"vision": 1.0, "prune": 1.0, "prefill": 3.0, "decode": 1.0, "total": 6.
 def measurement(answer: str = "red", first: float = 1.0, **changes: Any) -> Measurement:
     values: dict[str, Any] = {
         "answer": answer,
+        "tokens": [5, 6],
         "log_probability": -0.5,
         "first_choices": first,
         "visual_tokens": 22,
@@ -110,8 +112,9 @@ def test_json_lines(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     first, second = sweep.read(str(path), None)
     assert (first.name, first.question, first.answer) == ("a.png", "what?", "red")
-    assert first.content == (tmp_path / "a.png").read_bytes()
-    assert (second.content, second.answer) == (b"", None)
+    assert first.source == tmp_path / "a.png"
+    assert (second.source, second.answer) == (tmp_path / "missing.png", None)
+    assert len({first.picture, second.picture}) == 2
     assert len(list(sweep.read(str(path), None, limit=1))) == 1
 
 
@@ -187,10 +190,19 @@ def test_the_smallest_setting_within_the_tolerance() -> None:
     best = sweep.recommended(summaries, 1.0)
     assert best is not None
     assert best.budget == Budget(16)
+    json.dumps([s.data() for s in summaries], allow_nan=False)
     assert 0.8 < best.probability_below(1.0) < 0.9  # 0.5 +- 0.5 points
     assert sweep.recommended(summaries, 0.0) is None
     # Without any difference the error is 0, but not everything is known.
     assert summaries[3].probability_below(1.0) == pytest.approx(1 - 0.99**201)
+
+
+def test_one_picture_tells_nothing_about_others() -> None:
+    items = [item(1, "a"), item(1, "b")]
+    both = [measurement(), measurement()]
+    _, found = summarize(items, [(None, both), (Budget(8), [measurement("blue"), measurement()])])
+    assert math.isinf(found.loss.error)
+    assert found.data()["loss"] == {"mean": 50.0, "error": None}
 
 
 def test_without_right_answers_the_first_choices_count() -> None:
@@ -214,37 +226,40 @@ def subject() -> Subject:
     options = cli.parser().parse_args(["ask", "--device", "cpu"])
     model, processor = load_model(options, torch.device("cpu"))
 
-    def inputs_of(image: Image.Image, question: str) -> Any:
-        return model_inputs(processor, image, question, torch.device("cpu"))
+    def inputs_of(item: Item) -> Any:
+        assert isinstance(item.source, bytes)
+        image = Image.open(io.BytesIO(item.source)).convert("RGB")
+        return model_inputs(processor, image, item.question, torch.device("cpu"))
 
     return Subject(model, processor, inputs_of, embedded.path(), 16)
 
 
 def test_measurements(subject: Subject) -> None:
     (one, *_) = sweep.read(None, None, limit=1)
-    whole, pruned = subject.measure(one, None), subject.measure(one, Budget(8))
+    whole = subject.measure(one, None)
+    pruned = subject.measure(one, Budget(8), whole.tokens)
     assert whole.first_choices == 1.0  # its own answer
     assert (whole.visual_tokens, pruned.visual_tokens) == (196, 8)
     per_token = whole.cache_bytes / (whole.cache_bytes - pruned.cache_bytes) * (196 - 8)
     assert per_token == pytest.approx(round(per_token))  # the prompt's columns
     assert whole.log_probability >= pruned.log_probability
     # All tokens are retained: nothing changes.
-    every = subject.measure(one, Budget(196))
+    every = subject.measure(one, Budget(196), whole.tokens)
     assert every.log_probability == pytest.approx(whole.log_probability, abs=1e-5)
     assert (every.answer, every.first_choices) == (whole.answer, 1.0)
 
 
 def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Subject) -> None:
     (one, *_) = sweep.read(None, None, limit=1)
-    inputs, answer = subject._reference(one)
+    inputs, whole = subject.inputs_of(one), subject.measure(one, None)
     with torch.no_grad():
         found = subject.model.generate(
             **inputs, max_new_tokens=16, do_sample=False, output_logits=True,
             return_dict_in_generate=True,
         )  # fmt: skip
     chances = torch.stack(found.logits, dim=1).float().log_softmax(dim=-1)
-    want = chances.gather(2, answer.unsqueeze(-1)).mean().item()
-    assert subject.measure(one, None).log_probability == pytest.approx(want, abs=1e-4)
+    want = chances.gather(2, torch.tensor([whole.tokens]).unsqueeze(-1)).mean().item()
+    assert whole.log_probability == pytest.approx(want, abs=1e-4)
 
 
 def test_keys(subject: Subject) -> None:
@@ -302,8 +317,9 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "empty.png").touch()
     assert run(tmp_path / "out", "--data", str(tmp_path), "--question", "count:", "--k", "8") == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "skipped broken.png" in said
-    assert "skipped empty.png" in said
+    assert "skipped: broken.png: cannot read image broken.png: " in said
+    assert "skipped: empty.png: cannot read image empty.png: " in said
+    assert "BytesIO" not in said
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [s["pictures"] for s in found["settings"]] == [2, 2]
     assert len(found["skipped"]) == 2

@@ -58,12 +58,10 @@ int64_t bytes(int residual) { return round_up(int64_t{residual} * 4, 256); }
 int select(const Batch& batch, const WaveSize& size, int64_t channels,
            const Selection& /*selection*/, int64_t* indices, void* workspace, Stream stream) {
   if (size.residual > 0) {
-    Batch followed = batch;
-    followed.more = plan::overlaps(plan::current().launch);
     const dim3 grid((size.residual + kRows - 1) / kRows, size.images);
     if (const int e =
-            launch_dependent<nearest_kernel>(grid, kRowThreads, 0, stream, followed, channels,
-                                             static_cast<unsigned char*>(workspace))) {
+            launch_dependent<nearest_kernel>(grid, kRowThreads, 0, stream, followed(batch),
+                                             channels, static_cast<unsigned char*>(workspace))) {
       return e;
     }
   }

@@ -10,7 +10,7 @@ struct MethodStages {
   Order order;
   bool scores;    // whether it reads them
   Matrix matrix;  // output of the Gram stage
-  // Bytes of the method's arrays (WorkspaceLayout::method) per image.
+  // Bytes of the method's arrays (WorkspaceLayout::method) per image; null without a loop.
   int64_t (*bytes)(int residual);
   // Enqueues the selection, which writes the retained tokens of every image, ascending, to
   // `indices`. `more` (Batch) is set if another kernel follows.

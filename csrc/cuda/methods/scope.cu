@@ -157,28 +157,28 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
   __shared__ uint32_t warp_sums[kScopeThreads / kWarp];
   __shared__ Listed listed[2];
 
-  const Image shape = batch[blockIdx.x];
-  const ScopeImage image(shape, channels, workspace);
-  const int tokens = image.tokens;  // all tokens of the image, or none
+  const Image image = batch[blockIdx.x];
+  const ScopeImage scope(image, channels, workspace);
+  const int tokens = scope.tokens;  // all tokens of the image, or none
   const Marks marks{reinterpret_cast<uint32_t*>(memory),
-                    reinterpret_cast<const uint16_t*>(workspace + shape.workspace)};
-  marks.clear(shape.shape.tokens);
+                    reinterpret_cast<const uint16_t*>(workspace + image.workspace)};
+  marks.clear(image.shape.tokens);
   if (threadIdx.x < 2) listed[threadIdx.x] = {0, 0};
   __syncthreads();
-  for (int r = threadIdx.x; r < shape.shape.important; r += blockDim.x) marks.set(r);
+  for (int r = threadIdx.x; r < image.shape.important; r += blockDim.x) marks.set(r);
 
   if (tokens > 0) {
     const auto threads = static_cast<int>(blockDim.x);
-    const auto row_bytes = static_cast<uint32_t>(image.ld * 4);
-    auto* changes = reinterpret_cast<Change*>(memory + round_up(words(shape.shape.tokens) * 4, 16));
+    const auto row_bytes = static_cast<uint32_t>(scope.ld * 4);
+    auto* changes = reinterpret_cast<Change*>(memory + round_up(words(image.shape.tokens) * 4, 16));
     // Vector q of a thread: tokens first_of(q) to first_of(q) + 3.
     const auto first_of = [&](int q) {
       return kVector * (static_cast<int>(threadIdx.x) + q * threads);
     };
     constexpr int kTogether = kTogetherOf<kVectors>;
     constexpr int kUnrolled = kVectors <= 2 ? kVectors : 1;
-    OwnVectors<uint32_t, kVectors> gains(image.gains);
-    OwnVectors<float, kVectors> weights(image.weights);
+    OwnVectors<uint32_t, kVectors> gains(scope.gains);
+    OwnVectors<float, kVectors> weights(scope.weights);
     std::conditional_t<kVectors * kVector <= 32, uint32_t, uint64_t> left = 0;  // bits: not picked
     using Bits = decltype(left);
     Candidate best = no_candidate();
@@ -189,9 +189,9 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
         const int token = first_of(q) + e;
         if (token >= tokens) continue;
         left |= Bits{1} << (q * kVector + e);
-        gains.at(q, e, token) = image.gains[token];
-        weights.at(q, e, token) = image.weights[token];
-        best.raise(image.wanted[token], token);
+        gains.at(q, e, token) = scope.gains[token];
+        weights.at(q, e, token) = scope.weights[token];
+        best.raise(scope.wanted[token], token);
       }
     }
     for (int c = threadIdx.x; c < kSlots * threads + kTogether; c += threads) changes[c] = Change{};
@@ -200,13 +200,13 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
     int turn = 0;
     for (int pick = 0;; ++pick) {
       if (threadIdx.x == 0) marks.set(best.token);
-      if (pick == shape.shape.diverse - 1) break;
+      if (pick == image.shape.diverse - 1) break;
 #pragma unroll kUnrolled
       for (int q = 0; q < kVectors; ++q) {
         const int e = best.token - first_of(q);
         if (e >= 0 && e < kVector) left &= ~(Bits{1} << (q * kVector + e));
       }
-      const uint32_t* row = image.matrix + best.token * image.ld;
+      const uint32_t* row = scope.matrix + best.token * scope.ld;
       // The gains after the first pick are computed already.
       for (int begin = pick == 0 ? tokens : 0; begin < tokens; begin += kSlots * threads, ++turn) {
 #pragma unroll
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
           if (token - lane >= tokens) break;  // the whole warp
           uint32_t before = 0, after = 0;
           if (token < tokens) {
-            before = image.covered[token];
+            before = scope.covered[token];
             after = row[token];
           }
           const unsigned changed = __ballot_sync(kAllLanes, after > before);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
           }
           slot = __shfl_sync(kAllLanes, slot, 0) + __popc(changed & ((1u << lane) - 1));
           if (after > before) {
-            image.covered[token] = after;
+            scope.covered[token] = after;
             changes[slot] = {static_cast<uint32_t>(token) * row_bytes, before, after, 0};
           }
         }
@@ -238,10 +238,10 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
         if (threadIdx.x == 0) listed[(turn + 1) & 1] = {0, 0};
 #pragma unroll kUnrolled
         for (int q = 0; q < kVectors; ++q) {
-          if (first_of(q) >= image.ld) break;
+          if (first_of(q) >= scope.ld) break;
           // The amount to subtract from the gains, plus the sum of `before`. Entries that change
           // nothing pad the list after the last change.
-          const auto* columns = reinterpret_cast<const char*>(image.matrix + first_of(q));
+          const auto* columns = reinterpret_cast<const char*>(scope.matrix + first_of(q));
           uint32_t lost[kVector] = {};
           for (int c = 0; c < now.count; c += kTogether) {
             Change change[kTogether];
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
     }
   }
   __syncthreads();
-  write_indices(marks.bits, shape.shape.tokens, shape.index_base, indices + shape.first_kept,
+  write_indices(marks.bits, image.shape.tokens, image.index_base, indices + image.first_kept,
                 warp_sums);
 }
 
@@ -294,15 +294,14 @@ int select(const Batch& batch, const WaveSize& size, int64_t channels, const Sel
            int64_t* indices, void* workspace, Stream stream) {
   auto* ws = static_cast<unsigned char*>(workspace);
   if (size.residual > 0) {
-    Batch followed = batch;
-    followed.more = plan::overlaps(plan::current().launch);
     const dim3 grid((size.residual + kRows - 1) / kRows, size.images);
-    if (const int e = launch_dependent<scope_weights_kernel>(
-            grid, kRowThreads, 0, stream, followed, channels, selection.scope_quarters, ws)) {
+    if (const int e =
+            launch_dependent<scope_weights_kernel>(grid, kRowThreads, 0, stream, followed(batch),
+                                                   channels, selection.scope_quarters, ws)) {
       return e;
     }
-    if (const int e = launch_dependent<scope_gains_kernel>(grid, kRowThreads, 0, stream, followed,
-                                                           channels, ws)) {
+    if (const int e = launch_dependent<scope_gains_kernel>(grid, kRowThreads, 0, stream,
+                                                           followed(batch), channels, ws)) {
       return e;
     }
   }

@@ -27,8 +27,6 @@ __global__ void __launch_bounds__(kThreads)
                 warp_sums);
 }
 
-int64_t bytes(int /*residual*/) { return 0; }
-
 int select(const Batch& batch, const WaveSize& size, int64_t /*channels*/,
            const Selection& /*selection*/, int64_t* indices, void* workspace, Stream stream) {
   return launch_dependent<topk_kernel>(size.images, kThreads, words(size.tokens) * 4, stream, batch,
@@ -37,7 +35,7 @@ int select(const Batch& batch, const WaveSize& size, int64_t /*channels*/,
 
 }  // namespace
 
-const MethodStages kTopk{Order::kScore, false, Matrix::kSimilarity, bytes, select};
-const MethodStages kRandom{Order::kRandom, false, Matrix::kSimilarity, bytes, select};
+const MethodStages kTopk{Order::kScore, false, Matrix::kSimilarity, nullptr, select};
+const MethodStages kRandom{Order::kRandom, false, Matrix::kSimilarity, nullptr, select};
 
 }  // namespace vispruner::cuda

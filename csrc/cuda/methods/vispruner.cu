@@ -592,9 +592,7 @@ int64_t bytes(int residual) { return lists_layout(residual).bytes; }
 int select(const Batch& batch, const WaveSize& size, int64_t channels, const Selection& selection,
            int64_t* indices, void* workspace, Stream stream) {
   if (size.residual > 0) {
-    Batch followed = batch;
-    followed.more = plan::overlaps(plan::current().launch);
-    if (const int e = neighbours(followed, size, channels, workspace, stream)) return e;
+    if (const int e = neighbours(followed(batch), size, channels, workspace, stream)) return e;
   }
   return dedup_and_select(batch, size, channels, selection.step, indices, workspace, stream);
 }

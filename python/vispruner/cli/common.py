@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -147,8 +147,12 @@ def dtype_of(options: argparse.Namespace, device: torch.device) -> Any:
 
 
 # -------------------------------------------------------------------------------------- the image
-def read_image(path: Path) -> Image.Image:
-    """An RGB image, upright. Pillow's check for decompression bombs stays enabled."""
+def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
+    """An RGB image, upright. Pillow's check for decompression bombs stays enabled.
+
+    Args:
+        source: a file; name: of it in errors, its path by default.
+    """
     import warnings
 
     from PIL import Image, ImageOps
@@ -156,13 +160,13 @@ def read_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except FileNotFoundError:
         reason = "no such file"
     except Exception as error:  # Pillow raises many kinds for broken files
         reason = one_line(error)
-    raise CommandError(f"cannot read image {path}: {reason}")
+    raise CommandError(f"cannot read image {name or source}: {reason}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ from .common import (
     model_inputs,
     one_line,
     positive,
+    read_image,
 )
 
 if TYPE_CHECKING:
@@ -129,13 +130,13 @@ def run(options: argparse.Namespace) -> int:
             subject = sweep.Subject(
                 model,
                 processor,
-                lambda image, question: model_inputs(processor, image, question, device),
+                lambda item: model_inputs(processor, _image(item), item.question, device),
                 name,
                 options.max_new_tokens,
             )
         asked, skipped = _measure(console, subject, items, [None, *settings], records)
     for line in skipped:
-        console.print(f"skipped {line}", highlight=False, markup=False)
+        console.print(f"skipped: {line}", highlight=False, markup=False)
     if not asked:
         raise CommandError("argument --data: no picture could be read")
 
@@ -188,35 +189,45 @@ def _measure(
         TimeRemainingColumn,
     )
 
-    asked, skipped = [], {}
+    asked: list[tuple[Item, list[Measurement]]] = []
+    skipped: dict[str, str] = {}
     columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     warm = False
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("asking", total=len(items) * len(settings))
         for item in items:
             found: list[Measurement] = []
-            try:
-                for budget in settings:
-                    key = subject.key(item, budget)
-                    one = records.get(key)
-                    if one is None:
-                        if not warm:
-                            subject.warm_up(item)
+            for budget in settings:
+                key = subject.key(item, budget)
+                one = records.get(key)
+                if one is None:
+                    answer = found[0].tokens if found else ()
+                    try:
+                        if not warm:  # the first call is slower than later ones
+                            subject.measure(item, None)
                             warm = True
-                        one = subject.measure(item, budget)
-                        try:
-                            records.add(key, one)
-                        except OSError as error:
-                            raise CommandError(f"argument -o: {one_line(error)}") from error
-                    found.append(one)
-                    bar.advance(task)
+                        one = subject.measure(item, budget, answer)
+                    except (CommandError, ValueError, TypeError, RuntimeError) as error:
+                        skipped[item.name] = f"{item.name}: {one_line(error)}"
+                        break
+                    try:
+                        records.add(key, one)
+                    except OSError as error:
+                        raise CommandError(f"argument -o: {one_line(error)}") from error
+                found.append(one)
+                bar.advance(task)
+            if len(found) == len(settings):
                 asked.append((item, found))
-            except CommandError:
-                raise
-            except (OSError, ValueError, TypeError, RuntimeError) as error:
-                skipped[item.name] = f"{item.name}: {one_line(error)}"
+            else:
                 bar.advance(task, len(settings) - len(found))
     return asked, list(skipped.values())
+
+
+def _image(item: Item) -> Any:
+    import io
+
+    source = io.BytesIO(item.source) if isinstance(item.source, bytes) else item.source
+    return read_image(source, item.name)
 
 
 def _changed(
@@ -227,10 +238,6 @@ def _changed(
 ) -> list[Any]:
     """The answers that lost most of their probability, each under the largest setting that changed
     it, one per picture."""
-    import io
-
-    from PIL import Image
-
     from ..sweep.report import Changed
     from ..sweep.summary import name_of
     from .show import montage, retained_by
@@ -252,9 +259,9 @@ def _changed(
         if item.picture in pictures:
             continue
         pictures.add(item.picture)
-        with Image.open(io.BytesIO(item.content)) as file:
-            image = file.convert("RGB")
-        drawn = retained_by(subject.model, subject.processor, budget, subject.model.device, [image])
+        drawn = retained_by(
+            subject.model, subject.processor, budget, subject.model.device, [_image(item)]
+        )
         found.append(
             Changed(
                 item,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,20 +26,26 @@ class Item:
 
     Attributes:
         name: of the picture, for people.
-        content: the bytes of its file.
+        source: its file, or the bytes of one.
         question: the text that the model is asked.
         answer: the right answer, None if it is unknown.
     """
 
     name: str
-    content: bytes
+    source: Path | bytes
     question: str
     answer: str | None = None
 
-    @property
+    @functools.cached_property
     def picture(self) -> str:
-        """Hash of the picture's content."""
-        return hashlib.sha256(self.content).hexdigest()[:16]
+        """Hash of the picture's content, or of its path if it cannot be read."""
+        content = self.source
+        if isinstance(content, Path):
+            try:
+                content = content.read_bytes()
+            except OSError:
+                content = str(content).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
 
 def read(source: str | None, question: str | None, limit: int | None = None) -> Iterator[Item]:
@@ -51,8 +59,7 @@ def read(source: str | None, question: str | None, limit: int | None = None) -> 
         limit: number of items to read, None for all; scenes have no end, so 32 of them then.
 
     Raises:
-        DataError: nothing of the kind is there, or a line is wrong. A picture whose file cannot
-            be read has empty content.
+        DataError: nothing of the kind is there, or a line is wrong.
     """
     if source is None:
         yield from _scenes(limit or 32)
@@ -78,17 +85,10 @@ def read(source: str | None, question: str | None, limit: int | None = None) -> 
         raise DataError(f"{source} has no pictures")
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
 def _directory(path: Path, question: str) -> Iterator[Item]:
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in SUFFIXES:
-            yield Item(str(file.relative_to(path)), _content(file), question)
+            yield Item(str(file.relative_to(path)), file, question)
 
 
 def _lines(path: Path, question: str | None) -> Iterator[Item]:
@@ -112,12 +112,10 @@ def _lines(path: Path, question: str | None) -> Iterator[Item]:
         answer = entry.get("answer")
         if answer is not None and not isinstance(answer, str):
             raise DataError(f'{where}: "answer" must be a text, got {answer!r}')
-        yield Item(entry["image"], _content(path.parent / entry["image"]), asked, answer)
+        yield Item(entry["image"], path.parent / entry["image"], asked, answer)
 
 
 def _dataset(name: str, question: str | None) -> Iterator[Item]:
-    import io
-
     import datasets  # type: ignore[import-not-found]
 
     try:
@@ -136,8 +134,6 @@ def _dataset(name: str, question: str | None) -> Iterator[Item]:
 
 
 def _scenes(count: int) -> Iterator[Item]:
-    import io
-
     from ..embedded import scenes
 
     for number in range(count):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 
 import vispruner_cuda
 
@@ -29,7 +27,7 @@ class Measurement:
     """One question under one setting.
 
     Attributes:
-        answer: decoded greedily.
+        answer: decoded greedily; tokens: its ids.
         log_probability: mean over the tokens of the unpruned model's answer, given by this model.
         first_choices: share of those tokens that are this model's first choice as well.
         visual_tokens: in the prompt.
@@ -38,6 +36,7 @@ class Measurement:
     """
 
     answer: str
+    tokens: list[int]
     log_probability: float
     first_choices: float
     visual_tokens: int
@@ -53,7 +52,7 @@ class Subject:
 
     Args:
         model, processor: of transformers, in eval mode.
-        inputs_of: the model's inputs for a picture and a question.
+        inputs_of: the model's inputs for an item.
         name: of the model as it was loaded: a directory or a name on the hub.
         max_new_tokens: length of the longest answer.
     """
@@ -62,80 +61,66 @@ class Subject:
         self,
         model: Any,
         processor: Any,
-        inputs_of: Callable[[Image.Image, str], Any],
+        inputs_of: Callable[[Item], Any],
         name: str,
         max_new_tokens: int,
     ) -> None:
         self.model, self.processor, self.inputs_of = model, processor, inputs_of
         self.max_new_tokens = max_new_tokens
         self.identity = _identity(model, name, max_new_tokens)
-        self._whole: tuple[str, Any, Any] | None = None  # the latest item's inputs and answer
+        self._latest: tuple[Item, Any] | None = None  # an item and its inputs
 
     def key(self, item: Item, budget: Budget | None) -> str:
         """Hash of the model, picture, question and setting, on which a measurement depends."""
         parts = (self.identity, item.picture, item.question, repr(budget))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
-    def warm_up(self, item: Item) -> None:
-        """The first call is slower than later ones."""
-        self.measure(item, None)
+    def measure(
+        self, item: Item, budget: Budget | None, unpruned_answer: Sequence[int] = ()
+    ) -> Measurement:
+        """A question under a setting.
 
-    def measure(self, item: Item, budget: Budget | None) -> Measurement:
-        """A question under a setting; None is the unpruned model.
+        Args:
+            budget: None is the unpruned model.
+            unpruned_answer: the token ids of its answer, for a setting.
 
         Raises:
-            ValueError, TypeError, RuntimeError, OSError: the picture cannot be read or used.
+            ValueError, TypeError, RuntimeError: the picture cannot be used, or what `inputs_of`
+                raises.
         """
-        inputs, reference = self._reference(item)
+        if self._latest is None or self._latest[0] is not item:
+            self._latest = item, self.inputs_of(item)
+        inputs = self._latest[1]
+        columns = inputs["input_ids"].shape[1]
         with ExitStack() as stack, torch.no_grad():
             if budget is None:
                 clock = stack.enter_context(unpruned(self.model))
-                sequences = self._generate(inputs)
+                answer = self._generate(inputs)[:, columns:]
                 times = phases_of(clock.milliseconds())
-                tokens = self._visual_tokens(inputs)
-                removed = 0
+                visual = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+                prompt, reference = columns, answer
             else:
                 pruner = stack.enter_context(apply(self.model, budget))
-                sequences = self._generate(inputs)
+                answer = self._generate(inputs)[:, columns:]
                 last = pruner.last
                 assert last is not None
                 times = phases_of(last.milliseconds)
-                tokens, removed = last.tokens_after, last.prompt_before - last.prompt_after
+                visual, prompt = last.tokens_after, last.prompt_after
+                reference = torch.tensor([list(unpruned_answer)], device=answer.device)
             log_probability, first = self._forced(inputs, reference)
-        columns = inputs["input_ids"].shape[1]
         times["first token"] = times["vision"] + times["prune"] + times["prefill"]
-        text = self.model.config.get_text_config()
-        element = next(self.model.parameters()).element_size()
         return Measurement(
-            self._text(sequences[:, columns:]),
+            str(self.processor.batch_decode(answer, skip_special_tokens=True)[0]).strip(),
+            answer[0].tolist(),
             log_probability,
             first,
-            tokens,
-            flops.cache_bytes(text, columns - removed, element),
+            visual,
+            flops.cache_bytes(self.model.config, prompt, self.model.dtype.itemsize),
             times,
         )
 
-    def _reference(self, item: Item) -> tuple[Any, Any]:
-        """The inputs of an item, and the unpruned model's answer (1, T)."""
-        if self._whole is None or self._whole[0] != self.key(item, None):
-            with Image.open(io.BytesIO(item.content)) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-            inputs = self.inputs_of(image, item.question)
-            with torch.no_grad():
-                sequences = self._generate(inputs)
-            answer = sequences[:, inputs["input_ids"].shape[1] :]
-            self._whole = self.key(item, None), inputs, answer
-        return self._whole[1:]
-
     def _generate(self, inputs: Any) -> Any:
         return self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-
-    def _text(self, tokens: Any) -> str:
-        return str(self.processor.batch_decode(tokens, skip_special_tokens=True)[0]).strip()
-
-    def _visual_tokens(self, inputs: Any) -> int:
-        token = getattr(self.model.config, "image_token_id", None)
-        return int((inputs["input_ids"] == token).sum())
 
     def _forced(self, inputs: Any, answer: torch.Tensor) -> tuple[float, float]:
         """Mean log-probability of the answer, and the share of first choices, in one forward."""

@@ -191,7 +191,7 @@ def write(
         "recommended": None if best is None else best.data()["budget"],
         "skipped": list(skipped),
     }
-    (directory / "results.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
+    (directory / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
     figure = _plot(summaries, tolerance)
     figure.savefig(directory / "sweep.png", dpi=150)
     svg = io.StringIO()

@@ -61,13 +61,18 @@ class Summary:
         From a normal distribution. If no picture differs, its standard error says nothing: then
         from the share of pictures that lose, with a uniform prior (the rule of succession).
         """
-        if self.loss.error == 0:
+        if self.loss == Estimate(0.0, 0.0):
             return 1 - (1 - min(tolerance, 100) / 100) ** (self.pictures + 1)
+        if self.loss.error == 0:
+            return float(self.loss.mean < tolerance)
         return statistics.NormalDist(self.loss.mean, self.loss.error).cdf(tolerance)
 
     def data(self) -> dict[str, Any]:
         setting = None if self.budget is None else setting_of(self.budget)
-        return {**vars(self), "budget": setting, "loss": vars(self.loss)}
+        loss = vars(self.loss)
+        if math.isinf(self.loss.error):  # JSON has no infinity
+            loss = {**loss, "error": None}
+        return {**vars(self), "budget": setting, "loss": loss}
 
 
 def setting_of(budget: Budget) -> dict[str, Any]:
