@@ -33,17 +33,19 @@ __device__ __forceinline__ void meet() {
   }
 }
 
-// The reduction of all warps' values by `fold`, for every thread. `slots` alternates between two
-// arrays, so that one barrier per call is enough.
-template <int kWarps, typename T, typename Fold>
-__device__ __forceinline__ T fold_warps(T value, T* slots, const Fold& fold) {
-  if constexpr (kWarps == 1) return value;
-  if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  T result = slots[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) result = fold(result, slots[w]);
-  return result;
+// The values of a row's threads, reduced for every one of them by `reduce`, which reduces those of
+// a warp. `slots` alternates between two arrays, so that one barrier per call is enough.
+template <int kWarps, typename Reduce>
+__device__ __forceinline__ uint32_t over_row(uint32_t value, uint32_t identity, uint32_t* slots,
+                                             const Reduce& reduce) {
+  value = reduce(value);
+  if constexpr (kWarps > 1) {
+    const int lane = threadIdx.x % kWarp;
+    if (lane == 0) slots[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    value = reduce(lane < kWarps ? slots[lane] : identity);
+  }
+  return value;
 }
 
 template <int kThreads, int kValues>
@@ -76,18 +78,19 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) found = 0;
   for (int e = threadIdx.x; e < kCandidates; e += kThreads) found_keys[e] = 0;
   // At least kThreads keys, so 32 or more, are >= the smallest per-thread maximum.
-  uint32_t low = fold_warps<kWarps>(__reduce_min_sync(kAllLanes, most), slots[0],
-                                    [](uint32_t a, uint32_t b) { return min(a, b); });
-  uint32_t high = fold_warps<kWarps>(__reduce_max_sync(kAllLanes, most), slots[1],
-                                     [](uint32_t a, uint32_t b) { return max(a, b); });
+  uint32_t low = over_row<kWarps>(most, UINT32_MAX, slots[0], [](uint32_t value) {
+    return __reduce_min_sync(kAllLanes, value);
+  });
+  uint32_t high = over_row<kWarps>(
+      most, 0, slots[1], [](uint32_t value) { return __reduce_max_sync(kAllLanes, value); });
 
   const auto count_from = [&](uint32_t threshold, int turn) {
     uint32_t count = 0;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) count += keys[v] >= threshold;
-    count = __reduce_add_sync(kAllLanes, count);
-    return static_cast<int>(
-        fold_warps<kWarps>(count, slots[turn & 1], [](uint32_t a, uint32_t b) { return a + b; }));
+    return static_cast<int>(over_row<kWarps>(count, 0, slots[turn & 1], [](uint32_t value) {
+      return __reduce_add_sync(kAllLanes, value);
+    }));
   };
 
   // 32 keys or more are >= low, fewer are > high, until the answer is between them.
