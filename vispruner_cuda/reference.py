@@ -167,10 +167,11 @@ def _maxmin(feats: Tensor, scores: Tensor, k: int) -> Tensor:
     return torch.stack(picks)
 
 
-def _importance(scores: Tensor) -> Tensor:
-    """Scores divided by the highest one, in [0, 1]; those below 0 count as 0."""
-    positive = scores.clamp(0.0, torch.finfo(torch.float32).max)
-    highest = positive.max()
+def importance(scores: Tensor) -> Tensor:
+    """Scores (..., N) float32 divided by the highest one, in [0, 1]; NaN and those below 0 count as
+    0 (docs/numerics.md, "mmr")."""
+    positive = scores.nan_to_num(0.0).clamp_min(0.0)
+    highest = positive.amax(-1, keepdim=True)
     return torch.where(highest > 0, positive / highest, 0.0)
 
 
@@ -201,7 +202,7 @@ def _coverage(feats: Tensor) -> Tensor:
 def _scope(feats: Tensor, scores: Tensor, k: int, scope_alpha: float) -> Tensor:
     """Greedy maximum of the coverage gain times the importance."""
     covers = _coverage(feats)
-    weights = _power(_importance(scores), scope_alpha)
+    weights = _power(importance(scores), scope_alpha)
     taken = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
     covered = torch.zeros(len(feats), dtype=torch.int64, device=feats.device)
     picks = []
@@ -218,16 +219,16 @@ def _mmr(feats: Tensor, scores: Tensor, k: int, mmr_lambda: float) -> Tensor:
     """Greedy maximum of importance - lambda * the largest cosine to a retained token."""
     s, inv = _similarities(feats)
     cosines = s * inv.unsqueeze(1)
-    importance = _importance(scores)
+    relevance = importance(scores)
     weight = torch.tensor(mmr_lambda, dtype=torch.float32, device=feats.device)
     taken = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
     picks: list[Tensor] = []
-    values = importance  # as long as nothing is retained
-    largest = torch.full_like(importance, float("-inf"))
+    values = relevance  # as long as nothing is retained
+    largest = torch.full_like(relevance, float("-inf"))
     for _ in range(k):
         pick = _first_highest(values, taken)
         largest = torch.maximum(largest, cosines[pick])
-        values = importance - weight * largest
+        values = relevance - weight * largest
         taken[pick] = True
         picks.append(pick)
     return torch.stack(picks)

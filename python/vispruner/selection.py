@@ -52,23 +52,31 @@ def received_attention(q: Tensor, k: Tensor, scale: float, cu_seqlens: Sequence[
     return vispruner_cuda.received_attention(_computable(q), _computable(k), scale, cu_seqlens)
 
 
+#: The share of the attention that k="auto" retains by default.
+AUTO_MASS = 0.8
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many tokens to retain per picture (an image, a tile of one, or a frame of a video).
 
     Attributes:
         k: tokens to retain, at least 1; a picture with fewer retains all. Not together with ratio.
+            "auto": as many as hold the share `mass` of the attention, per picture
+            (`counts` has the definition).
         ratio: share of the tokens to retain, in (0, 1]: the nearest whole number, at least 1.
         important_ratio, step, seed, scope_alpha, mmr_lambda: of one method each, as in
             `vispruner_cuda.prune`. Those of this method have their defaults where None is passed,
             those of the others are None.
         method: which tokens: a name in `vispruner_cuda.methods.METHODS`.
+        mass: of k="auto": in (0, 1]; default AUTO_MASS.
+        max_k: of k="auto": the largest k, at least 1; None: no limit.
 
     Raises:
         TypeError, ValueError: on a value out of these bounds, or of another method.
     """
 
-    k: int | None = None
+    k: int | str | None = None
     ratio: float | None = None
     important_ratio: float | None = None
     step: int | None = None
@@ -76,26 +84,38 @@ class Budget:
     seed: int | None = None
     scope_alpha: float | None = None
     mmr_lambda: float | None = None
+    mass: float | None = None
+    max_k: int | None = None
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.ratio is None):
             raise ValueError(
                 f"give exactly one of k and ratio, got k={self.k!r} and ratio={self.ratio!r}"
             )
-        k, ratio = self.k, self.ratio
-        if k is not None:
-            if not isinstance(k, numbers.Integral) or isinstance(k, bool):
-                raise TypeError(f"k must be an int, got {k!r} ({type(k).__name__})")
-            if k < 1:
-                raise ValueError(f"k must be at least 1, got {k}")
-        if ratio is not None:
-            if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool):
-                raise TypeError(f"ratio must be a float, got {ratio!r} ({type(ratio).__name__})")
-            if not 0 < ratio <= 1:  # false for NaN as well
-                raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+        if self.auto:
+            object.__setattr__(self, "mass", AUTO_MASS if self.mass is None else self.mass)
+            _check_share("mass", self.mass)
+            if self.max_k is not None:
+                _check_count("max_k", self.max_k)
+        else:
+            for name in ("mass", "max_k"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is a setting of k='auto', got {name}={getattr(self, name)!r} with "
+                        f"k={self.k!r} and ratio={self.ratio!r}: leave it out"
+                    )
+            if self.k is not None:
+                _check_count("k", self.k, " or 'auto'")
+            if self.ratio is not None:
+                _check_share("ratio", self.ratio)
         given = {name: getattr(self, name) for name in methods.PARAMETERS}
         for name, value in methods.resolve(self.method, **given).items():
             object.__setattr__(self, name, value)
+
+    @property
+    def auto(self) -> bool:
+        """Whether the number of tokens depends on the picture."""
+        return isinstance(self.k, str) and self.k == "auto"
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -107,11 +127,40 @@ class Budget:
         }
 
     def count(self, tokens: int, pictures: int = 1) -> int:
-        """Retained tokens of `pictures` pictures with `tokens` tokens in total."""
-        if self.k is not None:
-            return min(int(self.k) * pictures, tokens)
-        assert self.ratio is not None
-        return min(tokens, max(1, round(self.ratio * tokens)))
+        """Retained tokens of `pictures` pictures with `tokens` tokens in total; with k="auto" the
+        most that they can retain."""
+        if self.ratio is not None:
+            return min(tokens, max(1, round(self.ratio * tokens)))
+        most = self.max_k if self.auto else self.k
+        return tokens if most is None else min(int(most) * pictures, tokens)
+
+    def counts(
+        self, scores: Tensor, lengths: Sequence[int], pictures: Sequence[int] | None = None
+    ) -> list[int]:
+        """Retained tokens of each of several packed pictures.
+
+        With k="auto", scores become integers, so that their sums are the same on every device:
+
+            importance_t = as for the methods (docs/numerics.md), in [0, 1]
+            weight_t     = rint(2^24 * importance_t)
+            k            = the fewest tokens, by descending weight, whose weights sum to at least
+                           mass * (sum of all weights), at least 1 and at most max_k
+
+        The product is one float64 multiplication. The host waits for the device once.
+
+        Args:
+            scores: (T,) float; lengths: tokens of each.
+            pictures: if an entry of lengths holds several pictures, their number, for k and max_k.
+        """
+        shares = [1] * len(lengths) if pictures is None else pictures
+        most = [self.count(n, p) for n, p in zip(lengths, shares, strict=True)]
+        if not self.auto or not lengths:
+            return most
+        assert self.mass is not None
+        alike = len(set(lengths)) == 1
+        rows = [scores.reshape(len(lengths), -1)] if alike else scores.split(list(lengths))
+        found = torch.hstack([_tokens_with_mass(row, float(self.mass)) for row in rows]).tolist()
+        return [min(own, limit) for own, limit in zip(found, most, strict=True)]
 
     def ranked(self, count: int) -> int:
         """How many of `count` retained tokens are those with the highest scores."""
@@ -119,28 +168,48 @@ class Budget:
             return count
         return 0 if self.important_ratio is None else int(count * float(self.important_ratio))
 
-    def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Selects tokens of pictures of equal size.
 
         Args:
             feats: (B, N, C) any float dtype; scores: (B, N).
 
         Returns:
-            (B, k, C) retained features, differentiable in feats, and (B, k) int64 ascending
-            indices.
+            (B, k, C) retained features, differentiable in feats; (B, k) int64 ascending indices;
+            and the number of retained tokens of each picture. With k="auto", k is the largest of
+            these numbers, and the others repeat their last token.
         """
-        if feats.shape[0] == 0 or feats.shape[1] == 0:
-            return feats, torch.arange(feats.shape[1], device=feats.device).expand(feats.shape[:2])
+        pictures, tokens = feats.shape[:2]
+        if pictures == 0 or tokens == 0:
+            indices = torch.arange(tokens, device=feats.device).expand(feats.shape[:2])
+            return feats, indices, [tokens] * pictures
+        if self.auto:
+            return self._select_padded(feats, scores)
+        count = self.count(tokens)
         kept = vispruner_cuda.prune(
-            _computable(feats),
-            scores.to(feats.device),
-            self.count(feats.shape[1]),
-            **self.parameters,
+            _computable(feats), scores.to(feats.device), count, **self.parameters
         )
+        counts = [count] * pictures
         if feats.dtype != torch.float64 and not feats.requires_grad:
-            return kept.feats, kept.indices
-        rows = kept.indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1])
-        return feats.gather(1, rows), kept.indices
+            return kept.feats, kept.indices, counts
+        return _rows(feats, kept.indices), kept.indices, counts
+
+    def _select_padded(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        pictures, tokens = feats.shape[:2]
+        lengths = [tokens] * pictures
+        counts = self.counts(scores.flatten(), lengths)
+        _, rows = self.select_packed(
+            feats.detach().flatten(0, 1), scores.flatten(), lengths, counts
+        )
+        starts = [0, *itertools.accumulate(counts)][:-1]
+        padded = torch.tensor(
+            [
+                [start + min(i, count - 1) for i in range(max(counts))]
+                for start, count in zip(starts, counts, strict=True)
+            ]
+        )
+        indices = rows[padded.to(rows.device)] % tokens
+        return _rows(feats, indices), indices, counts
 
     def select_packed(
         self, feats: Tensor, scores: Tensor, lengths: Sequence[int], counts: Sequence[int]
@@ -165,3 +234,29 @@ class Budget:
         if feats.dtype != torch.float64 and not feats.requires_grad:
             return kept.feats, kept.indices
         return feats[kept.indices], kept.indices
+
+
+def _rows(feats: Tensor, indices: Tensor) -> Tensor:
+    """(B, k, C): rows of feats (B, N, C), differentiable, by indices (B, k)."""
+    return feats.gather(1, indices.unsqueeze(-1).expand(-1, -1, feats.shape[-1]))
+
+
+def _tokens_with_mass(scores: Tensor, mass: float) -> Tensor:
+    """(...) int64: tokens that hold a share of the weights of scores (..., N), at least 1."""
+    weights = vispruner_cuda.reference.importance(scores.detach().float()) * 2.0**24
+    sums = weights.round().long().sort(descending=True).values.cumsum(-1)
+    return (sums.double() < mass * sums[..., -1:].double()).sum(-1) + 1
+
+
+def _check_count(name: str, value: object, also: str = "") -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int{also}, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {value!r} ({type(value).__name__})")
+    if not 0 < float(value) <= 1:  # false for NaN as well
+        raise ValueError(f"{name} must be in (0, 1], got {value}")

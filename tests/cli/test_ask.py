@@ -38,6 +38,19 @@ def test_answers_and_prints_costs(
     assert total == pytest.approx(sum(values), abs=0.05)
 
 
+def test_number_of_tokens_of_the_picture(
+    tiny_llava: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = []
+    for more in (["--mass", "0.25"], ["--mass", "0.5"], ["--max-k", "7"]):
+        assert _ask(tiny_llava, photo_path, "--k", "auto", *more, "--max-new-tokens", "2") == 0
+        before, _, after = _row(capsys.readouterr().out, "visual tokens")[0].partition(" -> ")
+        assert before == "64"
+        counts.append(int(after))
+    assert 0 < counts[0] < counts[1] < 64
+    assert counts[2] == 7
+
+
 def test_compares_with_the_unpruned_model(
     tiny_llava: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,11 @@ def test_methods_are_those_of_the_operators() -> None:
     ("arguments", "complaint"),
     [
         (["show", "--k", "0"], "--k: must be at least 1, got 0"),
-        (["show", "--k", "many"], "--k"),
+        (["show", "--k", "many"], "--k: invalid whole number or auto value: 'many'"),
+        (["show", "--mass", "0.5"], "--mass: is a setting of k='auto', got mass=0.5 with k=64"),
+        (["show", "--k", "auto", "--mass", "2"], r"--mass: must be in (0, 1], got 2.0"),
+        (["show", "--k", "auto", "--max-k", "0"], "--max-k: must be at least 1, got 0"),
+        (["flops", "--k", "auto"], "--k"),
         (["show", "--k", "3", "--ratio", "0.5"], "not allowed with argument"),
         (["show", "--ratio", "0"], "--ratio: must be in (0, 1], got 0.0"),
         (["ask", "--important-ratio", "1.5"], "--important-ratio: must be in [0, 1], got 1.5"),

@@ -39,6 +39,13 @@ def positive(text: str) -> int:
 positive.__name__ = "whole number"  # argparse uses it in its error for "3.5"
 
 
+def _k(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_k.__name__ = "whole number or auto"
+
+
 # ------------------------------------------------------------------------------------ the budget
 #: The methods of selection, and the option of each parameter: type, method, default and help.
 #: Those of vispruner_cuda.methods, which cannot be imported without torch (a test compares them).
@@ -62,13 +69,24 @@ def add_budget(parser: argparse.ArgumentParser, *, k: int = 64) -> None:
     how_many = group.add_mutually_exclusive_group()
     # No default of argparse: it would be set together with --ratio.
     how_many.add_argument(
-        "--k", type=int, default=None, help=f"visual tokens to retain per picture (default: {k})"
+        "--k",
+        type=_k,
+        default=None,
+        help=f"visual tokens to retain per picture, or auto: see --mass (default: {k})",
     )
     how_many.add_argument(
         "--ratio",
         type=float,
         default=None,
         help="or the share of them to retain, where pictures differ in size",
+    )
+    group.add_argument(
+        "--mass",
+        type=float,
+        help="k = auto: share of the attention that decides k (default: 0.8)",
+    )
+    group.add_argument(
+        "--max-k", type=int, metavar="K", help="k = auto: the largest k (default: no limit)"
     )
     group.add_argument(
         "--method",
@@ -90,7 +108,7 @@ def budget_of(options: argparse.Namespace) -> Budget:
     from ..selection import Budget
 
     k = options.default_k if options.k is None and options.ratio is None else options.k
-    given = {name: getattr(options, name) for name in PARAMETERS}
+    given = {name: getattr(options, name, None) for name in (*PARAMETERS, "mass", "max_k")}
     try:
         return Budget(k, options.ratio, method=options.method, **given)
     except ValueError as error:

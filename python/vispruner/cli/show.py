@@ -182,7 +182,7 @@ def _by_tower(
         pixels = tower.preprocess([image])
         cues = tower.encode(pixels)
         cells = cues.scores.shape[1]
-        kept, indices = budget.select(cues.feats, cues.scores)
+        kept, indices, _ = budget.select(cues.feats, cues.scores)
         item = Kept(
             "image",
             indices[0],

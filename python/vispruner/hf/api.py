@@ -14,7 +14,7 @@ from .pruner import MODEL_ATTRIBUTE, Pruner
 
 def apply(
     model: Any,
-    k: int | Budget | None = None,
+    k: int | str | Budget | None = None,
     *,
     ratio: float | None = None,
     method: str = methods.DEFAULT,
@@ -23,6 +23,8 @@ def apply(
     seed: int | None = None,
     scope_alpha: float | None = None,
     mmr_lambda: float | None = None,
+    mass: float | None = None,
+    max_k: int | None = None,
     logits: str | None = None,
     check: bool = False,
     **options: str,
@@ -36,7 +38,8 @@ def apply(
         model: a `...ForConditionalGeneration` model of a supported family, or one in PEFT's
             wrapper.
         k: tokens to retain per image (per tile of a tiled image, per frame of a video), or a
-            Budget instead of k, ratio, the method and its parameters.
+            Budget instead of k, ratio, the method and its parameters. "auto": the number depends on
+            the picture (docs/choosing-k.md); the host then waits for the scores in every call.
         ratio: or the share of tokens to retain, in (0, 1], where images differ in size.
         method: which tokens: "vispruner", or "topk", "random", "maxmin", "scope" or "mmr"
             (docs/choosing-k.md).
@@ -46,6 +49,9 @@ def apply(
         seed: of random; default 0.
         scope_alpha: of scope: exponent of the importance, a multiple of 0.25 in [0, 4]; default 1.
         mmr_lambda: of mmr: weight of the redundancy, in [0, 100]; default 1.
+        mass: of k="auto": share of the attention that the retained tokens must hold if they were
+            those with the highest scores, in (0, 1]; default 0.8.
+        max_k: of k="auto": the largest k.
         logits: columns of the logits of `forward`: "kept" for the shortened prompt (B, W, V), or
             "prompt" for the columns of input_ids (B, L, V), where a dropped column repeats the
             last retained column before it. None means "prompt" in evaluation with labels in the
@@ -67,6 +73,8 @@ def apply(
         "seed": seed,
         "scope_alpha": scope_alpha,
         "mmr_lambda": mmr_lambda,
+        "mass": mass,
+        "max_k": max_k,
     }
     if not isinstance(k, Budget):
         budget = Budget(k, method=method, **given)

@@ -175,6 +175,7 @@ class Rewriter:
                         f"attention_mask hides {sum(hidden)} {modality} placeholders: remove the "
                         f"{modality} and its placeholders from the prompt"
                     )
+                family.check_budget(modality)
                 inputs, rows[modality] = self._assign(modality, turn.visual[modality], here, before)
                 if rows[modality]:
                     visual[modality] = inputs

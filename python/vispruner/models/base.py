@@ -81,6 +81,8 @@ class Family(ABC):
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: reason why `vispruner.prepare` is refused, None if it is supported
     not_prepared: ClassVar[str | None] = None
+    #: modalities with separate features per picture, so that k="auto" can retain different numbers
+    ragged: ClassVar[frozenset[str]] = frozenset()
     #: whether tokens have a time, height and width (then `positions` is not None)
     has_grid_positions: ClassVar[bool] = False
 
@@ -88,6 +90,11 @@ class Family(ABC):
         self.base: Any = model.base_model
         self.config: Any = model.config
         self.budget = budget
+        if budget.auto and not self.ragged:
+            raise UnsupportedModelError(
+                f"k='auto' cannot be used with {self.config.model_type}, whose pictures must all "
+                "have the same number of tokens: give k or ratio"
+            )
         for name, value in options.items():
             allowed = self.options.get(name)
             if allowed is None:
@@ -133,6 +140,14 @@ class Family(ABC):
             return None
         names = self.parameters[modality]
         return {name: call[name] for name in names if call.get(name) is not None}
+
+    def check_budget(self, modality: str) -> None:
+        """Raises ValueError if the model cannot take as many tokens as the budget chooses."""
+        if self.budget.auto and modality not in self.ragged:
+            raise ValueError(
+                f"k='auto' cannot be used with {modality}s in {self.config.model_type}, whose "
+                "pictures must all have the same number of tokens: give k or ratio"
+            )
 
     def check_continued(self) -> None:  # noqa: B027 (most need no check)
         """Raises ValueError if the model would read new pictures after a cache wrongly."""
@@ -280,6 +295,19 @@ def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
     return torch.cat(list(features), dim=0)
+
+
+def without_repeats(values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The first counts[i] rows of each picture's values (P, k, ...): those that `Budget.select`
+    did not repeat."""
+    return [own[:count] for own, count in zip(values, counts, strict=True)]
+
+
+def packed(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """(T, ...): the first counts[i] rows of each picture's values (P, k, ...)."""
+    if min(counts, default=0) == values.shape[1]:
+        return values.flatten(0, 1)
+    return torch.cat(without_repeats(values, counts))
 
 
 def keep_rows(rows: Tensor, total: int) -> Tensor:

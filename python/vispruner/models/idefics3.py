@@ -21,6 +21,7 @@ class Idefics3(PooledFamily):
 
     model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
     towers: ClassVar[Mapping[str, str]] = {"image": "vision_model"}
+    ragged = frozenset({"image"})
 
     @property
     def language_model(self) -> Any:

@@ -24,6 +24,8 @@ class InternVL(Llava):
         "InternVLForConditionalGeneration": "internvl:PrunedInternVL"
     }
 
+    ragged = frozenset()
+
     @property
     def block(self) -> int:
         """Patches along the side of a token."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..report import Kept
-from .base import Encoded
+from .base import Encoded, packed
 from .towers import TowerFamily
 
 
@@ -22,6 +22,7 @@ class Llava(TowerFamily):
         ("llava_hf", "LlavaHf", ("simple", "chat")),
     )  # and LLaVA-NeXT, LLaVA-OneVision
     vllm: ClassVar[Mapping[str, str]] = {"LlavaForConditionalGeneration": "llava:PrunedLlava"}
+    ragged = frozenset({"image"})
 
     def _pixels(self, modality: str, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
         """The pixels of a call, and the pictures per item: 1, or the frames of a video."""
@@ -45,10 +46,11 @@ class Llava(TowerFamily):
 
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         indices = scores = torch.empty(0)  # of the pictures of all items: (P, k), (P, N)
+        counts: list[int] = []
 
         def prune(features: Tensor, attention: Tensor) -> Tensor:
-            nonlocal indices, scores
-            kept, indices = self.select(features, attention)
+            nonlocal indices, scores, counts
+            kept, indices, counts = self.select(features, attention)
             scores = attention
             return kept
 
@@ -63,26 +65,31 @@ class Llava(TowerFamily):
         keep = torch.zeros((len(indices), extra + patches), dtype=torch.bool, device=indices.device)
         keep[:, :extra] = True
         keep.scatter_(1, indices + extra, True)
+        if self.budget.auto:
+            output.pooler_output = [
+                features[: extra + count]
+                for features, count in zip(output.pooler_output, counts, strict=True)
+            ]
         first = patches * torch.arange(pictures, device=indices.device).unsqueeze(1)
         shape = grid if modality == "image" else (pictures, *grid)
-        items = tuple(
-            Kept(
-                modality,
-                (item + first).flatten(),
-                shape,
-                before=pictures * (extra + patches),
-                after=pictures * (extra + item.shape[1]),
-                scores=score.flatten(),
-                lengths=(patches,) * pictures,
-                ranked=(self.budget.ranked(item.shape[1]),) * pictures,
+        items = []
+        for start, score in zip(
+            range(0, len(indices), pictures), scores.unflatten(0, (-1, pictures)), strict=True
+        ):
+            own = counts[start : start + pictures]
+            items.append(
+                Kept(
+                    modality,
+                    packed(indices[start : start + pictures] + first, own),
+                    shape,
+                    before=pictures * (extra + patches),
+                    after=pictures * extra + sum(own),
+                    scores=score.flatten(),
+                    lengths=(patches,) * pictures,
+                    ranked=tuple(map(self.budget.ranked, own)),
+                )
             )
-            for item, score in zip(
-                indices.unflatten(0, (-1, pictures)),
-                scores.unflatten(0, (-1, pictures)),
-                strict=True,
-            )
-        )
-        return Encoded(output, keep.flatten(), items)
+        return Encoded(output, keep.flatten(), tuple(items))
 
 
 class VideoLlava(Llava):
@@ -93,6 +100,7 @@ class VideoLlava(Llava):
     """
 
     model_types = ("video_llava",)
+    ragged = frozenset()
     harness: ClassVar[tuple[tuple[str, str, tuple[str, ...]], ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from ..clock import Clock
 from ..report import Kept
 from ..selection import Budget
 from ..taps import in_this_thread
-from .base import Encoded, UnsupportedModelError
+from .base import Encoded, UnsupportedModelError, packed
 from .towers import TowerFamily
 
 
@@ -119,6 +120,7 @@ class LlavaNext(TiledFamily):
         "LlavaNextForConditionalGeneration": "llava_next:PrunedLlavaNext"
     }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"tiles": ("unpad", "all")}
+    ragged = frozenset({"image"})
 
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
         tiles = self.tiles(inputs)
@@ -156,10 +158,11 @@ class LlavaNext(TiledFamily):
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         patches = self.patches()[0] * self.patches()[1]
         indices = scores = projected = torch.empty(0)
+        counts: list[int] = []
 
         def prune(features: Tensor, attention: Tensor) -> Tensor:
-            nonlocal indices, scores
-            kept, indices = self.select(features, attention)
+            nonlocal indices, scores, counts
+            kept, indices, counts = self.select(features, attention)
             scores = attention
             return kept
 
@@ -167,9 +170,11 @@ class LlavaNext(TiledFamily):
             """Fills dropped patches with zeros, because packing needs whole tiles."""
             nonlocal projected
             projected = output
-            where = indices.to(output.device).unsqueeze(-1).expand_as(output)
-            empty = output.new_zeros((len(output), patches, output.shape[-1]))
-            return empty.scatter(1, where, output)
+            first = patches * torch.arange(len(output), device=indices.device).unsqueeze(1)
+            rows = packed(indices + first, counts).to(output.device)
+            empty = output.new_zeros((len(output) * patches, output.shape[-1]))
+            whole = empty.index_copy(0, rows, packed(output, counts))
+            return whole.unflatten(0, (-1, patches))
 
         handle = self.base.multi_modal_projector.register_forward_hook(in_this_thread(spread))
         try:
@@ -178,12 +183,13 @@ class LlavaNext(TiledFamily):
         finally:
             handle.remove()
         with clock("select"):
-            return self._packed(output, indices, scores, projected, inputs)
+            return self._packed(output, indices, counts, scores, projected, inputs)
 
     def _packed(
         self,
         output: Any,
         indices: Tensor,
+        counts: list[int],
         scores: Tensor,
         projected: Tensor,
         inputs: Mapping[str, Any],
@@ -191,8 +197,8 @@ class LlavaNext(TiledFamily):
         """The retained tokens of each image, and their placeholders.
 
         Args:
-            indices: (tiles of all images, k) selected patches; scores: (tiles, N) of all patches.
-            projected: (tiles, k, C) features of the selected ones.
+            indices: (tiles of all images, k) selected patches; counts: their number per tile.
+            scores: (tiles, N) of all patches; projected: (tiles, k, C) features of the selected.
         """
         grid = self.patches()
         patches = grid[0] * grid[1]
@@ -206,22 +212,25 @@ class LlavaNext(TiledFamily):
         ]
         line_end = torch.tensor([1.0, 0.0], dtype=torch.float64, device=chosen.device)
         features, keep, items = [], [], []
+        remaining = iter(counts)
+        tiled = [list(itertools.islice(remaining, count)) for count in tiles]
         whole = zip(
             output.pooler_output,
             self.pack(channels, inputs, line_end),
             channels,
             projected.split(tiles),
             scores.split(tiles),
+            tiled,
             strict=True,
         )
-        for packed, marks, own, alone, score in whole:
+        for image, marks, own, alone, score, own_counts in whole:
             stays = marks[:, 0] > 0.5
             if self.chosen["tiles"] == "all":
-                features.append(alone.flatten(0, 1))
+                features.append(packed(alone, own_counts))
                 where = own[..., 0].flatten().nonzero()[:, 0]
                 stays = torch.arange(len(stays), device=stays.device) < len(features[-1])
             else:
-                features.append(packed[stays.to(packed.device)])
+                features.append(image[stays.to(image.device)])
                 where = marks[stays, 1]
                 where = where[where > 0].long().sort().values - 1
             keep.append(stays)
@@ -234,7 +243,7 @@ class LlavaNext(TiledFamily):
                     after=len(features[-1]),
                     scores=score.flatten(),
                     lengths=(patches,) * len(own),
-                    ranked=(self.budget.ranked(indices.shape[1]),) * len(own),
+                    ranked=tuple(map(self.budget.ranked, own_counts)),
                 )
             )
         output.pooler_output = features

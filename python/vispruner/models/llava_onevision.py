@@ -32,6 +32,8 @@ class LlavaOnevision(TiledFamily):
         "video": "get_video_features",
     }
 
+    ragged = frozenset({"image"})
+
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
         tiles = super().tiles(inputs)
         groups = inputs.get("batch_num_images")
@@ -70,17 +72,14 @@ class LlavaOnevision(TiledFamily):
         ends = self.line_ends(tiles, inputs)
         lengths = self.packed_lengths(tiles, inputs)
         return [
-            end + sum(self._budgets(length - end, count)[1])
+            end + sum(map(self.budget.count, *self._parts(length - end, count)))
             for end, length, count in zip(ends, lengths, tiles, strict=True)
         ]
 
-    def _budgets(self, tokens: int, tiles: int) -> tuple[list[int], list[int]]:
-        """Tokens and retained tokens of an image's overview and of its pooled tiles."""
+    def _parts(self, tokens: int, tiles: int) -> tuple[list[int], list[int]]:
+        """Tokens and tiles of an image's overview and of its pooled rest."""
         patches = self.patches()[0] * self.patches()[1]
-        if tiles == 1:
-            return [patches], [self.budget.count(patches)]
-        rest = tokens - patches
-        return [patches, rest], [self.budget.count(patches), self.budget.count(rest, tiles - 1)]
+        return ([patches], [1]) if tiles == 1 else ([patches, tokens - patches], [1, tiles - 1])
 
     def _pooled(self) -> tuple[int, int]:
         """Rows and columns of a frame's tokens."""
@@ -112,11 +111,11 @@ class LlavaOnevision(TiledFamily):
         for image, marks, count in zip(output.pooler_output, packed, tiles, strict=True):
             ends = (marks[:, 1] > 0.5).nonzero()[:, 0]
             tokens = (marks[:, 1] <= 0.5).nonzero()[:, 0]
-            lengths, budgets = self._budgets(len(tokens), count)
+            own = marks[tokens, 0]
+            lengths, pictures = self._parts(len(tokens), count)
+            budgets = self.budget.counts(own, lengths, pictures)
             tokens = tokens.to(image.device)
-            _, rows = self.budget.select_packed(
-                image[tokens], marks[tokens.to(marks.device), 0], lengths, budgets
-            )
+            _, rows = self.budget.select_packed(image[tokens], own, lengths, budgets)
             stays = torch.cat([tokens[rows], ends.to(image.device)]).sort().values
             features.append(image[stays])
             keep.append(keep_rows(stays, len(image)))
@@ -153,7 +152,7 @@ class LlavaOnevision(TiledFamily):
         pooled = self.base.apply_pooling(scores.unsqueeze(-1))[..., 0]  # (videos * frames, n)
         tokens = output.pooler_output[:, : frames * rows * columns]
         line_end = output.pooler_output[:, tokens.shape[1] :]  # added later by the model in 5.17
-        kept, indices = self.budget.select(
+        kept, indices, _ = self.budget.select(
             tokens.reshape(videos * frames, rows * columns, -1), pooled
         )
         output.pooler_output = torch.cat([kept.reshape(videos, -1, kept.shape[-1]), line_end], 1)

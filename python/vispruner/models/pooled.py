@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clock import Clock
 from ..report import Kept
 from ..taps import tower_tap
-from .base import Encoded, keep_rows
+from .base import Encoded, keep_rows, without_repeats
 from .towers import TowerFamily
 
 
@@ -52,8 +52,8 @@ class PooledFamily(TowerFamily):
                 scores = self.token_scores(modality, tap.scores())
         with clock("select"):
             features = self.features_of(output)
-            kept, indices = self.budget.select(features, scores)
-            output.pooler_output = kept
+            kept, indices, counts = self.budget.select(features, scores)
+            output.pooler_output = without_repeats(kept, counts) if self.budget.auto else kept
             cells = features.shape[1]
             first = cells * torch.arange(len(indices), device=indices.device).unsqueeze(1)
             keep = keep_rows((indices + first).flatten(), len(indices) * cells)
@@ -68,6 +68,6 @@ class PooledFamily(TowerFamily):
                 lengths=(cells,),
                 ranked=(self.budget.ranked(len(own)),),
             )
-            for own, score in zip(indices, scores, strict=True)
+            for own, score in zip(without_repeats(indices, counts), scores, strict=True)
         )
         return Encoded(output, keep, items)

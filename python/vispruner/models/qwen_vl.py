@@ -8,6 +8,7 @@ their time, height and width positions of the unpruned prompt.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -56,6 +57,7 @@ class QwenVL(Family):
         "Qwen3_5MoeForConditionalGeneration": "qwen_vl:PrunedQwen35Moe",
     }
     has_grid_positions = True
+    ragged = frozenset({"image", "video"})
 
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         super().__init__(model, budget, **options)
@@ -152,16 +154,18 @@ class QwenVL(Family):
                     scores = scores[self._raster_order(inputs[f"{modality}_grid_thw"])]
         with clock("select"):
             sizes = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
-            after = self.kept(modality, inputs)
             lengths = [h * w for t, h, w in sizes for _ in range(t)]
-            counts = [self.budget.count(length) for length in lengths]
+            counts = self.budget.counts(scores, lengths)
+            frames = iter(counts)
+            kept_of = [tuple(itertools.islice(frames, t)) for t, _, _ in sizes]
+            after = [sum(own) for own in kept_of]
             features = torch.cat(list(output.pooler_output))
             kept, rows = self.budget.select_packed(features, scores, lengths, counts)
             output.pooler_output = kept.split(after)
             self._keep_deepstack(output, rows, after)
 
         items, start = [], 0
-        for size, own in zip(sizes, rows.split(after), strict=True):
+        for size, own, kept_counts in zip(sizes, rows.split(after), kept_of, strict=True):
             t, h, w = size
             cells = t * h * w
             items.append(
@@ -173,7 +177,7 @@ class QwenVL(Family):
                     after=len(own),
                     scores=scores[start : start + cells],
                     lengths=(h * w,) * t,
-                    ranked=(self.budget.ranked(self.budget.count(h * w)),) * t,
+                    ranked=tuple(map(self.budget.ranked, kept_counts)),
                 )
             )
             start += cells

@@ -143,15 +143,16 @@ class TowerFamily(Family):
             finally:
                 handle.remove()
 
-    def select(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Selects patches by the budget, and retains [CLS] if the features begin with it.
 
         Args:
             features: (B, N, C) or (B, 1 + N, C); scores: (B, N).
 
         Returns:
-            (B, k, C) or (B, 1 + k, C), and (B, k) int64 indices of patches.
+            (B, k, C) or (B, 1 + k, C), (B, k) int64 indices of patches, and the number of retained
+            patches of each picture, as from `Budget.select`.
         """
         extra = features.shape[1] - scores.shape[1]
-        kept, indices = self.budget.select(features[:, extra:], scores)
-        return (torch.cat([features[:, :extra], kept], 1) if extra else kept), indices
+        kept, indices, counts = self.budget.select(features[:, extra:], scores)
+        return (torch.cat([features[:, :extra], kept], 1) if extra else kept), indices, counts

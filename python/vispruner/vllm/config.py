@@ -16,12 +16,17 @@ KEY = "vispruner"
 #: Base of the mixins for classes of vLLM, which are not typed.
 Mixin: Any = object
 
-_BUDGET = tuple(field.name for field in fields(Budget))
 _CAPS = {"k": "max_k", "ratio": "max_ratio"}
+_BUDGET = tuple(field.name for field in fields(Budget) if field.name not in ("mass", "max_k"))
 
 
 def _budget(options: Mapping[str, Any]) -> Budget:
     """A Budget; an invalid one is a ValueError that names its source."""
+    if options.get("k") == "auto":
+        raise ValueError(
+            f"{KEY}: k='auto' cannot be used with vLLM, which schedules a prompt before its "
+            "pictures are encoded and needs their number of tokens: give k or ratio"
+        )
     try:
         return Budget(**options)
     except (TypeError, ValueError) as error:

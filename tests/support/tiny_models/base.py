@@ -7,6 +7,7 @@ from the reference, and the language model runs on the retained embeddings witho
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,10 +43,32 @@ def video(number: int) -> Item:
 Row = Sequence[int | Item]
 
 
-def prune(feats: Tensor, scores: Tensor, k: int) -> Tensor:
+@dataclass(frozen=True)
+class Auto:
+    """k="auto" in exact integers, independent of `vispruner`."""
+
+    mass: float
+    max_k: int
+
+    def __mul__(self, pictures: int) -> Auto:
+        return Auto(self.mass, self.max_k * pictures)
+
+    def count(self, scores: Tensor) -> int:
+        """k for scores (N,) float32, all finite and at least one above 0."""
+        values = scores.clamp_min(0)
+        weights = sorted((round(2**24 * w) for w in (values / values.max()).tolist()), reverse=True)
+        sums = list(itertools.accumulate(weights))
+        least = next(r for r, held in enumerate(sums, start=1) if held >= self.mass * sums[-1])
+        return min(least, self.max_k)
+
+
+def prune(feats: Tensor, scores: Tensor, k: int | Auto) -> Tensor:
     """(B, N) bool of the reference's selection for feats (B, N, C), scores (B, N)."""
-    indices = reference.prune(feats.float(), scores.float(), k).indices
-    return torch.zeros(feats.shape[:2], dtype=torch.bool).scatter_(1, indices, True)
+    keep = torch.zeros(feats.shape[:2], dtype=torch.bool)
+    for own, one, score in zip(keep, feats.float(), scores.float(), strict=True):
+        count = k if isinstance(k, int) else k.count(score)
+        own[reference.prune(one[None], score[None], count).indices[0]] = True
+    return keep
 
 
 def llama(**changes: Any) -> Any:
@@ -142,11 +165,11 @@ class Tiny:
         return {}
 
     # ------------------------------------------------------------------------ the separate run
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         """(T,) bool over the item's placeholders, and (T', C) features of the retained ones."""
         raise NotImplementedError
 
-    def chosen(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def chosen(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         """`choose`, cached per item."""
         known = self.__dict__.setdefault("_chosen", {})
         if (item, k) not in known:
@@ -162,14 +185,14 @@ class Tiny:
         """The language model."""
         return model.model.language_model
 
-    def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
+    def deepstack(self, item: Item, k: int | Auto) -> list[Tensor] | None:
         return None
 
     def positions(self, model: Any, ids: Tensor, row: Row) -> Tensor | None:
         """(3, 1, L) positions of the unpruned prompt, None where positions are consecutive."""
         return None
 
-    def logits(self, model: Any, row: Row, k: int, answer: Sequence[int]) -> Tensor:
+    def logits(self, model: Any, row: Row, k: int | Auto, answer: Sequence[int]) -> Tensor:
         """(T, V) logits of the shortened prompt and the answer, without a cache.
 
         Args:
@@ -245,7 +268,7 @@ class Llava(Tiny):
             return hidden, hidden[:, :0], weights.float().mean((1, 2))
         return hidden[:, 1:], hidden[:, :1], weights.float()[:, :, 0, 1:].mean(1)
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         feats, _, scores = self.patches(self.media([item])["pixel_values"])
         keep = prune(feats, scores, k)
         return keep[0], self.build().model.multi_modal_projector(feats)[keep]
@@ -274,7 +297,7 @@ class LlavaWithCls(Llava):
     def length(self, item: Item) -> int:
         return 37
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         feats, cls, scores = self.patches(self.media([item])["pixel_values"])
         keep = torch.cat([torch.ones(1, 1, dtype=torch.bool), prune(feats, scores, k)], 1)
         return keep[0], self.build().model.multi_modal_projector(torch.cat([cls, feats], 1))[keep]
@@ -325,7 +348,7 @@ class LlavaNext(Llava):
             "image_sizes": torch.tensor([self.size(item) for item in items]),
         }
 
-    def tile_choice(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def tile_choice(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         """(tiles, 36) bool and (tiles, 36, C) features."""
         pixels = self.media([item])["pixel_values"][0, : self.tiles(item)]
         feats, _, scores = self.patches(pixels)
@@ -336,7 +359,7 @@ class LlavaNext(Llava):
         model = self.build().model
         return model.get_image_features(**self.media([item]), return_dict=True).pooler_output[0]
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         keep, _ = self.tile_choice(item, k)
         grid = self.unpadded(item, keep[1:])
         lines = torch.cat([grid, torch.ones(grid.shape[0], 1, dtype=torch.bool)], 1)
@@ -348,7 +371,7 @@ class LlavaNextTiles(LlavaNext):
     name = "llava-next-all"
     options: ClassVar[dict[str, str]] = {"tiles": "all"}
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         keep, projected = self.tile_choice(item, k)
         features = projected[keep]
         return torch.arange(self.length(item)) < len(features), features
@@ -397,7 +420,7 @@ class LlavaOnevision(LlavaNext):
             media["pixel_values_videos"] = torch.stack([self.frames(v) for v in videos])
         return media
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         if item.kind == "video":
             return self.choose_video(item, k)
         pixels = self.media([item])["pixel_values"][0, : self.tiles(item)]
@@ -413,7 +436,7 @@ class LlavaOnevision(LlavaNext):
         stays = torch.cat([overview, lines.flatten()])
         return stays, packed[stays]
 
-    def choose_video(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose_video(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         frames = self.frames(item)
         _, _, scores = self.patches(frames)
         model = self.build().model
@@ -459,7 +482,7 @@ class VideoLlava(Llava):
                 media[name] = torch.stack(own)
         return media
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         (pixels,) = self.media([item]).values()
         projector = self.build().model.multi_modal_projector
         if item.kind == "image":
@@ -554,13 +577,13 @@ class Qwen(Tiny):
     def raster(self, item: Item, scores: Tensor) -> Tensor:
         return scores
 
-    def stays(self, item: Item, k: int) -> tuple[Tensor, Any]:
+    def stays(self, item: Item, k: int | Auto) -> tuple[Tensor, Any]:
         scores, output = self.attention_of_last_block(item)
         frames = self.grid(item)[0]
         feats = output.pooler_output[0].unflatten(0, (frames, -1))
         return prune(feats, scores.view(frames, -1), k).flatten(), output
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         keep, output = self.stays(item, k)
         return keep, output.pooler_output[0][keep]
 
@@ -631,7 +654,7 @@ class Qwen3(Qwen):
     def architecture(self) -> Any:
         return transformers.Qwen3VLForConditionalGeneration
 
-    def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
+    def deepstack(self, item: Item, k: int | Auto) -> list[Tensor] | None:
         keep, output = self.stays(item, k)
         layers = output.deepstack_features
         return [(layer if isinstance(layer, Tensor) else torch.cat(list(layer)))[keep]

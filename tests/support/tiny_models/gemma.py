@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import END, IMAGE, PAD, START, Item, Tiny, noise, prune, siglip
+from .base import END, IMAGE, PAD, START, Auto, Item, Tiny, noise, prune, siglip
 
 
 class Gemma3(Tiny):
@@ -46,7 +46,7 @@ class Gemma3(Tiny):
     def media(self, items: Sequence[Item]) -> dict[str, Any]:
         return {"pixel_values": torch.stack([noise(i.number, 3, 112, 112) for i in items])}
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         model = self.build(attention="eager").model
         out = model.vision_tower(self.media([item])["pixel_values"], output_attentions=True)
         received = out.attentions[-1].float().mean((1, 2)).view(1, 1, 8, 8)

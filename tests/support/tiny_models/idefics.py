@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .base import IMAGE, PAD, Item, Row, Tiny, llama, noise, prune
+from .base import IMAGE, PAD, Auto, Item, Row, Tiny, llama, noise, prune
 
 
 class Idefics3(Tiny):
@@ -50,7 +50,7 @@ class Idefics3(Tiny):
             )
         return inputs
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         model = self.build(attention="eager").model
         pixels = self.media([item])["pixel_values"][0]
         mask = torch.ones(1, 8, 8, dtype=torch.bool)

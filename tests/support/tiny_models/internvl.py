@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .base import IMAGE, Item, Tiny, llama, noise, prune
+from .base import IMAGE, Auto, Item, Tiny, llama, noise, prune
 
 
 class InternVL(Tiny):
@@ -35,7 +35,7 @@ class InternVL(Tiny):
     def media(self, items: Sequence[Item]) -> dict[str, Any]:
         return {"pixel_values": torch.stack([noise(i.number, 3, 112, 112) for i in items])}
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         model = self.build(attention="eager").model
         pixels = self.media([item])["pixel_values"]
         out = model.vision_tower(pixels, output_attentions=True)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import IMAGE, PINPOINTS, VIDEO, Item, LlavaNext, clip, llama, noise, prune
+from .base import IMAGE, PINPOINTS, VIDEO, Auto, Item, LlavaNext, clip, llama, noise, prune
 
 
 class LlavaNextVideo(LlavaNext):
@@ -37,7 +37,7 @@ class LlavaNextVideo(LlavaNext):
         media = super().media(images) if images else {}
         return media | ({"pixel_values_videos": torch.stack(videos)} if videos else {})
 
-    def choose(self, item: Item, k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, item: Item, k: int | Auto) -> tuple[Tensor, Tensor]:
         if item.kind == "image":
             return super().choose(item, k)
         feats, _, scores = self.patches(self.media([item])["pixel_values_videos"][0])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import transformers
 from torch import Tensor
 
-from .base import Item, Qwen3
+from .base import Auto, Item, Qwen3
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LINEAR = {
@@ -44,7 +44,7 @@ class _Variant(Qwen3):
     def architecture(self) -> Any:
         return getattr(transformers, f"{self.model}ForConditionalGeneration")
 
-    def deepstack(self, item: Item, k: int) -> list[Tensor] | None:
+    def deepstack(self, item: Item, k: int | Auto) -> list[Tensor] | None:
         return super().deepstack(item, k) if self.deep else None
 
 
