@@ -15,10 +15,13 @@ namespace {
 
 struct PruneWorkspace {
   uint64_t* ranked;  // sort keys, then (in the low half) tokens in the method's order
+  float* scores;     // of all tokens
   uint8_t* keep;
 
   PruneWorkspace(Arena& arena, const ImageShape& shape)
-      : ranked(arena.take<uint64_t>(shape.tokens)), keep(arena.take<uint8_t>(shape.tokens)) {}
+      : ranked(arena.take<uint64_t>(shape.tokens)),
+        scores(arena.take<float>(shape.tokens)),
+        keep(arena.take<uint8_t>(shape.tokens)) {}
 };
 
 // Arrays for the method's loop, which reuses the memory of the quantized tokens.
@@ -61,13 +64,30 @@ float attention_at(const AttentionView& view, const void* data, int64_t at) {
 
 int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// The score of a token: its heads' scores are added in their order.
-float score_of(const AttentionView& view, const void* data, int token) {
-  float sum = attention_at(view, data, token * view.token_stride);
-  for (int64_t h = 1; h < view.heads; ++h) {
-    sum += attention_at(view, data, h * view.head_stride + token * view.token_stride);
+// The scores of all tokens: their heads' scores are added in their order.
+void add_heads(const AttentionView& view, const void* data, int tokens, float* scores) {
+  constexpr int kTogether = 256;
+  float row[kTogether];
+  for (int first = 0; first < tokens; first += kTogether) {
+    const int count = std::min(kTogether, tokens - first);
+    float* sums = scores + first;
+    for (int64_t h = 0; h < view.heads; ++h) {
+      const int64_t at = h * view.head_stride + first * view.token_stride;
+      if (view.token_stride == 1) {
+        isa().load(static_cast<const char*>(data) + at * dtype_bytes(view.dtype), view.dtype, count,
+                   row);
+      } else {
+        for (int i = 0; i < count; ++i)
+          row[i] = attention_at(view, data, at + i * view.token_stride);
+      }
+      if (h == 0) {
+        std::copy_n(row, count, sums);
+      } else {
+        for (int i = 0; i < count; ++i) sums[i] += row[i];
+      }
+    }
+    for (int i = 0; i < count; ++i) sums[i] = ranking_score(sums[i]);
   }
-  return ranking_score(sum);
 }
 
 // Ascending order of these keys is ranking order: key descending, then token ascending.
@@ -75,15 +95,14 @@ uint64_t rank_key(uint32_t key, int token) {
   return (uint64_t{~key} << 32) | static_cast<uint32_t>(token);
 }
 
-// The keys of all tokens, the first k of them in order.
-void rank_keys(const AttentionView& view, const void* data, Order order, uint32_t seed, int tokens,
-               int k, uint64_t* keys) {
-  if (!data || order == Order::kIndex) {
+// The keys of all tokens, the first k of them in order. Without scores that is the order of tokens.
+void rank_keys(const float* scores, Order order, uint32_t seed, int tokens, int k, uint64_t* keys) {
+  if (!scores || order == Order::kIndex) {
     for (int t = 0; t < tokens; ++t) keys[t] = static_cast<uint64_t>(t);
     return;
   }
   for (int t = 0; t < tokens; ++t) {
-    const uint32_t key = ordered_key(score_of(view, data, t));
+    const uint32_t key = ordered_key(scores[t]);
     keys[t] = rank_key(
         order == Order::kRandom ? random_key(seed, static_cast<uint32_t>(t), key) : key, t);
   }
@@ -162,8 +181,10 @@ void topk(const AttentionView& attention, int64_t image, int tokens, int k, int6
           float* scores) {
   const void* first = static_cast<const char*>(attention.data) +
                       image * attention.image_stride * dtype_bytes(attention.dtype);
+  std::vector<float> sums(static_cast<size_t>(tokens));
   std::vector<uint64_t> keys(static_cast<size_t>(tokens));
-  rank_keys(attention, first, Order::kScore, 0, tokens, k, keys.data());
+  add_heads(attention, first, tokens, sums.data());
+  rank_keys(sums.data(), Order::kScore, 0, tokens, k, keys.data());
   for (int r = 0; r < std::min(k, tokens); ++r) {
     order[r] = key_token(keys[static_cast<size_t>(r)]);
     if (scores) scores[r] = key_float(~static_cast<uint32_t>(keys[static_cast<size_t>(r)] >> 32));
@@ -187,7 +208,9 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
   const ImageShape& shape = image.shape;
   const MethodKernels& method = kernels_of(selection.method);
   PruneWorkspace ws(arena, shape);
-  rank_keys(attention, image.attention, method.order, selection.seed, shape.tokens,
+  const bool scored = image.attention && (method.order != Order::kIndex || method.scores);
+  if (scored) add_heads(attention, image.attention, shape.tokens, ws.scores);
+  rank_keys(scored ? ws.scores : nullptr, method.order, selection.seed, shape.tokens,
             shape.residual() > 0 ? shape.tokens : shape.kept(), ws.ranked);
   std::fill(ws.keep, ws.keep + shape.tokens, uint8_t{0});
   for (int r = 0; r < shape.important; ++r) ws.keep[key_token(ws.ranked[r])] = 1;
@@ -197,7 +220,7 @@ void prune_image(const FeatureView& feats, const AttentionView& attention, const
     LoopWorkspace loop(arena, residual, feats.channels, threads.count);
     if (method.scores) {
       for (int i = 0; i < residual; ++i) {
-        loop.scores[i] = score_of(attention, image.attention, key_token(order[i]));
+        loop.scores[i] = ws.scores[key_token(order[i])];
       }
     }
     quantize_rows(
