@@ -230,7 +230,7 @@ def dedup(module: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
     feats = torch.randn((1, 40, 16), generator=torch.Generator().manual_seed(0))
     indices = torch.full((1, 7), -1, dtype=torch.int64)
     argument = (feats.data_ptr(), 0, list(feats.stride()))
-    module.prune(argument, None, 1, 1, 40, 16, 7, 0.0, 8, indices.data_ptr(), 0, 1 << 40)
+    module.prune(argument, None, 1, 1, 40, 16, 7, (0.0, 8), indices.data_ptr(), 0, 1 << 40)
     return indices, reference.dedup(feats, 7)
 
 
