@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from vispruner import Budget, cli, embedded, sweep
 from vispruner.cli.common import load_model, model_inputs
 from vispruner.embedded import scenes
 from vispruner.sweep import Item, Measurement, Records, Subject
-from vispruner.sweep.summary import exact_match, name_of, summarize
+from vispruner.sweep.scoring import exact_match
+from vispruner.sweep.summary import name_of, summarize
 
 TIMES = {"vision": 1.0, "prune": 1.0, "prefill": 3.0, "decode": 1.0, "total": 6.0, "first token": 5}
 
@@ -161,6 +163,85 @@ def test_exact_match(answer: str, right: str, score: float) -> None:
     assert exact_match(answer, right) == score
 
 
+SCORERS = """
+half = lambda answer, right: 0.5 + 0.5 * (answer == right)
+def no_number(answer, right): return "right"
+def above(answer, right): return 1.5
+def below(answer, right): return -0.1
+def nan(answer, right): return float("nan")
+def one(answer): return 1.0
+def fails(answer, right): raise KeyError("two\\nlines")
+class Judge:
+    judge = staticmethod(lambda answer, right: 1.0)
+number = 3
+"""
+
+
+@pytest.fixture
+def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in the current directory, of a name that no other test has imported."""
+    (tmp_path / "own_scorers.py").write_text(SCORERS)
+    (tmp_path / "broken_scorers.py").write_text("import nothing_of_this_name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("own_scorers", "broken_scorers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("scorers")
+def test_a_scorer_of_the_user() -> None:
+    items = [item(0), item(1)]
+    whole, pruned = [measurement()] * 2, [measurement(), measurement("blue")]
+    before = list(sys.path)
+    scorer = sweep.load_scorer("own_scorers:half")
+    _, found = summarize(items, [(None, whole), (Budget(8), pruned)], scorer)
+    assert (found.right, found.loss.mean) == (0.75, 25.0)
+    assert sweep.load_scorer("own_scorers:Judge.judge")("a", "b") == 1
+    assert sys.path == before
+
+
+def test_a_scorer_is_called_once_for_equal_answers() -> None:
+    asked: list[str] = []
+
+    def scorer(answer: str, right: str) -> bool:
+        asked.append(answer)
+        return answer == right
+
+    items = [item(0), item(1)]
+    whole, pruned = [measurement()] * 2, [measurement(), measurement("blue")]
+    summarize(items, [(None, whole), (Budget(8), pruned)], scorer)
+    assert sorted(asked) == ["blue", "red"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("half", "expected module:function, got 'half'"),
+        ("own_scorers:", "expected module:function"),
+        ("no_such_module:f", "cannot import no_such_module: ModuleNotFoundError"),
+        ("broken_scorers:f", "cannot import broken_scorers: .*nothing_of_this_name"),
+        ("own_scorers:f", "own_scorers has no f"),
+        ("own_scorers:number", "own_scorers:number is not callable, it is of type int"),
+        ("own_scorers:no_number", "must return a number from 0 to 1, got 'right'"),
+        ("own_scorers:above", r"scorer\('.*', '.*'\) must return a number from 0 to 1, got 1.5"),
+        ("own_scorers:below", "must return a number from 0 to 1, got -0.1"),
+        ("own_scorers:nan", "must return a number from 0 to 1, got nan"),
+        ("own_scorers:one", "raised TypeError: "),
+        ("own_scorers:fails", "raised KeyError: "),
+    ],
+)
+@pytest.mark.usefixtures("scorers")
+def test_wrong_scorers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, complaint: str
+) -> None:
+    """The command says so in one line, before it measures anything."""
+    assert run(tmp_path / "out", "--scorer", name) == 2
+    said = capsys.readouterr().err
+    assert re.search(f"argument --scorer: .*{complaint}", said)
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_errors_are_clustered_by_picture() -> None:
     """Four copies of a question about a picture tell no more than one."""
     wrong = [True, False, False, True, False, False]
@@ -202,7 +283,7 @@ def test_one_picture_tells_nothing_about_others() -> None:
     both = [measurement(), measurement()]
     _, found = summarize(items, [(None, both), (Budget(8), [measurement("blue"), measurement()])])
     assert math.isinf(found.loss.error)
-    assert found.data()["loss"] == {"mean": 50.0, "error": None}
+    assert found.data()["loss"] == {"mean": 50.0, "error": None, "questions": 2, "pictures": 1}
 
 
 def test_without_right_answers_the_first_choices_count() -> None:
@@ -211,6 +292,15 @@ def test_without_right_answers_the_first_choices_count() -> None:
     pruned = [measurement("another", first=f) for f in (1.0, 0.5, 1.0, 0.5)]
     _, found = summarize(items, [(None, whole), (Budget(8), pruned)])
     assert (found.right, found.loss.mean, found.equal) == (None, 25.0, 0.0)
+
+
+def test_only_questions_with_a_right_answer_are_judged() -> None:
+    items = [item(0), item(1), item(2, answer=None)]
+    whole = [measurement() for _ in items]
+    pruned = [measurement(), measurement("blue"), measurement("blue")]
+    _, found = summarize(items, [(None, whole), (Budget(8), pruned)])
+    assert (found.right, found.loss.mean) == (0.5, 50.0)
+    assert (found.questions, found.loss.questions, found.loss.pictures) == (3, 2, 2)
 
 
 def test_names() -> None:

@@ -29,6 +29,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..selection import Budget
     from ..sweep import Item, Measurement, Subject, Summary
+    from ..sweep.scoring import Scorer
 
 SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)  # of the tokens, if neither --k nor --ratio is given
 MOST_CHANGED = 8  # answers that the page shows
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=METHODS[0],
         help=f"one or several of {', '.join(METHODS)}",
+    )
+    add(
+        "--scorer",
+        metavar="MODULE:FUNCTION",
+        help="function (answer, right answer) -> score from 0 to 1 (default: exact match, but for "
+        "case, punctuation and articles)",
     )
     add("--tolerance", type=float, default=1.0, metavar="POINTS", help="acceptable loss")
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
@@ -101,6 +108,23 @@ def _settings(options: argparse.Namespace) -> list[Budget]:
     return found
 
 
+def _scorer(options: argparse.Namespace, items: Sequence[Item]) -> Scorer:
+    """The scorer, after a first trial: most faults show before anything is measured."""
+    from ..sweep import scoring
+
+    if options.scorer is None:
+        return scoring.exact_match
+    right = next((item.answer for item in items if item.answer is not None), None)
+    if right is None:
+        raise CommandError("argument --scorer: no question has a right answer")
+    try:
+        scorer = scoring.load_scorer(options.scorer)
+        scoring.score(scorer, right, right)
+    except scoring.ScorerError as error:
+        raise CommandError(f"argument --scorer: {error}") from error
+    return scorer
+
+
 def run(options: argparse.Namespace) -> int:
     from rich import box
     from rich.console import Console
@@ -118,6 +142,7 @@ def run(options: argparse.Namespace) -> int:
         items = list(sweep.read(options.data, options.question, options.limit))
     except sweep.DataError as error:
         raise CommandError(f"argument --data: {error}") from error
+    scorer = _scorer(options, items)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         records = sweep.Records(options.output / "measurements.jsonl")
@@ -145,7 +170,10 @@ def run(options: argparse.Namespace) -> int:
         (budget, [found[number] for _, found in asked])
         for number, budget in enumerate([None, *settings])
     ]
-    summaries = sweep.summarize(kept, measured)
+    try:
+        summaries = sweep.summarize(kept, measured, scorer)
+    except sweep.ScorerError as error:
+        raise CommandError(f"argument --scorer: {error}") from error
     best = sweep.recommended(summaries, options.tolerance)
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for number, heading in enumerate(report.HEADINGS):
@@ -158,6 +186,7 @@ def run(options: argparse.Namespace) -> int:
     about = {
         "model": options.model or "the bundled model",
         "data": options.data or "drawn scenes",
+        "scorer": options.scorer or "exact match",
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -76,14 +76,13 @@ def row(summary: Summary) -> list[str]:
 
 def advice(best: Summary | None, summaries: Sequence[Summary], tolerance: float) -> str:
     """The recommendation in one sentence."""
-    whole = summaries[0]
     if best is None:
         return f"No setting loses less than {tolerance:g} points: try a larger k."
     sure = 100 * best.probability_below(tolerance)
     return (
         f"{name_of(best.budget)} is the smallest setting that loses less than {tolerance:g} points "
-        f"({best.loss.mean:+.1f} ± {best.loss.error:.1f}); with {whole.pictures} pictures and "
-        f"{whole.questions} questions the probability of that is {sure:.0f} %."
+        f"({best.loss.mean:+.1f} ± {best.loss.error:.1f}); with {best.loss.pictures} pictures and "
+        f"{best.loss.questions} questions the probability of that is {sure:.0f} %."
     )
 
 
