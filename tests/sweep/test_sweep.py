@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from PIL import Image
 from support import environment
 
 from vispruner import Budget, cli, embedded, sweep
-from vispruner.cli.common import load_model, model_inputs
+from vispruner.cli.common import batch_inputs, load_model
 from vispruner.embedded import scenes
 from vispruner.sweep import Item, Measurement, Records, Subject
 from vispruner.sweep.scoring import exact_match
@@ -316,32 +318,43 @@ def subject() -> Subject:
     options = cli.parser().parse_args(["ask", "--device", "cpu"])
     model, processor = load_model(options, torch.device("cpu"))
 
-    def inputs_of(item: Item) -> Any:
-        assert isinstance(item.source, bytes)
-        image = Image.open(io.BytesIO(item.source)).convert("RGB")
-        return model_inputs(processor, image, item.question, torch.device("cpu"))
+    def inputs_of(items: Sequence[Item]) -> Any:
+        try:
+            images = [Image.open(io.BytesIO(bytes(i.source))).convert("RGB") for i in items]
+        except OSError as error:
+            raise sweep.DataError("cannot identify image file") from error
+        questions = [item.question for item in items]
+        return batch_inputs(processor, images, questions, torch.device("cpu"))
 
     return Subject(model, processor, inputs_of, embedded.path(), 16)
 
 
+def measured(
+    subject: Subject, one: Item, budget: Budget | None = None, whole: Measurement | None = None
+) -> Measurement:
+    (found,) = subject.measure([one], budget, whole and [whole])
+    assert isinstance(found, Measurement)
+    return found
+
+
 def test_measurements(subject: Subject) -> None:
     (one, *_) = sweep.read(None, None, limit=1)
-    whole = subject.measure(one, None)
-    pruned = subject.measure(one, Budget(8), whole.tokens)
+    whole = measured(subject, one)
+    pruned = measured(subject, one, Budget(8), whole)
     assert whole.first_choices == 1.0  # its own answer
     assert (whole.visual_tokens, pruned.visual_tokens) == (196, 8)
     per_token = whole.cache_bytes / (whole.cache_bytes - pruned.cache_bytes) * (196 - 8)
     assert per_token == pytest.approx(round(per_token))  # the prompt's columns
     assert whole.log_probability >= pruned.log_probability
     # All tokens are retained: nothing changes.
-    every = subject.measure(one, Budget(196), whole.tokens)
+    every = measured(subject, one, Budget(196), whole)
     assert every.log_probability == pytest.approx(whole.log_probability, abs=1e-5)
     assert (every.answer, every.first_choices) == (whole.answer, 1.0)
 
 
 def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Subject) -> None:
     (one, *_) = sweep.read(None, None, limit=1)
-    inputs, whole = subject.inputs_of(one), subject.measure(one, None)
+    inputs, whole = subject.inputs_of([one]), measured(subject, one)
     with torch.no_grad():
         found = subject.model.generate(
             **inputs, max_new_tokens=16, do_sample=False, output_logits=True,
@@ -350,6 +363,52 @@ def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Sub
     chances = torch.stack(found.logits, dim=1).float().log_softmax(dim=-1)
     want = chances.gather(2, torch.tensor([whole.tokens]).unsqueeze(-1)).mean().item()
     assert whole.log_probability == pytest.approx(want, abs=1e-4)
+
+
+def assert_close(one: Measurement, other: Measurement) -> None:
+    """The same but for times, and for the rounding of log-probabilities."""
+    for name in ("answer", "tokens", "first_choices", "visual_tokens", "cache_bytes"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [None, Budget(8), Budget(ratio=0.3)])
+def test_results_do_not_depend_on_the_batch(subject: Subject, budget: Budget | None) -> None:
+    items = list(sweep.read(None, None, limit=2))[:5]
+    items[1] = dataclasses.replace(items[1], question=" ".join(i.question for i in items[:3]))
+    whole = [measured(subject, one) for one in items]
+    # Answers of different lengths, also for the teacher forcing.
+    whole = [dataclasses.replace(w, tokens=w.tokens[: 1 + n % 2]) for n, w in enumerate(whole)]
+    alone = [measured(subject, one, budget, w) for one, w in zip(items, whole, strict=True)]
+    for one, other in zip(alone, subject.measure(items, budget, whole), strict=True):
+        assert isinstance(other, Measurement)
+        assert_close(one, other)
+
+
+def test_a_bad_picture_in_a_batch(subject: Subject) -> None:
+    good = list(sweep.read(None, None, limit=1))[:2]
+    bad = Item("bad", b"no picture", "count:")
+    one, failed, other = subject.measure([good[0], bad, good[1]], None)
+    assert failed == sweep.Failed("cannot identify image file")
+    for found, item_ in zip((one, other), good, strict=True):
+        assert isinstance(found, Measurement)
+        assert_close(found, measured(subject, item_))
+
+
+def test_a_batch_that_does_not_fit(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its questions are asked one at a time."""
+    items = list(sweep.read(None, None, limit=1))[:3]
+    generate = subject.model.generate
+
+    def limited(**call: Any) -> Any:
+        if len(call["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(**call)
+
+    monkeypatch.setattr(subject.model, "generate", limited)
+    for found, one in zip(subject.measure(items, None), items, strict=True):
+        assert isinstance(found, Measurement)
+        assert_close(found, measured(subject, one))
 
 
 def test_keys(subject: Subject) -> None:
@@ -426,6 +485,8 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--method", "divprune"], "--method: must be one of vispruner, topk"),
         (["--tolerance", "-1"], "--tolerance: must be at least 0"),
         (["--limit", "0"], "--limit"),
+        (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["--batch-size", "2.5"], "--batch-size: invalid whole number value: '2.5'"),
         (["--data", "nowhere"], "--data: nowhere is no file or directory"),
     ],
 )
@@ -440,6 +501,39 @@ def test_wrong_arguments(
     said = capsys.readouterr().err
     assert complaint in said
     assert len(said.splitlines()) == 1
+
+
+def test_the_command_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of batches, and of one question at a time, are the same."""
+    options = ["--limit", "2", "--k", "8"]
+    sizes = []
+    measure = Subject.measure
+
+    def counted(self: Subject, items: Sequence[Item], *others: Any) -> Any:
+        sizes.append(len(items))
+        return measure(self, items, *others)
+
+    monkeypatch.setattr(Subject, "measure", counted)
+    assert run(tmp_path / "batches", *options, "--batch-size", "5") == 0
+    assert set(sizes) == {5, 2}
+    assert run(tmp_path / "alone", *options) == 0
+    assert len(numbers(tmp_path / "alone")) == 2
+    for one, other in zip(numbers(tmp_path / "alone"), numbers(tmp_path / "batches"), strict=True):
+        assert one.pop("log_probability") == pytest.approx(other.pop("log_probability"), abs=1e-4)
+        assert one == other
+
+
+def test_another_scorer_needs_no_new_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zero_scorer.py").write_text("score = lambda answer, right: 0.25")
+    monkeypatch.chdir(tmp_path)
+    options = ["--limit", "1", "--k", "8"]
+    assert run(tmp_path / "out", *options) == 0
+    assert [s["right"] for s in numbers(tmp_path / "out")] != [0.25, 0.25]
+    monkeypatch.setattr(Subject, "measure", None)
+    assert run(tmp_path / "out", *options, "--scorer", "zero_scorer:score") == 0
+    assert [s["right"] for s in numbers(tmp_path / "out")] == [0.25, 0.25]
 
 
 @pytest.mark.slow

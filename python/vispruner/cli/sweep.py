@@ -18,9 +18,9 @@ from .common import (
     CommandError,
     add_device,
     add_model,
+    batch_inputs,
     device_of,
     load_model,
-    model_inputs,
     one_line,
     positive,
     read_image,
@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "case, punctuation and articles)",
     )
     add("--tolerance", type=float, default=1.0, metavar="POINTS", help="acceptable loss")
+    add(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="questions to answer at once; times are those of a question alone",
+    )
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add(
         "-o",
@@ -155,11 +162,18 @@ def run(options: argparse.Namespace) -> int:
             subject = sweep.Subject(
                 model,
                 processor,
-                lambda item: model_inputs(processor, _image(item), item.question, device),
+                lambda batch: batch_inputs(
+                    processor,
+                    [_image(item) for item in batch],
+                    [item.question for item in batch],
+                    device,
+                ),
                 name,
                 options.max_new_tokens,
             )
-        asked, skipped = _measure(console, subject, items, [None, *settings], records)
+        asked, skipped = _measure(
+            console, subject, items, [None, *settings], records, options.batch_size
+        )
     for line in skipped:
         console.print(f"skipped: {line}", highlight=False, markup=False)
     if not asked:
@@ -175,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
     except sweep.ScorerError as error:
         raise CommandError(f"argument --scorer: {error}") from error
     best = sweep.recommended(summaries, options.tolerance)
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE, padding=0)
     for number, heading in enumerate(report.HEADINGS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
     for summary in summaries:
@@ -208,6 +222,7 @@ def _measure(
     items: Sequence[Item],
     settings: Sequence[Budget | None],
     records: Any,
+    batch_size: int,
 ) -> tuple[list[tuple[Item, list[Measurement]]], list[str]]:
     """Every item under every setting, and a line for each picture that was skipped."""
     from rich.progress import (
@@ -218,45 +233,55 @@ def _measure(
         TimeRemainingColumn,
     )
 
+    from ..sweep import Failed
+
     asked: list[tuple[Item, list[Measurement]]] = []
     skipped: dict[str, str] = {}
     columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    warm = False
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("asking", total=len(items) * len(settings))
-        for item in items:
-            found: list[Measurement] = []
-            for budget in settings:
-                key = subject.key(item, budget)
-                one = records.get(key)
-                if one is None:
-                    answer = found[0].tokens if found else ()
-                    try:
-                        if not warm:  # the first call is slower than later ones
-                            subject.measure(item, None)
-                            warm = True
-                        one = subject.measure(item, budget, answer)
-                    except (CommandError, ValueError, TypeError, RuntimeError) as error:
-                        skipped[item.name] = f"{item.name}: {one_line(error)}"
-                        break
-                    try:
-                        records.add(key, one)
-                    except OSError as error:
-                        raise CommandError(f"argument -o: {one_line(error)}") from error
-                found.append(one)
-                bar.advance(task)
-            if len(found) == len(settings):
-                asked.append((item, found))
-            else:
-                bar.advance(task, len(settings) - len(found))
+        for start in range(0, len(items), batch_size):
+            batch: list[tuple[Item, list[Measurement]]] = [
+                (item, []) for item in items[start : start + batch_size]
+            ]
+            for number, budget in enumerate(settings):
+                keys = [subject.key(item, budget) for item, _ in batch]
+                results = [records.get(key) for key in keys]
+                if None in results:  # the whole batch again, so that its numbers stay the same
+                    references = [found[0] for _, found in batch] if number else None
+                    new = subject.measure([item for item, _ in batch], budget, references)
+                    results = [old or one for old, one in zip(results, new, strict=True)]
+                remaining = []
+                for (item, found), key, result in zip(batch, keys, results, strict=True):
+                    if isinstance(result, Failed):
+                        skipped[item.name] = f"{item.name}: {result.reason}"
+                        bar.advance(task, len(settings) - number)
+                        continue
+                    if records.get(key) is None:
+                        try:
+                            records.add(key, result)
+                        except OSError as error:
+                            raise CommandError(f"argument -o: {one_line(error)}") from error
+                    found.append(result)
+                    remaining.append((item, found))
+                    bar.advance(task)
+                batch = remaining
+                if not batch:
+                    break
+            asked += batch
     return asked, list(skipped.values())
 
 
 def _image(item: Item) -> Any:
     import io
 
+    from ..sweep import DataError
+
     source = io.BytesIO(item.source) if isinstance(item.source, bytes) else item.source
-    return read_image(source, item.name)
+    try:
+        return read_image(source, item.name)
+    except CommandError as error:
+        raise DataError(str(error)) from error
 
 
 def _changed(
