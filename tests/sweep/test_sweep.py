@@ -385,6 +385,25 @@ def test_results_do_not_depend_on_the_batch(subject: Subject, budget: Budget | N
         assert_close(one, other)
 
 
+def test_an_answer_has_no_placeholders(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model may generate one; the answer could not be read with the picture."""
+    (one, *_) = sweep.read(None, None, limit=1)
+    image = subject.model.config.image_token_id
+    head = subject.model.get_output_embeddings()
+    forward = head.forward
+
+    def prefers(hidden: torch.Tensor) -> torch.Tensor:
+        logits = forward(hidden).clone()
+        logits[..., image] = 100.0
+        return logits
+
+    monkeypatch.setattr(head, "forward", prefers)
+    whole = measured(subject, one)
+    assert image not in whole.tokens
+    assert whole.first_choices == 1.0
+    assert measured(subject, one, Budget(8), whole).log_probability > -10
+
+
 def test_a_bad_picture_in_a_batch(subject: Subject) -> None:
     good = list(sweep.read(None, None, limit=1))[:2]
     bad = Item("bad", b"no picture", "count:")

@@ -84,6 +84,10 @@ class Subject:
         self.model, self.processor, self.inputs_of = model, processor, inputs_of
         self.max_new_tokens = max_new_tokens
         self.identity = _identity(model, name, max_new_tokens)
+        names = ("image_token_id", "video_token_id")
+        ids = (getattr(model.config, name, None) for name in names)
+        # An answer with a placeholder could not be read again. Only random models give one.
+        self._placeholders = [token for token in ids if token is not None]
         self._warm = False
         self._batch: tuple[Item, ...] = ()
         self._inputs: dict[tuple[Item, ...], Any] = {}  # of the batch, and of its items
@@ -160,7 +164,13 @@ class Subject:
     def _ask(self, inputs: Any, budget: Budget | None, length: int) -> tuple[Tensor, _Prompt]:
         """The new tokens of each row, and what the language model read."""
         columns = inputs["input_ids"].shape[1]
-        call = {**inputs, "max_new_tokens": length, "do_sample": False}
+        suppressed = [*(self.model.generation_config.suppress_tokens or ()), *self._placeholders]
+        call = {
+            **inputs,
+            "max_new_tokens": length,
+            "do_sample": False,
+            "suppress_tokens": suppressed,
+        }
         if budget is None:
             with unpruned(self.model) as clock:
                 sequences = self.model.generate(**call)
@@ -199,7 +209,9 @@ class Subject:
         found = []
         for row, answer in zip(logits, answers, strict=True):
             # Answers end in the last column, pruned or not.
-            chances = row[-len(answer) - 1 : -1].float().log_softmax(dim=-1)
+            scores = row[-len(answer) - 1 : -1].float()
+            scores[:, self._placeholders] = -torch.inf
+            chances = scores.log_softmax(dim=-1)
             given = torch.tensor(answer, device=row.device)
             own = chances.gather(1, given.unsqueeze(-1)).mean()
             first = (chances.argmax(dim=-1) == given).float().mean()
