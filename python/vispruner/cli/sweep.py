@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .common import (
     METHODS,
@@ -27,8 +28,10 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ..selection import Budget
-    from ..sweep import Item, Measurement, Subject, Summary
+    from ..sweep import Item, Measurement, Served, Subject, Summary
     from ..sweep.scoring import Scorer
 
 SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)  # of the tokens, if neither --k nor --ratio is given
@@ -63,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method",
         type=lambda text: text.split(","),
-        default=METHODS[0],
-        help=f"one or several of {', '.join(METHODS)}",
+        help=f"one or several of {', '.join(METHODS)} (default: {METHODS[0]})",
     )
     add(
         "--scorer",
@@ -78,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="questions to answer at once; times are those of a question alone",
+        help="questions to answer at once; times are those of a question alone, but those of a "
+        "server are under this load",
     )
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add(
@@ -91,22 +94,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_device(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--server",
+        metavar="URL",
+        help="sweep the model of a vLLM server with this package (docs/serving.md); --model is its "
+        "name there, --batch-size the requests at once, OPENAI_API_KEY the key",
+    )
+    server.add_argument(
+        "--timeout",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the server",
+    )
 
 
-def _settings(options: argparse.Namespace) -> list[Budget]:
+@dataclass(frozen=True)
+class _Model:
+    """What is swept.
+
+    Attributes:
+        subject: answers questions; about: it, for the report.
+        draw: the retained tokens of a picture under a setting, or the picture.
+    """
+
+    subject: Subject | Served
+    about: dict[str, str]
+    draw: Callable[[Item, Budget], Any]
+
+
+def _local(options: argparse.Namespace, device: torch.device) -> _Model:
+    from .. import embedded
+    from ..sweep import Subject
+    from .show import montage, retained_by
+
+    model, processor = load_model(options, device)
+
+    def inputs_of(batch: Sequence[Item]) -> Any:
+        questions = [item.question for item in batch]
+        return batch_inputs(processor, [_image(item) for item in batch], questions, device)
+
+    def draw(item: Item, budget: Budget) -> Any:
+        pictures = retained_by(model, processor, budget, model.device, [_image(item)])
+        return montage(pictures, budget.method)
+
+    name = options.model or embedded.path()
+    about = {
+        "model": options.model or "the bundled model",
+        "device": str(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return _Model(Subject(model, processor, inputs_of, name, options.max_new_tokens), about, draw)
+
+
+def _served(options: argparse.Namespace) -> _Model:
+    """The model on the server, which chooses its device, dtype, attention and method."""
+    from ..sweep import Served, ServerError
+
+    for name in ("device", "dtype", "attention", "method", "trust_remote_code"):
+        if getattr(options, name) not in (None, False, "sdpa"):
+            option = name.replace("_", "-")
+            raise CommandError(f"argument --{option}: not allowed with --server, which chooses it")
+    try:
+        subject = Served(
+            options.server, options.model, _image, options.max_new_tokens, options.timeout
+        )
+    except ServerError as error:
+        raise CommandError(f"argument --server: {error}") from error
+    about = {
+        "model": subject.name,
+        "server": subject.url,
+        "version": subject.version,
+        "method": " ".join(str(value) for value in subject.method.values()),
+        "requests at once": str(options.batch_size),
+    }
+    return _Model(subject, about, lambda item, _: _image(item))
+
+
+def _settings(options: argparse.Namespace, served: Served | None) -> list[Budget]:
+    """The settings of the options.
+
+    Args:
+        served: the server that they are for, if any: it takes k or ratio, and has a method.
+    """
     from ..selection import Budget
 
-    methods = [options.method] if isinstance(options.method, str) else options.method
+    ks, ratios = options.k, options.ratio
+    ways = [{"method": method} for method in options.method or METHODS[:1]]
+    if served is not None:
+        ways = [served.method]
+        if (ks, ratios) == (None, None) and served.unit == "k":
+            ks = sorted({max(1, round(share * served.tokens)) for share in SHARES})
+        unit, given = ("k", ks) if ks is not None else ("ratio", ratios or SHARES)
+        if unit != served.unit:
+            raise CommandError(f"argument --{unit}: this server takes --{served.unit}")
+        if max(given) > served.most:
+            raise CommandError(
+                f"argument --{unit}: {max(given)} is more than this server's {served.most:g} "
+                f"(max_{unit})"
+            )
     amounts: list[tuple[int | None, float | None]]
-    if options.k is not None:
-        amounts = [(k, None) for k in options.k]
+    if ks is not None:
+        amounts = [(k, None) for k in ks]
     else:
-        amounts = [(None, ratio) for ratio in options.ratio or SHARES]
+        amounts = [(None, ratio) for ratio in ratios or SHARES]
     try:
-        found = [
-            Budget(k, ratio, method=method)
-            for (k, ratio), method in itertools.product(amounts, methods)
-        ]
+        found = [Budget(k, r, **way) for (k, r), way in itertools.product(amounts, ways)]
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise CommandError(f"argument --{name}: {rest}") from error
@@ -137,14 +231,18 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .. import embedded, sweep
+    from .. import sweep
     from ..sweep import report
 
-    settings = _settings(options)
     if options.tolerance < 0:
         raise CommandError(f"argument --tolerance: must be at least 0, got {options.tolerance}")
-    device = device_of(options)
     console = Console()
+    if options.server is None:
+        settings, device = _settings(options, None), device_of(options)
+    else:
+        with console.status("asking the server"):
+            model = _served(options)
+        settings = _settings(options, cast("Served", model.subject))
     try:
         items = list(sweep.read(options.data, options.question, options.limit))
     except sweep.DataError as error:
@@ -156,28 +254,16 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise CommandError(f"argument -o: {one_line(error)}") from error
     with records:
-        with console.status("loading the model"):
-            model, processor = load_model(options, device)
-            name = options.model or embedded.path()
-            subject = sweep.Subject(
-                model,
-                processor,
-                lambda batch: batch_inputs(
-                    processor,
-                    [_image(item) for item in batch],
-                    [item.question for item in batch],
-                    device,
-                ),
-                name,
-                options.max_new_tokens,
-            )
+        if options.server is None:
+            with console.status("loading the model"):
+                model = _local(options, device)
         asked, skipped = _measure(
-            console, subject, items, [None, *settings], records, options.batch_size
+            console, model.subject, items, [None, *settings], records, options.batch_size
         )
     for line in skipped:
         console.print(f"skipped: {line}", highlight=False, markup=False)
     if not asked:
-        raise CommandError("argument --data: no picture could be read")
+        raise CommandError("argument --data: no question could be answered")
 
     kept = [item for item, _ in asked]
     measured = [
@@ -195,18 +281,16 @@ def run(options: argparse.Namespace) -> int:
     for summary in summaries:
         table.add_row(*report.row(summary), style="bold" if summary is best else None)
     console.print(table)
-    console.print(report.LEGEND, style="dim")
+    console.print(report.legend(summaries), style="dim", highlight=False)
     console.print(report.advice(best, summaries, options.tolerance), highlight=False)
     about = {
-        "model": options.model or "the bundled model",
+        **model.about,
         "data": options.data or "drawn scenes",
         "scorer": options.scorer or "exact match",
-        "device": str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
     }
     with console.status("writing the report"):
         try:
-            changed = _changed(subject, kept, summaries, measured)
+            changed = _changed(model, kept, summaries, measured)
             report.write(
                 options.output, summaries, best, options.tolerance, about, changed, skipped
             )
@@ -218,7 +302,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _measure(
     console: Any,
-    subject: Subject,
+    subject: Subject | Served,
     items: Sequence[Item],
     settings: Sequence[Budget | None],
     records: Any,
@@ -233,7 +317,7 @@ def _measure(
         TimeRemainingColumn,
     )
 
-    from ..sweep import Failed
+    from ..sweep import Failed, ServerError
 
     asked: list[tuple[Item, list[Measurement]]] = []
     skipped: dict[str, str] = {}
@@ -249,7 +333,10 @@ def _measure(
                 results = [records.get(key) for key in keys]
                 if None in results:  # the whole batch again, so that its numbers stay the same
                     references = [found[0] for _, found in batch] if number else None
-                    new = subject.measure([item for item, _ in batch], budget, references)
+                    try:
+                        new = subject.measure([item for item, _ in batch], budget, references)
+                    except ServerError as error:
+                        raise CommandError(f"argument --server: {error}") from error
                     results = [old or one for old, one in zip(results, new, strict=True)]
                 remaining = []
                 for (item, found), key, result in zip(batch, keys, results, strict=True):
@@ -285,7 +372,7 @@ def _image(item: Item) -> Any:
 
 
 def _changed(
-    subject: Subject,
+    model: _Model,
     items: Sequence[Item],
     summaries: Sequence[Summary],
     measured: Sequence[tuple[Budget | None, Sequence[Measurement]]],
@@ -294,7 +381,6 @@ def _changed(
     it, one per picture."""
     from ..sweep.report import Changed
     from ..sweep.summary import name_of
-    from .show import montage, retained_by
 
     order = sorted(range(1, len(measured)), key=lambda n: -summaries[n].visual_tokens)
     reference = measured[0][1]
@@ -303,7 +389,7 @@ def _changed(
         for number in order:
             after = measured[number][1][i]
             if after.answer != reference[i].answer:
-                lost = reference[i].log_probability - after.log_probability
+                lost = (reference[i].log_probability or 0) - (after.log_probability or 0)
                 candidates.append((lost, i, number))
                 break
     found, pictures = [], set()
@@ -313,18 +399,8 @@ def _changed(
         if item.picture in pictures:
             continue
         pictures.add(item.picture)
-        drawn = retained_by(
-            subject.model, subject.processor, budget, subject.model.device, [_image(item)]
-        )
-        found.append(
-            Changed(
-                item,
-                name_of(budget),
-                reference[i],
-                measured[number][1][i],
-                montage(drawn, budget.method),
-            )
-        )
+        after = measured[number][1][i]
+        found.append(Changed(item, name_of(budget), reference[i], after, model.draw(item, budget)))
         if len(found) == MOST_CHANGED:
             break
     return found

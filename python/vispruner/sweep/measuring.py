@@ -27,20 +27,21 @@ class Measurement:
     """One question under one setting.
 
     Attributes:
-        answer: decoded greedily; tokens: its ids.
-        log_probability: mean over the tokens of the unpruned model's answer, given by this model.
-        first_choices: share of those tokens that are this model's first choice as well.
+        answer: decoded greedily; tokens: its ids, empty from a server.
+        log_probability: mean over the tokens of the unpruned model's answer, given by this model;
+            None from a server that does not tell it.
+        first_choices: share of those tokens that are this model's first choice as well, or None.
         visual_tokens: in the prompt.
-        cache_bytes: of the prompt's keys and values.
-        milliseconds: "vision", "prune", "prefill" and "first token" of this question alone.
+        cache_bytes: of the prompt's keys and values, None from a server.
+        milliseconds: "first token", and unless it is from a server "vision", "prune" and "prefill".
     """
 
     answer: str
     tokens: list[int]
-    log_probability: float
-    first_choices: float
+    log_probability: float | None
+    first_choices: float | None
     visual_tokens: int
-    cache_bytes: int
+    cache_bytes: int | None
     milliseconds: dict[str, float]
 
     def data(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Changed:
     """A question whose answer changed under the smallest settings.
 
     Attributes:
-        drawing: the retained tokens (vispruner show).
+        drawing: the retained tokens (vispruner show), or the picture.
         setting: under which the answer is the pruned one.
     """
 
@@ -46,13 +46,34 @@ HEADINGS = (
     "prefill",
     "TTFT",
 )
-LEGEND = (
-    "tokens: visual tokens, median. equal: answers equal to the unpruned model's, right: correct "
-    "answers, in %. loss: points, paired with the unpruned model, ± standard error clustered by "
-    "picture. log p and top-1: log-probability of the unpruned model's answer, and share of its "
-    "tokens (%) that stay the first choice, teacher-forced. prefill and TTFT (time to first "
-    "token): medians in ms."
-)
+
+
+def legend(summaries: Sequence[Summary]) -> str:
+    """What the columns are."""
+    whole = summaries[0]
+    text = (
+        "tokens: visual tokens, median. equal: answers equal to the unpruned model's, right: "
+        f"correct answers, in %. loss: points, of {whole.lost}, paired with the unpruned model, ± "
+        "standard error clustered by picture. log p and top-1: log-probability of the unpruned "
+        "model's answer, and share of its tokens (%) that stay the first choice, teacher-forced. "
+        "prefill and TTFT (time to first token): medians in ms."
+    )
+    if whole.cache_bytes is None:
+        text += " A server tells neither the bytes of its cache nor the time of the prefill"
+        text += (
+            "."
+            if whole.log_probability is not None
+            else ("; this one gave no log-probabilities of a prompt either (prompt_logprobs).")
+        )
+    return text
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def row(summary: Summary) -> list[str]:
@@ -60,17 +81,18 @@ def row(summary: Summary) -> list[str]:
     loss = ""
     if summary.budget is not None:
         loss = f"{summary.loss.mean:+.1f} ± {summary.loss.error:.1f}"
+    mebibytes = None if summary.cache_bytes is None else summary.cache_bytes / 2**20
     return [
         name_of(summary.budget),
         f"{summary.visual_tokens:g}",
-        f"{100 * summary.equal:.1f}",
-        "" if summary.right is None else f"{100 * summary.right:.1f}",
+        _share(summary.equal),
+        _share(summary.right),
         loss,
-        f"{summary.log_probability:.3f}",
-        f"{100 * summary.first_choices:.1f}",
-        f"{summary.cache_bytes / 2**20:.2f}",
-        f"{summary.prefill:.1f}",
-        f"{summary.first_token:.1f}",
+        _number(summary.log_probability, 3),
+        _share(summary.first_choices),
+        _number(mebibytes, 2),
+        _number(summary.prefill, 1),
+        _number(summary.first_token, 1),
     ]
 
 
@@ -162,7 +184,7 @@ def _page(
         f"<style>{_STYLE}</style></head><body><h1>How many visual tokens to retain</h1>"
         f'<p class="advice">{text(advice(best, summaries, tolerance))}</p><p>{facts}</p>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{plot}"
-        f"<p>{text(LEGEND)}</p>"
+        f"<p>{text(legend(summaries))}</p>"
         + (f"<h2>Pictures that were skipped</h2><ul>{left_out}</ul>" if skipped else "")
         + (f"<h2>Answers that changed most</h2>{articles}" if changed else "")
         + "</body></html>"

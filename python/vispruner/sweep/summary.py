@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,13 @@ class Summary:
         questions: that were measured; pictures: that they are about.
         equal: share of answers equal to the unpruned model's.
         right: mean score of the answers to questions that have a right one, None without any.
-        loss: in points (of 100), paired: of this score, or without right answers of the first
-            choices of the unpruned model's answer.
+        loss: in points (of 100), paired.
+        lost: what the loss is of: "right answers"; without them "first choices" of the unpruned
+            model's answer; without log-probabilities either, "equal answers".
         log_probability: mean of the unpruned model's answers under this model.
         first_choices: share of their tokens that stay the first choice.
         visual_tokens, cache_bytes, prefill, first_token: medians; times in milliseconds.
+            Like the two before, None where a server does not tell them.
     """
 
     budget: Budget | None
@@ -52,11 +54,12 @@ class Summary:
     equal: float
     right: float | None
     loss: Estimate
-    log_probability: float
-    first_choices: float
+    lost: str
+    log_probability: float | None
+    first_choices: float | None
     visual_tokens: float
-    cache_bytes: float
-    prefill: float
+    cache_bytes: float | None
+    prefill: float | None
     first_token: float
 
     def probability_below(self, tolerance: float) -> float:
@@ -72,17 +75,11 @@ class Summary:
         return statistics.NormalDist(self.loss.mean, self.loss.error).cdf(tolerance)
 
     def data(self) -> dict[str, Any]:
-        setting = None if self.budget is None else setting_of(self.budget)
+        setting = None if self.budget is None else self.budget.arguments
         loss = vars(self.loss)
         if math.isinf(self.loss.error):  # JSON has no infinity
             loss = {**loss, "error": None}
         return {**vars(self), "budget": setting, "loss": loss}
-
-
-def setting_of(budget: Budget) -> dict[str, Any]:
-    """A setting as plain data."""
-    share = {"k": budget.k} if budget.k is not None else {"ratio": budget.ratio}
-    return {**share, **budget.parameters}
 
 
 def name_of(budget: Budget | None) -> str:
@@ -94,6 +91,11 @@ def name_of(budget: Budget | None) -> str:
     changed = [f"{name} {value:g}" for name, value in others.items() if value != defaults[name]]
     method = [] if budget.method == "vispruner" else [budget.method]
     return ", ".join([amount, *method, *changed])
+
+
+def _known(average: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return average(known) if known else None
 
 
 def _clustered(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
@@ -135,19 +137,21 @@ def summarize(
     def scores(of: Sequence[Measurement]) -> list[float]:
         return [judged(of[i].answer, str(items[i].answer)) for i in answered]
 
-    before = scores(reference)
+    def kept(of: Sequence[Measurement]) -> list[float]:
+        if answered:
+            return scores(of)
+        if lost == "first choices":
+            return [one.first_choices or 0.0 for one in of]
+        return [float(one.answer == r.answer) for one, r in zip(of, reference, strict=True)]
+
+    known = all(one.first_choices is not None for _, found in measured for one in found)
+    lost = "right answers" if answered else "first choices" if known else "equal answers"
+    judged_of = [clusters[i] for i in answered] if answered else clusters
+    before = kept(reference)
     summaries = []
     for budget, found in measured:
-        if answered:
-            after = scores(found)
-            right = statistics.fmean(after)
-            losses = [100 * (b - a) for b, a in zip(before, after, strict=True)]
-            loss = _clustered(losses, [clusters[i] for i in answered])
-        else:
-            right = None
-            pairs = zip(reference, found, strict=True)
-            losses = [100 * (b.first_choices - a.first_choices) for b, a in pairs]
-            loss = _clustered(losses, clusters)
+        after = kept(found)
+        losses = [100 * (b - a) for b, a in zip(before, after, strict=True)]
         times = [one.milliseconds for one in found]
         equal = [one.answer == r.answer for one, r in zip(found, reference, strict=True)]
         summaries.append(
@@ -156,13 +160,14 @@ def summarize(
                 len(items),
                 len(set(clusters)),
                 sum(equal) / len(items),
-                right,
-                loss,
-                statistics.fmean(one.log_probability for one in found),
-                statistics.fmean(one.first_choices for one in found),
+                statistics.fmean(after) if answered else None,
+                _clustered(losses, judged_of),
+                lost,
+                _known(statistics.fmean, [one.log_probability for one in found]),
+                _known(statistics.fmean, [one.first_choices for one in found]),
                 statistics.median(one.visual_tokens for one in found),
-                statistics.median(one.cache_bytes for one in found),
-                statistics.median(t["prefill"] for t in times),
+                _known(statistics.median, [one.cache_bytes for one in found]),
+                _known(statistics.median, [t.get("prefill") for t in times]),
                 statistics.median(t["first token"] for t in times),
             )
         )
