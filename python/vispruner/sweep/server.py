@@ -40,12 +40,12 @@ class RefusedError(ServerError):
     """The server answered a request with an error.
 
     Attributes:
-        status: of HTTP.
+        status: of HTTP; reason: the server's message.
     """
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"HTTP {status}: {reason}")
+        self.status, self.reason = status, reason
 
 
 class Client:
@@ -258,10 +258,10 @@ class Served:
                 reply = ask(unit, most)
                 break
             except RefusedError as error:
-                above = re.search(r"is more than this engine's ([\d.]+)", str(error))
+                above = re.search(r"is more than this engine's ([\d.]+)", error.reason)
                 if above:
                     most = float(above[1])
-                elif unit == "k" and "unknown option 'k'" in str(error):
+                elif unit == "k" and "unknown option 'k'" in error.reason:
                     unit, most = "ratio", 1.0
                 else:
                     raise
@@ -326,7 +326,7 @@ class Served:
         except DataError as error:
             return Failed(str(error))
         except RefusedError as error:
-            if error.status not in _OF_THE_PICTURE or str(error).startswith("vispruner:"):
+            if error.status not in _OF_THE_PICTURE or error.reason.startswith("vispruner:"):
                 raise
             return Failed(str(error))
 
