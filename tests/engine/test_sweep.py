@@ -73,7 +73,7 @@ def test_the_results_are_those_of_transformers(server: Server, tmp_path: Path) -
         assert one["first_choices"] is not None
         if one["answer"] != other["answer"]:
             changed.append(one["visual_tokens"])
-    # The engine prepares pictures with another backend, which can change a close answer.
+    # The features of the engine are not the same bits, which can change a close answer.
     assert changed in ([], [K], [K, K])
 
 

@@ -31,6 +31,7 @@ from vispruner import Budget, cli, embedded, sweep
 from vispruner.cli.common import batch_inputs, load_model
 from vispruner.embedded import scenes
 from vispruner.sweep import Item, Measurement, Records, Subject
+from vispruner.sweep.report import advice
 from vispruner.sweep.scoring import exact_match
 from vispruner.sweep.summary import name_of, summarize
 
@@ -52,7 +53,7 @@ def measurement(answer: str = "red", first: float = 1.0, **changes: Any) -> Meas
 
 
 def item(picture: int, question: str = "?", answer: str | None = "red") -> Item:
-    return Item(f"{picture}.png", bytes([picture]), question, answer)
+    return Item(f"{picture}.png", picture.to_bytes(2, "big"), question, answer)
 
 
 # -------------------------------------------------------------------------------- the measurements
@@ -280,6 +281,16 @@ def test_the_smallest_setting_within_the_tolerance() -> None:
     assert sweep.recommended(summaries, 0.0) is None
     # Without any difference the error is 0, but not everything is known.
     assert summaries[3].probability_below(1.0) == pytest.approx(1 - 0.99**201)
+
+
+@pytest.mark.parametrize(("count", "sure"), [(2, "3 %. More pictures"), (400, "98 %.")])
+def test_the_advice_says_how_sure_it_is(count: int, sure: str) -> None:
+    items = [item(i) for i in range(count)]
+    same = [measurement() for _ in items]
+    summaries = summarize(items, [(None, same), (Budget(8), same)])
+    said = advice(summaries[1], summaries, 1.0)
+    assert f"with {count} pictures and {count} questions the probability of that is {sure}" in said
+    assert ("More pictures" in said) == (count == 2)
 
 
 def test_one_picture_tells_nothing_about_others() -> None:

@@ -34,6 +34,8 @@ class Changed:
     drawing: Image.Image
 
 
+SURE = 0.9  # below this probability, more pictures are advised
+
 HEADINGS = (
     "setting",
     "tokens",
@@ -100,12 +102,13 @@ def advice(best: Summary | None, summaries: Sequence[Summary], tolerance: float)
     """The recommendation in one sentence."""
     if best is None:
         return f"No setting loses less than {tolerance:g} points: try a larger k."
-    sure = 100 * best.probability_below(tolerance)
-    return (
+    sure = best.probability_below(tolerance)
+    text = (
         f"{name_of(best.budget)} is the smallest setting that loses less than {tolerance:g} points "
         f"({best.loss.mean:+.1f} ± {best.loss.error:.1f}); with {best.loss.pictures} pictures and "
-        f"{best.loss.questions} questions the probability of that is {sure:.0f} %."
+        f"{best.loss.questions} questions the probability of that is {100 * sure:.0f} %."
     )
+    return text if sure >= SURE else f"{text} More pictures would make it surer."
 
 
 def _plot(summaries: Sequence[Summary], tolerance: float) -> Any:
