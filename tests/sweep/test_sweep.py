@@ -240,7 +240,7 @@ def test_wrong_scorers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, complaint: str
 ) -> None:
     """The command says so in one line, before it measures anything."""
-    assert run(tmp_path / "out", "--scorer", name) == 2
+    assert run(tmp_path / "out", "--limit", "1", "--k", "8", "--scorer", name) == 2
     said = capsys.readouterr().err
     assert re.search(f"argument --scorer: .*{complaint}", said)
     assert len(said.splitlines()) == 1

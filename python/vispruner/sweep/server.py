@@ -385,7 +385,7 @@ def _last_tokens(prompt: Sequence[Any], text: str) -> list[Any]:
     """The tokens at the end of a prompt that make a text, but for spaces; none if they do not."""
     wanted, found, tokens = "".join(text.split()), "", []
     for entry in reversed(prompt):
-        if found == wanted or len(found) > len(wanted) or not entry:
+        if len(found) >= len(wanted) or not entry:
             break
         token = next(iter(entry.values()))
         found = "".join(str(token.get("decoded_token") or "").split()) + found
