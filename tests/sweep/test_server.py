@@ -23,7 +23,8 @@ pytest.importorskip("matplotlib")
 from vispruner import Budget, cli
 from vispruner.embedded import scenes
 from vispruner.sweep import Failed, Item, Measurement, Served
-from vispruner.sweep.server import Client, RefusedError, ServerError, _last_tokens
+from vispruner.sweep.client import Client, RefusedError, ServerError
+from vispruner.sweep.server import _last_tokens
 from vispruner.vllm.config import Pruning
 from vispruner.vllm.requests import taken_from
 

@@ -6,11 +6,12 @@ sweep goes on, `scoring` judges the stored answers, `summary` compares the setti
 writes the table, the page and the plots.
 """
 
+from .client import ServerError
 from .data import DataError, Item, read
 from .measuring import Failed, Measurement, Subject
 from .records import Records
 from .scoring import ScorerError, load_scorer
-from .server import Served, ServerError
+from .server import Served
 from .summary import Summary, recommended, summarize
 
 __all__ = [
