@@ -126,6 +126,12 @@ class Budget:
             p.name: int(values[p.name]) if p.step == 1 else float(values[p.name]) for p in own
         }
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `vispruner.apply` for this budget, as plain data."""
+        amount = {"ratio": float(self.ratio or 0)} if self.k is None else {"k": int(self.k)}
+        return {**amount, **self.parameters}
+
     def count(self, tokens: int, pictures: int = 1) -> int:
         """Retained tokens of `pictures` pictures with `tokens` tokens in total; with k="auto" the
         most that they can retain."""

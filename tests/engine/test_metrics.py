@@ -111,6 +111,8 @@ def test_clients_see_what_was_kept(llava: Server) -> None:
     answer = raw.create(**chat(1, 2, k=5))
     assert answer.headers["vispruner-tokens-before"] == str(2 * PATCHES)
     assert answer.headers["vispruner-tokens-kept"] == "10"
+    budget = json.loads(answer.headers["vispruner-budget"])
+    assert budget == {"k": 5, "method": "vispruner", "important_ratio": 0.5, "step": 8}
     usage = answer.parse().usage
     assert usage.prompt_tokens_details.model_extra["multimodal_tokens"] == {"image": 10}
     # The headers of a stream are sent before its first token.

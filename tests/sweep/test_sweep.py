@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,17 @@ import torch
 from PIL import Image
 from support import environment
 
+import vispruner
 from vispruner import Budget, cli, embedded, sweep
-from vispruner.cli.common import load_model, model_inputs
+from vispruner.cli.common import batch_inputs, load_model
 from vispruner.embedded import scenes
 from vispruner.sweep import Item, Measurement, Records, Subject
-from vispruner.sweep.summary import exact_match, name_of, summarize
+from vispruner.sweep.report import advice
+from vispruner.sweep.scoring import exact_match
+from vispruner.sweep.summary import name_of, summarize
 
 TIMES = {"vision": 1.0, "prune": 1.0, "prefill": 3.0, "decode": 1.0, "total": 6.0, "first token": 5}
+PROGRAM = "import sys; from vispruner import cli; sys.exit(cli.main())"
 
 
 def measurement(answer: str = "red", first: float = 1.0, **changes: Any) -> Measurement:
@@ -46,7 +53,7 @@ def measurement(answer: str = "red", first: float = 1.0, **changes: Any) -> Meas
 
 
 def item(picture: int, question: str = "?", answer: str | None = "red") -> Item:
-    return Item(f"{picture}.png", bytes([picture]), question, answer)
+    return Item(f"{picture}.png", picture.to_bytes(2, "big"), question, answer)
 
 
 # -------------------------------------------------------------------------------- the measurements
@@ -161,6 +168,85 @@ def test_exact_match(answer: str, right: str, score: float) -> None:
     assert exact_match(answer, right) == score
 
 
+SCORERS = """
+half = lambda answer, right: 0.5 + 0.5 * (answer == right)
+def no_number(answer, right): return "right"
+def above(answer, right): return 1.5
+def below(answer, right): return -0.1
+def nan(answer, right): return float("nan")
+def one(answer): return 1.0
+def fails(answer, right): raise KeyError("two\\nlines")
+class Judge:
+    judge = staticmethod(lambda answer, right: 1.0)
+number = 3
+"""
+
+
+@pytest.fixture
+def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in the current directory, of a name that no other test has imported."""
+    (tmp_path / "own_scorers.py").write_text(SCORERS)
+    (tmp_path / "broken_scorers.py").write_text("import nothing_of_this_name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("own_scorers", "broken_scorers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("scorers")
+def test_a_scorer_of_the_user() -> None:
+    items = [item(0), item(1)]
+    whole, pruned = [measurement()] * 2, [measurement(), measurement("blue")]
+    before = list(sys.path)
+    scorer = sweep.load_scorer("own_scorers:half")
+    _, found = summarize(items, [(None, whole), (Budget(8), pruned)], scorer)
+    assert (found.right, found.loss.mean) == (0.75, 25.0)
+    assert sweep.load_scorer("own_scorers:Judge.judge")("a", "b") == 1
+    assert sys.path == before
+
+
+def test_a_scorer_is_called_once_for_equal_answers() -> None:
+    asked: list[str] = []
+
+    def scorer(answer: str, right: str) -> bool:
+        asked.append(answer)
+        return answer == right
+
+    items = [item(0), item(1)]
+    whole, pruned = [measurement()] * 2, [measurement(), measurement("blue")]
+    summarize(items, [(None, whole), (Budget(8), pruned)], scorer)
+    assert sorted(asked) == ["blue", "red"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("half", "expected module:function, got 'half'"),
+        ("own_scorers:", "expected module:function"),
+        ("no_such_module:f", "cannot import no_such_module: ModuleNotFoundError"),
+        ("broken_scorers:f", "cannot import broken_scorers: .*nothing_of_this_name"),
+        ("own_scorers:f", "own_scorers has no f"),
+        ("own_scorers:number", "own_scorers:number is not callable, it is of type int"),
+        ("own_scorers:no_number", "must return a number from 0 to 1, got 'right'"),
+        ("own_scorers:above", r"scorer\('.*', '.*'\) must return a number from 0 to 1, got 1.5"),
+        ("own_scorers:below", "must return a number from 0 to 1, got -0.1"),
+        ("own_scorers:nan", "must return a number from 0 to 1, got nan"),
+        ("own_scorers:one", "raised TypeError: "),
+        ("own_scorers:fails", "raised KeyError: "),
+    ],
+)
+@pytest.mark.usefixtures("scorers")
+def test_wrong_scorers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, complaint: str
+) -> None:
+    """The command says so in one line, before it measures anything."""
+    assert run(tmp_path / "out", "--limit", "1", "--k", "8", "--scorer", name) == 2
+    said = capsys.readouterr().err
+    assert re.search(f"argument --scorer: .*{complaint}", said)
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_errors_are_clustered_by_picture() -> None:
     """Four copies of a question about a picture tell no more than one."""
     wrong = [True, False, False, True, False, False]
@@ -197,12 +283,22 @@ def test_the_smallest_setting_within_the_tolerance() -> None:
     assert summaries[3].probability_below(1.0) == pytest.approx(1 - 0.99**201)
 
 
+@pytest.mark.parametrize(("count", "sure"), [(2, "3 %. More pictures"), (400, "98 %.")])
+def test_the_advice_says_how_sure_it_is(count: int, sure: str) -> None:
+    items = [item(i) for i in range(count)]
+    same = [measurement() for _ in items]
+    summaries = summarize(items, [(None, same), (Budget(8), same)])
+    said = advice(summaries[1], summaries, 1.0)
+    assert f"with {count} pictures and {count} questions the probability of that is {sure}" in said
+    assert ("More pictures" in said) == (count == 2)
+
+
 def test_one_picture_tells_nothing_about_others() -> None:
     items = [item(1, "a"), item(1, "b")]
     both = [measurement(), measurement()]
     _, found = summarize(items, [(None, both), (Budget(8), [measurement("blue"), measurement()])])
     assert math.isinf(found.loss.error)
-    assert found.data()["loss"] == {"mean": 50.0, "error": None}
+    assert found.data()["loss"] == {"mean": 50.0, "error": None, "questions": 2, "pictures": 1}
 
 
 def test_without_right_answers_the_first_choices_count() -> None:
@@ -211,6 +307,15 @@ def test_without_right_answers_the_first_choices_count() -> None:
     pruned = [measurement("another", first=f) for f in (1.0, 0.5, 1.0, 0.5)]
     _, found = summarize(items, [(None, whole), (Budget(8), pruned)])
     assert (found.right, found.loss.mean, found.equal) == (None, 25.0, 0.0)
+
+
+def test_only_questions_with_a_right_answer_are_judged() -> None:
+    items = [item(0), item(1), item(2, answer=None)]
+    whole = [measurement() for _ in items]
+    pruned = [measurement(), measurement("blue"), measurement("blue")]
+    _, found = summarize(items, [(None, whole), (Budget(8), pruned)])
+    assert (found.right, found.loss.mean) == (0.5, 50.0)
+    assert (found.questions, found.loss.questions, found.loss.pictures) == (3, 2, 2)
 
 
 def test_names() -> None:
@@ -226,32 +331,43 @@ def subject() -> Subject:
     options = cli.parser().parse_args(["ask", "--device", "cpu"])
     model, processor = load_model(options, torch.device("cpu"))
 
-    def inputs_of(item: Item) -> Any:
-        assert isinstance(item.source, bytes)
-        image = Image.open(io.BytesIO(item.source)).convert("RGB")
-        return model_inputs(processor, image, item.question, torch.device("cpu"))
+    def inputs_of(items: Sequence[Item]) -> Any:
+        try:
+            images = [Image.open(io.BytesIO(bytes(i.source))).convert("RGB") for i in items]
+        except OSError as error:
+            raise sweep.DataError("cannot identify image file") from error
+        questions = [item.question for item in items]
+        return batch_inputs(processor, images, questions, torch.device("cpu"))
 
     return Subject(model, processor, inputs_of, embedded.path(), 16)
 
 
+def measured(
+    subject: Subject, one: Item, budget: Budget | None = None, whole: Measurement | None = None
+) -> Measurement:
+    (found,) = subject.measure([one], budget, whole and [whole])
+    assert isinstance(found, Measurement)
+    return found
+
+
 def test_measurements(subject: Subject) -> None:
     (one, *_) = sweep.read(None, None, limit=1)
-    whole = subject.measure(one, None)
-    pruned = subject.measure(one, Budget(8), whole.tokens)
+    whole = measured(subject, one)
+    pruned = measured(subject, one, Budget(8), whole)
     assert whole.first_choices == 1.0  # its own answer
     assert (whole.visual_tokens, pruned.visual_tokens) == (196, 8)
     per_token = whole.cache_bytes / (whole.cache_bytes - pruned.cache_bytes) * (196 - 8)
     assert per_token == pytest.approx(round(per_token))  # the prompt's columns
     assert whole.log_probability >= pruned.log_probability
     # All tokens are retained: nothing changes.
-    every = subject.measure(one, Budget(196), whole.tokens)
+    every = measured(subject, one, Budget(196), whole)
     assert every.log_probability == pytest.approx(whole.log_probability, abs=1e-5)
     assert (every.answer, every.first_choices) == (whole.answer, 1.0)
 
 
 def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Subject) -> None:
     (one, *_) = sweep.read(None, None, limit=1)
-    inputs, whole = subject.inputs_of(one), subject.measure(one, None)
+    inputs, whole = subject.inputs_of([one]), measured(subject, one)
     with torch.no_grad():
         found = subject.model.generate(
             **inputs, max_new_tokens=16, do_sample=False, output_logits=True,
@@ -260,6 +376,71 @@ def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Sub
     chances = torch.stack(found.logits, dim=1).float().log_softmax(dim=-1)
     want = chances.gather(2, torch.tensor([whole.tokens]).unsqueeze(-1)).mean().item()
     assert whole.log_probability == pytest.approx(want, abs=1e-4)
+
+
+def assert_close(one: Measurement, other: Measurement) -> None:
+    """The same but for times, and for the rounding of log-probabilities."""
+    for name in ("answer", "tokens", "first_choices", "visual_tokens", "cache_bytes"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [None, Budget(8), Budget(ratio=0.3)])
+def test_results_do_not_depend_on_the_batch(subject: Subject, budget: Budget | None) -> None:
+    items = list(sweep.read(None, None, limit=2))[:5]
+    items[1] = dataclasses.replace(items[1], question=" ".join(i.question for i in items[:3]))
+    whole = [measured(subject, one) for one in items]
+    # Answers of different lengths, also for the teacher forcing.
+    whole = [dataclasses.replace(w, tokens=w.tokens[: 1 + n % 2]) for n, w in enumerate(whole)]
+    alone = [measured(subject, one, budget, w) for one, w in zip(items, whole, strict=True)]
+    for one, other in zip(alone, subject.measure(items, budget, whole), strict=True):
+        assert isinstance(other, Measurement)
+        assert_close(one, other)
+
+
+def test_an_answer_has_no_placeholders(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model may generate one; the answer could not be read with the picture."""
+    (one, *_) = sweep.read(None, None, limit=1)
+    image = subject.model.config.image_token_id
+    head = subject.model.get_output_embeddings()
+    forward = head.forward
+
+    def prefers(hidden: torch.Tensor) -> torch.Tensor:
+        logits = forward(hidden).clone()
+        logits[..., image] = 100.0
+        return logits
+
+    monkeypatch.setattr(head, "forward", prefers)
+    whole = measured(subject, one)
+    assert image not in whole.tokens
+    assert whole.first_choices == 1.0
+    assert measured(subject, one, Budget(8), whole).log_probability > -10
+
+
+def test_a_bad_picture_in_a_batch(subject: Subject) -> None:
+    good = list(sweep.read(None, None, limit=1))[:2]
+    bad = Item("bad", b"no picture", "count:")
+    one, failed, other = subject.measure([good[0], bad, good[1]], None)
+    assert failed == sweep.Failed("cannot identify image file")
+    for found, item_ in zip((one, other), good, strict=True):
+        assert isinstance(found, Measurement)
+        assert_close(found, measured(subject, item_))
+
+
+def test_a_batch_that_does_not_fit(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its questions are asked one at a time."""
+    items = list(sweep.read(None, None, limit=1))[:3]
+    generate = subject.model.generate
+
+    def limited(**call: Any) -> Any:
+        if len(call["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(**call)
+
+    monkeypatch.setattr(subject.model, "generate", limited)
+    for found, one in zip(subject.measure(items, None), items, strict=True):
+        assert isinstance(found, Measurement)
+        assert_close(found, measured(subject, one))
 
 
 def test_keys(subject: Subject) -> None:
@@ -336,6 +517,8 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--method", "divprune"], "--method: must be one of vispruner, topk"),
         (["--tolerance", "-1"], "--tolerance: must be at least 0"),
         (["--limit", "0"], "--limit"),
+        (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["--batch-size", "2.5"], "--batch-size: invalid whole number value: '2.5'"),
         (["--data", "nowhere"], "--data: nowhere is no file or directory"),
     ],
 )
@@ -352,18 +535,110 @@ def test_wrong_arguments(
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.slow
+def test_the_command_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of batches, and of one question at a time, are the same."""
+    options = ["--limit", "2", "--k", "8"]
+    sizes = []
+    measure = Subject.measure
+
+    def counted(self: Subject, items: Sequence[Item], *others: Any) -> Any:
+        sizes.append(len(items))
+        return measure(self, items, *others)
+
+    monkeypatch.setattr(Subject, "measure", counted)
+    assert run(tmp_path / "batches", *options, "--batch-size", "5") == 0
+    assert set(sizes) == {5, 2}
+    assert run(tmp_path / "alone", *options) == 0
+    assert len(numbers(tmp_path / "alone")) == 2
+    for one, other in zip(numbers(tmp_path / "alone"), numbers(tmp_path / "batches"), strict=True):
+        assert one.pop("log_probability") == pytest.approx(other.pop("log_probability"), abs=1e-4)
+        assert one == other
+
+
+def test_another_scorer_needs_no_new_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zero_scorer.py").write_text("score = lambda answer, right: 0.25")
+    monkeypatch.chdir(tmp_path)
+    options = ["--limit", "1", "--k", "8"]
+    assert run(tmp_path / "out", *options) == 0
+    assert [s["right"] for s in numbers(tmp_path / "out")] != [0.25, 0.25]
+    monkeypatch.setattr(Subject, "measure", None)
+    assert run(tmp_path / "out", *options, "--scorer", "zero_scorer:score") == 0
+    assert [s["right"] for s in numbers(tmp_path / "out")] == [0.25, 0.25]
+
+
+def child() -> dict[str, str]:
+    """The environment of a process with the package that this one imports."""
+    found = str(Path(vispruner.__file__).parents[1])
+    return environment(PYTHONPATH=os.pathsep.join([found, environment()["PYTHONPATH"]]))
+
+
+def assert_equal_numbers(one: Path, other: Path) -> None:
+    """Bits of log-probabilities may depend on the number of threads of a process."""
+    for a, b in zip(numbers(one), numbers(other), strict=True):
+        assert a.pop("log_probability") == pytest.approx(b.pop("log_probability"), abs=1e-5)
+        assert a == b
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """Killed again and again, it ends with the numbers of a run that was left alone."""
+    """Killed (-9) after its first measurement, it ends with the numbers of a run left alone."""
+    options = ["--limit", "2", "--k", "8", "--device", "cpu"]
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", PROGRAM, "sweep", *options, "-o", str(killed)]
+    process = subprocess.Popen(command, env=child(), stdout=subprocess.DEVNULL)
+    records = killed / "measurements.jsonl"
+    try:
+        while process.poll() is None and not (records.exists() and b"\n" in records.read_bytes()):
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    first = records.read_bytes()
+    whole = first[: first.rfind(b"\n") + 1]
+    assert whole
+    assert not (killed / "results.json").exists()
+    assert run(killed, *options[:4]) == 0
+    assert records.read_bytes().startswith(whole)
+    assert run(tmp_path / "whole", *options[:4]) == 0
+    assert_equal_numbers(killed, tmp_path / "whole")
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, in the middle of a batch."""
+    options = ["--limit", "1", "--k", "8", "--batch-size", "4"]
+    add, added = Records.add, []
+
+    def interrupted(self: Records, key: str, one: Measurement) -> None:
+        if len(added) == 6:
+            raise KeyboardInterrupt
+        add(self, key, one)
+        added.append(key)
+
+    monkeypatch.setattr(Records, "add", interrupted)
+    assert run(tmp_path / "stopped", *options) == 130
+    monkeypatch.undo()
+    assert run(tmp_path / "stopped", *options) == 0
+    assert run(tmp_path / "whole", *options) == 0
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+    keys = [
+        json.loads(line)["key"] for line in (tmp_path / "stopped" / "measurements.jsonl").open()
+    ]
+    assert len(keys) == len(set(keys)) == 12
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again(tmp_path: Path) -> None:
+    """It ends with the numbers of a run that was left alone."""
     options = ["--limit", "4", "--k", "8,22", "--device", "cpu"]
     assert run(tmp_path / "whole", *options[:4]) == 0
-    program = "import sys; from vispruner import cli; sys.exit(cli.main())"
-    command = [sys.executable, "-c", program, "sweep", *options, "-o", str(tmp_path / "killed")]
+    command = [sys.executable, "-c", PROGRAM, "sweep", *options, "-o", str(tmp_path / "killed")]
     records = tmp_path / "killed" / "measurements.jsonl"
     lines = 0
     for _ in range(3):
         process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, env=child(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
             while process.poll() is None:
@@ -377,5 +652,5 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         now = records.read_bytes().count(b"\n")
         assert now >= lines
         lines = now
-    assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert subprocess.run(command, env=child(), capture_output=True).returncode == 0
+    assert_equal_numbers(tmp_path / "killed", tmp_path / "whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -307,14 +308,38 @@ def model_inputs(processor: Any, image: Image.Image, question: str, device: torc
 
     Without a template, the prompt has LLaVA-1.5's form, "USER: <image>\\n... ASSISTANT:".
     """
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template(
+    prompt = _prompt(processor, question)
+    return processor(images=[image], text=[prompt], return_tensors="pt").to(device)
+
+
+def batch_inputs(
+    processor: Any, images: Sequence[Image.Image], questions: Sequence[str], device: torch.device
+) -> Any:
+    """The model's inputs for a batch, one image and a question each; padding goes to the left."""
+    if len(images) == 1:
+        return model_inputs(processor, images[0], questions[0], device)
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prompts = [_prompt(processor, question) for question in questions]
+    return processor(
+        images=[[image] for image in images],
+        text=prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    ).to(device)
+
+
+def _prompt(processor: Any, question: str) -> str:
+    if not getattr(processor, "chat_template", None):
+        return f"USER: {processor.image_token}\n{question} ASSISTANT:"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return str(
+        processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    else:
-        prompt = f"USER: {processor.image_token}\n{question} ASSISTANT:"
-    return processor(images=[image], text=[prompt], return_tensors="pt").to(device)
+    )
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -8,10 +8,9 @@ directory goes on where this one was.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .common import (
     METHODS,
@@ -19,18 +18,16 @@ from .common import (
     add_device,
     add_model,
     device_of,
-    load_model,
-    model_inputs,
     one_line,
     positive,
-    read_image,
 )
+from .swept import SHARES, Model, local, served_model, settings_of
 
 if TYPE_CHECKING:
     from ..selection import Budget
-    from ..sweep import Item, Measurement, Subject, Summary
+    from ..sweep import Item, Measurement, Served, Subject, Summary
+    from ..sweep.scoring import Scorer
 
-SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)  # of the tokens, if neither --k nor --ratio is given
 MOST_CHANGED = 8  # answers that the page shows
 
 
@@ -62,10 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method",
         type=lambda text: text.split(","),
-        default=METHODS[0],
-        help=f"one or several of {', '.join(METHODS)}",
+        help=f"one or several of {', '.join(METHODS)} (default: {METHODS[0]})",
+    )
+    add(
+        "--scorer",
+        metavar="MODULE:FUNCTION",
+        help="function (answer, right answer) -> score from 0 to 1 (default: exact match, but for "
+        "case, punctuation and articles)",
     )
     add("--tolerance", type=float, default=1.0, metavar="POINTS", help="acceptable loss")
+    add(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="questions to answer at once; times are those of a question alone, but those of a "
+        "server are under this load",
+    )
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add(
         "-o",
@@ -77,28 +87,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_device(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--server",
+        metavar="URL",
+        help="sweep the model of a vLLM server with this package (docs/serving.md); --model is its "
+        "name there, --batch-size the requests at once, OPENAI_API_KEY the key",
+    )
+    server.add_argument(
+        "--timeout",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the server",
+    )
 
 
-def _settings(options: argparse.Namespace) -> list[Budget]:
-    from ..selection import Budget
+def _scorer(options: argparse.Namespace, items: Sequence[Item]) -> Scorer:
+    """The scorer, after a first trial: most faults show before anything is measured."""
+    from ..sweep import scoring
 
-    methods = [options.method] if isinstance(options.method, str) else options.method
-    amounts: list[tuple[int | None, float | None]]
-    if options.k is not None:
-        amounts = [(k, None) for k in options.k]
-    else:
-        amounts = [(None, ratio) for ratio in options.ratio or SHARES]
+    if options.scorer is None:
+        return scoring.exact_match
+    right = next((item.answer for item in items if item.answer is not None), None)
+    if right is None:
+        raise CommandError("argument --scorer: no question has a right answer")
     try:
-        found = [
-            Budget(k, ratio, method=method)
-            for (k, ratio), method in itertools.product(amounts, methods)
-        ]
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise CommandError(f"argument --{name}: {rest}") from error
-    if len(set(found)) < len(found):
-        raise CommandError("argument --k, --ratio or --method: a setting is there twice")
-    return found
+        scorer = scoring.load_scorer(options.scorer)
+        scoring.score(scorer, right, right)
+    except scoring.ScorerError as error:
+        raise CommandError(f"argument --scorer: {error}") from error
+    return scorer
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,64 +125,66 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .. import embedded, sweep
+    from .. import sweep
     from ..sweep import report
 
-    settings = _settings(options)
     if options.tolerance < 0:
         raise CommandError(f"argument --tolerance: must be at least 0, got {options.tolerance}")
-    device = device_of(options)
     console = Console()
+    if options.server is None:
+        settings, device = settings_of(options, None), device_of(options)
+    else:
+        with console.status("asking the server"):
+            model = served_model(options)
+        settings = settings_of(options, cast("Served", model.subject))
     try:
         items = list(sweep.read(options.data, options.question, options.limit))
     except sweep.DataError as error:
         raise CommandError(f"argument --data: {error}") from error
+    scorer = _scorer(options, items)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         records = sweep.Records(options.output / "measurements.jsonl")
     except (OSError, ValueError) as error:
         raise CommandError(f"argument -o: {one_line(error)}") from error
     with records:
-        with console.status("loading the model"):
-            model, processor = load_model(options, device)
-            name = options.model or embedded.path()
-            subject = sweep.Subject(
-                model,
-                processor,
-                lambda item: model_inputs(processor, _image(item), item.question, device),
-                name,
-                options.max_new_tokens,
-            )
-        asked, skipped = _measure(console, subject, items, [None, *settings], records)
+        if options.server is None:
+            with console.status("loading the model"):
+                model = local(options, device)
+        asked, skipped = _measure(
+            console, model.subject, items, [None, *settings], records, options.batch_size
+        )
     for line in skipped:
         console.print(f"skipped: {line}", highlight=False, markup=False)
     if not asked:
-        raise CommandError("argument --data: no picture could be read")
+        raise CommandError("argument --data: no question could be answered")
 
     kept = [item for item, _ in asked]
     measured = [
         (budget, [found[number] for _, found in asked])
         for number, budget in enumerate([None, *settings])
     ]
-    summaries = sweep.summarize(kept, measured)
+    try:
+        summaries = sweep.summarize(kept, measured, scorer)
+    except sweep.ScorerError as error:
+        raise CommandError(f"argument --scorer: {error}") from error
     best = sweep.recommended(summaries, options.tolerance)
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE, padding=0)
     for number, heading in enumerate(report.HEADINGS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
     for summary in summaries:
         table.add_row(*report.row(summary), style="bold" if summary is best else None)
     console.print(table)
-    console.print(report.LEGEND, style="dim")
+    console.print(report.legend(summaries), style="dim", highlight=False)
     console.print(report.advice(best, summaries, options.tolerance), highlight=False)
     about = {
-        "model": options.model or "the bundled model",
+        **model.about,
         "data": options.data or "drawn scenes",
-        "device": str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "scorer": options.scorer or "exact match",
     }
     with console.status("writing the report"):
         try:
-            changed = _changed(subject, kept, summaries, measured)
+            changed = _changed(model, kept, summaries, measured)
             report.write(
                 options.output, summaries, best, options.tolerance, about, changed, skipped
             )
@@ -175,10 +196,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _measure(
     console: Any,
-    subject: Subject,
+    subject: Subject | Served,
     items: Sequence[Item],
     settings: Sequence[Budget | None],
     records: Any,
+    batch_size: int,
 ) -> tuple[list[tuple[Item, list[Measurement]]], list[str]]:
     """Every item under every setting, and a line for each picture that was skipped."""
     from rich.progress import (
@@ -189,49 +211,50 @@ def _measure(
         TimeRemainingColumn,
     )
 
+    from ..sweep import Failed, ServerError
+
     asked: list[tuple[Item, list[Measurement]]] = []
     skipped: dict[str, str] = {}
     columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    warm = False
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("asking", total=len(items) * len(settings))
-        for item in items:
-            found: list[Measurement] = []
-            for budget in settings:
-                key = subject.key(item, budget)
-                one = records.get(key)
-                if one is None:
-                    answer = found[0].tokens if found else ()
+        for start in range(0, len(items), batch_size):
+            batch: list[tuple[Item, list[Measurement]]] = [
+                (item, []) for item in items[start : start + batch_size]
+            ]
+            for number, budget in enumerate(settings):
+                keys = [subject.key(item, budget) for item, _ in batch]
+                results = [records.get(key) for key in keys]
+                if None in results:  # the whole batch again, so that its numbers stay the same
+                    references = [found[0] for _, found in batch] if number else None
                     try:
-                        if not warm:  # the first call is slower than later ones
-                            subject.measure(item, None)
-                            warm = True
-                        one = subject.measure(item, budget, answer)
-                    except (CommandError, ValueError, TypeError, RuntimeError) as error:
-                        skipped[item.name] = f"{item.name}: {one_line(error)}"
-                        break
-                    try:
-                        records.add(key, one)
-                    except OSError as error:
-                        raise CommandError(f"argument -o: {one_line(error)}") from error
-                found.append(one)
-                bar.advance(task)
-            if len(found) == len(settings):
-                asked.append((item, found))
-            else:
-                bar.advance(task, len(settings) - len(found))
+                        new = subject.measure([item for item, _ in batch], budget, references)
+                    except ServerError as error:
+                        raise CommandError(f"argument --server: {error}") from error
+                    results = [old or one for old, one in zip(results, new, strict=True)]
+                remaining = []
+                for (item, found), key, result in zip(batch, keys, results, strict=True):
+                    if isinstance(result, Failed):
+                        skipped[item.name] = f"{item.name}: {result.reason}"
+                        bar.advance(task, len(settings) - number)
+                        continue
+                    if records.get(key) is None:
+                        try:
+                            records.add(key, result)
+                        except OSError as error:
+                            raise CommandError(f"argument -o: {one_line(error)}") from error
+                    found.append(result)
+                    remaining.append((item, found))
+                    bar.advance(task)
+                batch = remaining
+                if not batch:
+                    break
+            asked += batch
     return asked, list(skipped.values())
 
 
-def _image(item: Item) -> Any:
-    import io
-
-    source = io.BytesIO(item.source) if isinstance(item.source, bytes) else item.source
-    return read_image(source, item.name)
-
-
 def _changed(
-    subject: Subject,
+    model: Model,
     items: Sequence[Item],
     summaries: Sequence[Summary],
     measured: Sequence[tuple[Budget | None, Sequence[Measurement]]],
@@ -240,7 +263,6 @@ def _changed(
     it, one per picture."""
     from ..sweep.report import Changed
     from ..sweep.summary import name_of
-    from .show import montage, retained_by
 
     order = sorted(range(1, len(measured)), key=lambda n: -summaries[n].visual_tokens)
     reference = measured[0][1]
@@ -249,7 +271,7 @@ def _changed(
         for number in order:
             after = measured[number][1][i]
             if after.answer != reference[i].answer:
-                lost = reference[i].log_probability - after.log_probability
+                lost = (reference[i].log_probability or 0) - (after.log_probability or 0)
                 candidates.append((lost, i, number))
                 break
     found, pictures = [], set()
@@ -259,18 +281,8 @@ def _changed(
         if item.picture in pictures:
             continue
         pictures.add(item.picture)
-        drawn = retained_by(
-            subject.model, subject.processor, budget, subject.model.device, [_image(item)]
-        )
-        found.append(
-            Changed(
-                item,
-                name_of(budget),
-                reference[i],
-                measured[number][1][i],
-                montage(drawn, budget.method),
-            )
-        )
+        after = measured[number][1][i]
+        found.append(Changed(item, name_of(budget), reference[i], after, model.draw(item, budget)))
         if len(found) == MOST_CHANGED:
             break
     return found

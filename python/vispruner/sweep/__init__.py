@@ -1,22 +1,31 @@
 """How many tokens may be dropped for one's own pictures: `vispruner sweep`.
 
 `data` reads pictures and questions, `measuring` asks the unpruned model once and then each setting,
-`records` stores every measurement at once so that an interrupted sweep goes on, `summary` compares
-the settings, and `report` writes the table, the page and the plots.
+`server` does so on a server, `records` stores every measurement at once so that an interrupted
+sweep goes on, `scoring` judges the stored answers, `summary` compares the settings, and `report`
+writes the table, the page and the plots.
 """
 
+from .client import ServerError
 from .data import DataError, Item, read
-from .measuring import Measurement, Subject
+from .measuring import Failed, Measurement, Subject
 from .records import Records
+from .scoring import ScorerError, load_scorer
+from .server import Served
 from .summary import Summary, recommended, summarize
 
 __all__ = [
     "DataError",
+    "Failed",
     "Item",
     "Measurement",
     "Records",
+    "ScorerError",
+    "Served",
+    "ServerError",
     "Subject",
     "Summary",
+    "load_scorer",
     "read",
     "recommended",
     "summarize",

@@ -1,4 +1,4 @@
-"""Asks a model about a picture, unpruned and under each setting."""
+"""Asks a model about pictures, unpruned and under each setting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vispruner_cuda
 
@@ -27,24 +27,41 @@ class Measurement:
     """One question under one setting.
 
     Attributes:
-        answer: decoded greedily; tokens: its ids.
-        log_probability: mean over the tokens of the unpruned model's answer, given by this model.
-        first_choices: share of those tokens that are this model's first choice as well.
+        answer: decoded greedily; tokens: its ids, empty from a server.
+        log_probability: mean over the tokens of the unpruned model's answer, given by this model;
+            None from a server that does not tell it.
+        first_choices: share of those tokens that are this model's first choice as well, or None.
         visual_tokens: in the prompt.
-        cache_bytes: of the prompt's keys and values.
-        milliseconds: "vision", "prune", "prefill", "decode", "first token" and "total".
+        cache_bytes: of the prompt's keys and values, None from a server.
+        milliseconds: "first token", and unless it is from a server "vision", "prune" and "prefill".
     """
 
     answer: str
     tokens: list[int]
-    log_probability: float
-    first_choices: float
+    log_probability: float | None
+    first_choices: float | None
     visual_tokens: int
-    cache_bytes: int
+    cache_bytes: int | None
     milliseconds: dict[str, float]
 
     def data(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A question that could not be measured, with the reason in one line."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What the language model reads: visual tokens, all tokens, and the times until then."""
+
+    visual: int
+    tokens: int
+    milliseconds: dict[str, float]
 
 
 class Subject:
@@ -52,7 +69,7 @@ class Subject:
 
     Args:
         model, processor: of transformers, in eval mode.
-        inputs_of: the model's inputs for an item.
+        inputs_of: the model's inputs for a batch of items, padded on the left.
         name: of the model as it was loaded: a directory or a name on the hub.
         max_new_tokens: length of the longest answer.
     """
@@ -61,83 +78,173 @@ class Subject:
         self,
         model: Any,
         processor: Any,
-        inputs_of: Callable[[Item], Any],
+        inputs_of: Callable[[Sequence[Item]], Any],
         name: str,
         max_new_tokens: int,
     ) -> None:
         self.model, self.processor, self.inputs_of = model, processor, inputs_of
         self.max_new_tokens = max_new_tokens
         self.identity = _identity(model, name, max_new_tokens)
-        self._latest: tuple[Item, Any] | None = None  # an item and its inputs
+        names = ("image_token_id", "video_token_id")
+        ids = (getattr(model.config, name, None) for name in names)
+        # An answer with a placeholder could not be read again. Only random models give one.
+        self._placeholders = [token for token in ids if token is not None]
+        self._warm = False
+        self._batch: tuple[Item, ...] = ()
+        self._inputs: dict[tuple[Item, ...], Any] = {}  # of the batch, and of its items
 
     def key(self, item: Item, budget: Budget | None) -> str:
         """Hash of the model, picture, question and setting, on which a measurement depends."""
-        parts = (self.identity, item.picture, item.question, repr(budget))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+        return key_of(self.identity, item, budget)
 
     def measure(
-        self, item: Item, budget: Budget | None, unpruned_answer: Sequence[int] = ()
-    ) -> Measurement:
-        """A question under a setting.
+        self,
+        items: Sequence[Item],
+        budget: Budget | None,
+        references: Sequence[Measurement] | None = None,
+    ) -> list[Measurement | Failed]:
+        """Questions under a setting, answered in one batch.
+
+        Times, visual tokens and bytes are those of a question alone, whatever the size of the
+        batch: in a batch of several, each question is timed in a call of its own.
 
         Args:
             budget: None is the unpruned model.
-            unpruned_answer: the token ids of its answer, for a setting.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: the picture cannot be used, or what `inputs_of`
-                raises.
+            references: of the unpruned model, for a setting.
         """
-        if self._latest is None or self._latest[0] is not item:
-            self._latest = item, self.inputs_of(item)
-        inputs = self._latest[1]
+        try:
+            return list(self._measure(items, budget, references))
+        except (ValueError, TypeError, RuntimeError) as error:
+            if len(items) == 1:
+                return [Failed(" ".join(str(error).split()) or type(error).__name__)]
+        # A picture cannot be used, or the batch does not fit into memory.
+        alone = [[one] for one in references] if references else [None] * len(items)
+        return [self.measure([i], budget, r)[0] for i, r in zip(items, alone, strict=True)]
+
+    def _measure(
+        self,
+        items: Sequence[Item],
+        budget: Budget | None,
+        references: Sequence[Measurement] | None,
+    ) -> list[Measurement]:
+        inputs = self._inputs_of(items)
+        with torch.no_grad():
+            if not self._warm:  # the first call is slower than later ones
+                self._ask(self._inputs_of(items[:1]), None, 1)
+                self._warm = True
+            rows, prompt = self._ask(inputs, budget, self.max_new_tokens)
+            prompts = [prompt]
+            if len(items) > 1:
+                prompts = [self._ask(self._inputs_of([i]), budget, 1)[1] for i in items]
+            answers = [self._ended(row) for row in rows.tolist()]
+            forced = self._forced(
+                inputs, budget, [r.tokens for r in references] if references else answers
+            )
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        element = self.model.dtype.itemsize
+        return [
+            Measurement(
+                str(text).strip(),
+                answer,
+                *given,
+                prompt.visual,
+                flops.cache_bytes(self.model.config, prompt.tokens, element),
+                prompt.milliseconds,
+            )
+            for text, answer, given, prompt in zip(texts, answers, forced, prompts, strict=True)
+        ]
+
+    def _inputs_of(self, items: Sequence[Item]) -> Any:
+        key = tuple(items)
+        if key not in self._inputs:
+            if not set(key) <= set(self._batch):
+                self._batch, self._inputs = key, {}
+            self._inputs[key] = self.inputs_of(items)
+        return self._inputs[key]
+
+    def _ask(self, inputs: Any, budget: Budget | None, length: int) -> tuple[Tensor, _Prompt]:
+        """The new tokens of each row, and what the language model read."""
         columns = inputs["input_ids"].shape[1]
-        with ExitStack() as stack, torch.no_grad():
-            if budget is None:
-                clock = stack.enter_context(unpruned(self.model))
-                answer = self._generate(inputs)[:, columns:]
-                times = phases_of(clock.milliseconds())
-                visual = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
-                prompt, reference = columns, answer
-            else:
-                pruner = stack.enter_context(apply(self.model, budget))
-                answer = self._generate(inputs)[:, columns:]
-                last = pruner.last
-                assert last is not None
-                times = phases_of(last.milliseconds)
-                visual, prompt = last.tokens_after, last.prompt_after
-                reference = torch.tensor([list(unpruned_answer)], device=answer.device)
-            log_probability, first = self._forced(inputs, reference)
-        times["first token"] = times["vision"] + times["prune"] + times["prefill"]
-        return Measurement(
-            str(self.processor.batch_decode(answer, skip_special_tokens=True)[0]).strip(),
-            answer[0].tolist(),
-            log_probability,
-            first,
-            visual,
-            flops.cache_bytes(self.model.config, prompt, self.model.dtype.itemsize),
-            times,
-        )
+        suppressed = [*(self.model.generation_config.suppress_tokens or ()), *self._placeholders]
+        call = {
+            **inputs,
+            "max_new_tokens": length,
+            "do_sample": False,
+            "suppress_tokens": suppressed,
+        }
+        if budget is None:
+            with unpruned(self.model) as clock:
+                sequences = self.model.generate(**call)
+            milliseconds = clock.milliseconds()
+            visual = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+            tokens = columns
+        else:
+            with apply(self.model, budget) as pruner:
+                sequences = self.model.generate(**call)
+            assert pruner.last is not None
+            milliseconds = pruner.last.milliseconds
+            visual, tokens = pruner.last.tokens_after, pruner.last.prompt_after
+        phases = phases_of(milliseconds)
+        times = {name: phases[name] for name in ("vision", "prune", "prefill")}
+        times["first token"] = sum(times.values())
+        return sequences[:, columns:], _Prompt(visual, tokens, times)
 
-    def _generate(self, inputs: Any) -> Any:
-        return self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+    def _ended(self, row: list[int]) -> list[int]:
+        """An answer up to its end; the rest of its row is padding."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        return row[:length]
 
-    def _forced(self, inputs: Any, answer: torch.Tensor) -> tuple[float, float]:
-        """Mean log-probability of the answer, and the share of first choices, in one forward."""
-        length = answer.shape[1]
-        longer = dict(inputs)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            if name in longer:
-                column = longer[name]
-                more = answer if name == "input_ids" else torch.ones_like(answer)
-                if name == "mm_token_type_ids":
-                    more = torch.zeros_like(answer)
-                longer[name] = torch.cat([column, more.to(column.dtype)], dim=1)
-        # The answer is the end of the prompt, so its columns are the last ones, pruned or not.
-        logits = self.model(**longer).logits[:, -length - 1 : -1].float()
-        chances = logits.log_softmax(dim=-1)
-        own = chances.gather(2, answer.unsqueeze(-1)).mean()
-        return float(own), float((logits.argmax(dim=-1) == answer).float().mean())
+    def _forced(
+        self, inputs: Any, budget: Budget | None, answers: Sequence[list[int]]
+    ) -> list[tuple[float, float]]:
+        """Of each answer the mean log-probability and the share of first choices: one forward."""
+        most = max(map(len, answers))
+        call = {"logits_to_keep": most + 1, **_extended(inputs, answers)}
+        if budget is None:
+            logits = self.model(**call).logits
+        else:
+            with apply(self.model, budget):
+                logits = self.model(**call).logits
+        found = []
+        for row, answer in zip(logits, answers, strict=True):
+            # Answers end in the last column, pruned or not.
+            scores = row[-len(answer) - 1 : -1].float()
+            scores[:, self._placeholders] = -torch.inf
+            chances = scores.log_softmax(dim=-1)
+            given = torch.tensor(answer, device=row.device)
+            own = chances.gather(1, given.unsqueeze(-1)).mean()
+            first = (chances.argmax(dim=-1) == given).float().mean()
+            found.append((float(own), float(first)))
+        return found
+
+
+def _extended(inputs: Any, answers: Sequence[list[int]]) -> dict[str, Any]:
+    """Inputs with an answer after each prompt. Padding goes to the left."""
+    ids = inputs["input_ids"]
+    most = max(map(len, answers))
+    longer = dict(inputs)
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.shape != ids.shape:
+            continue
+        rows = []
+        for row, answer in zip(value, answers, strict=True):
+            if name == "input_ids":
+                after = torch.tensor(answer, dtype=row.dtype, device=row.device)
+            else:  # other arguments are 0 for text, except for the mask
+                after = row.new_full((len(answer),), int(name == "attention_mask"))
+            # Masked columns may hold any token that is no placeholder, such as the answer's.
+            before = after.new_full((most - len(answer),), answer[0] if name == "input_ids" else 0)
+            rows.append(torch.cat([before, row, after]))
+        longer[name] = torch.stack(rows)
+    return longer
+
+
+def key_of(identity: str, item: Item, budget: Budget | None) -> str:
+    """Hash of the model, picture, question and setting, on which a measurement depends."""
+    parts = (identity, item.picture, item.question, repr(budget))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _identity(model: Any, name: str, max_new_tokens: int) -> str:

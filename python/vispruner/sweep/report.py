@@ -23,7 +23,7 @@ class Changed:
     """A question whose answer changed under the smallest settings.
 
     Attributes:
-        drawing: the retained tokens (vispruner show).
+        drawing: the retained tokens (vispruner show), or the picture.
         setting: under which the answer is the pruned one.
     """
 
@@ -33,6 +33,8 @@ class Changed:
     after: Measurement
     drawing: Image.Image
 
+
+SURE = 0.9  # below this probability, more pictures are advised
 
 HEADINGS = (
     "setting",
@@ -46,13 +48,34 @@ HEADINGS = (
     "prefill",
     "TTFT",
 )
-LEGEND = (
-    "tokens: visual tokens, median. equal: answers equal to the unpruned model's, right: correct "
-    "answers, in %. loss: points, paired with the unpruned model, ± standard error clustered by "
-    "picture. log p and top-1: log-probability of the unpruned model's answer, and share of its "
-    "tokens (%) that stay the first choice, teacher-forced. prefill and TTFT (time to first "
-    "token): medians in ms."
-)
+
+
+def legend(summaries: Sequence[Summary]) -> str:
+    """What the columns are."""
+    whole = summaries[0]
+    text = (
+        "tokens: visual tokens, median. equal: answers equal to the unpruned model's, right: "
+        f"correct answers, in %. loss: points, of {whole.lost}, paired with the unpruned model, ± "
+        "standard error clustered by picture. log p and top-1: log-probability of the unpruned "
+        "model's answer, and share of its tokens (%) that stay the first choice, teacher-forced. "
+        "prefill and TTFT (time to first token): medians in ms."
+    )
+    if whole.cache_bytes is None:
+        text += " A server tells neither the bytes of its cache nor the time of the prefill"
+        text += (
+            "."
+            if whole.log_probability is not None
+            else ("; this one gave no log-probabilities of a prompt either (prompt_logprobs).")
+        )
+    return text
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def row(summary: Summary) -> list[str]:
@@ -60,31 +83,32 @@ def row(summary: Summary) -> list[str]:
     loss = ""
     if summary.budget is not None:
         loss = f"{summary.loss.mean:+.1f} ± {summary.loss.error:.1f}"
+    mebibytes = None if summary.cache_bytes is None else summary.cache_bytes / 2**20
     return [
         name_of(summary.budget),
         f"{summary.visual_tokens:g}",
-        f"{100 * summary.equal:.1f}",
-        "" if summary.right is None else f"{100 * summary.right:.1f}",
+        _share(summary.equal),
+        _share(summary.right),
         loss,
-        f"{summary.log_probability:.3f}",
-        f"{100 * summary.first_choices:.1f}",
-        f"{summary.cache_bytes / 2**20:.2f}",
-        f"{summary.prefill:.1f}",
-        f"{summary.first_token:.1f}",
+        _number(summary.log_probability, 3),
+        _share(summary.first_choices),
+        _number(mebibytes, 2),
+        _number(summary.prefill, 1),
+        _number(summary.first_token, 1),
     ]
 
 
 def advice(best: Summary | None, summaries: Sequence[Summary], tolerance: float) -> str:
     """The recommendation in one sentence."""
-    whole = summaries[0]
     if best is None:
         return f"No setting loses less than {tolerance:g} points: try a larger k."
-    sure = 100 * best.probability_below(tolerance)
-    return (
+    sure = best.probability_below(tolerance)
+    text = (
         f"{name_of(best.budget)} is the smallest setting that loses less than {tolerance:g} points "
-        f"({best.loss.mean:+.1f} ± {best.loss.error:.1f}); with {whole.pictures} pictures and "
-        f"{whole.questions} questions the probability of that is {sure:.0f} %."
+        f"({best.loss.mean:+.1f} ± {best.loss.error:.1f}); with {best.loss.pictures} pictures and "
+        f"{best.loss.questions} questions the probability of that is {100 * sure:.0f} %."
     )
+    return text if sure >= SURE else f"{text} More pictures would make it surer."
 
 
 def _plot(summaries: Sequence[Summary], tolerance: float) -> Any:
@@ -163,7 +187,7 @@ def _page(
         f"<style>{_STYLE}</style></head><body><h1>How many visual tokens to retain</h1>"
         f'<p class="advice">{text(advice(best, summaries, tolerance))}</p><p>{facts}</p>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{plot}"
-        f"<p>{text(LEGEND)}</p>"
+        f"<p>{text(legend(summaries))}</p>"
         + (f"<h2>Pictures that were skipped</h2><ul>{left_out}</ul>" if skipped else "")
         + (f"<h2>Answers that changed most</h2>{articles}" if changed else "")
         + "</body></html>"

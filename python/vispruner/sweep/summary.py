@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,22 @@ from typing import Any
 from ..selection import Budget
 from .data import Item
 from .measuring import Measurement
-
-#: Whether an answer is right: (answer, right answer) -> a score in [0, 1].
-Scorer = Callable[[str, str], float]
+from .scoring import Scorer, exact_match, score
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its standard error, clustered by picture: the questions about a picture are not
-    independent."""
+    independent.
+
+    Attributes:
+        questions, pictures: that it is of.
+    """
 
     mean: float
     error: float
+    questions: int
+    pictures: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class Summary:
         budget: the setting; None is the unpruned model.
         questions: that were measured; pictures: that they are about.
         equal: share of answers equal to the unpruned model's.
-        right: mean score of the answers, None without right answers.
-        loss: in points (of 100), paired: of the score where there are right answers, otherwise of
-            the first choices of the unpruned model's answer.
+        right: mean score of the answers to questions that have a right one, None without any.
+        loss: in points (of 100), paired.
+        lost: what the loss is of: "right answers"; without them "first choices" of the unpruned
+            model's answer; without log-probabilities either, "equal answers".
         log_probability: mean of the unpruned model's answers under this model.
         first_choices: share of their tokens that stay the first choice.
         visual_tokens, cache_bytes, prefill, first_token: medians; times in milliseconds.
+            Like the two before, None where a server does not tell them.
     """
 
     budget: Budget | None
@@ -48,11 +54,12 @@ class Summary:
     equal: float
     right: float | None
     loss: Estimate
-    log_probability: float
-    first_choices: float
+    lost: str
+    log_probability: float | None
+    first_choices: float | None
     visual_tokens: float
-    cache_bytes: float
-    prefill: float
+    cache_bytes: float | None
+    prefill: float | None
     first_token: float
 
     def probability_below(self, tolerance: float) -> float:
@@ -61,24 +68,18 @@ class Summary:
         From a normal distribution. If no picture differs, its standard error says nothing: then
         from the share of pictures that lose, with a uniform prior (the rule of succession).
         """
-        if self.loss == Estimate(0.0, 0.0):
-            return 1 - (1 - min(tolerance, 100) / 100) ** (self.pictures + 1)
+        if self.loss.mean == self.loss.error == 0:
+            return 1 - (1 - min(tolerance, 100) / 100) ** (self.loss.pictures + 1)
         if self.loss.error == 0:
             return float(self.loss.mean < tolerance)
         return statistics.NormalDist(self.loss.mean, self.loss.error).cdf(tolerance)
 
     def data(self) -> dict[str, Any]:
-        setting = None if self.budget is None else setting_of(self.budget)
+        setting = None if self.budget is None else self.budget.arguments
         loss = vars(self.loss)
         if math.isinf(self.loss.error):  # JSON has no infinity
             loss = {**loss, "error": None}
         return {**vars(self), "budget": setting, "loss": loss}
-
-
-def setting_of(budget: Budget) -> dict[str, Any]:
-    """A setting as plain data."""
-    share = {"k": budget.k} if budget.k is not None else {"ratio": budget.ratio}
-    return {**share, **budget.parameters}
 
 
 def name_of(budget: Budget | None) -> str:
@@ -92,14 +93,9 @@ def name_of(budget: Budget | None) -> str:
     return ", ".join([amount, *method, *changed])
 
 
-def exact_match(answer: str, right: str) -> float:
-    """1 if the answers are equal but for case, punctuation, articles and spaces."""
-
-    def normal(text: str) -> str:
-        words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-        return " ".join(word for word in words if word not in ("a", "an", "the"))
-
-    return float(normal(answer) == normal(right))
+def _known(average: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return average(known) if known else None
 
 
 def _clustered(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
@@ -110,9 +106,9 @@ def _clustered(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     groups = len(sums)
     if groups < 2:
-        return Estimate(mean, math.inf)  # one picture tells nothing about others
+        return Estimate(mean, math.inf, count, groups)  # one picture tells nothing about others
     variance = sum(s * s for s in sums.values()) / count**2 * groups / (groups - 1)
-    return Estimate(mean, math.sqrt(variance))
+    return Estimate(mean, math.sqrt(variance), count, groups)
 
 
 def summarize(
@@ -126,23 +122,36 @@ def summarize(
         items: the questions.
         measured: settings with a measurement of each item; the first is the unpruned model.
         scorer: of answers, where the items have right ones.
+
+    Raises:
+        ScorerError: the scorer cannot be used.
     """
     reference = measured[0][1]
     clusters = [item.picture for item in items]
-    judged = all(item.answer is not None for item in items)
+    answered = [i for i, item in enumerate(items) if item.answer is not None]
+
+    @functools.cache  # equal answers have equal scores, and a scorer may be slow
+    def judged(answer: str, right: str) -> float:
+        return score(scorer, answer, right)
 
     def scores(of: Sequence[Measurement]) -> list[float]:
-        pairs = zip(of, items, strict=True)
-        return [scorer(one.answer, str(item.answer)) for one, item in pairs]
+        return [judged(of[i].answer, str(items[i].answer)) for i in answered]
 
+    def kept(of: Sequence[Measurement]) -> list[float]:
+        if answered:
+            return scores(of)
+        if lost == "first choices":
+            return [one.first_choices or 0.0 for one in of]
+        return [float(one.answer == r.answer) for one, r in zip(of, reference, strict=True)]
+
+    known = all(one.first_choices is not None for _, found in measured for one in found)
+    lost = "right answers" if answered else "first choices" if known else "equal answers"
+    judged_of = [clusters[i] for i in answered] if answered else clusters
+    before = kept(reference)
     summaries = []
     for budget, found in measured:
-        if judged:
-            pairs = zip(scores(reference), scores(found), strict=True)
-            losses = [100 * (before - after) for before, after in pairs]
-        else:
-            pairs_ = zip(reference, found, strict=True)
-            losses = [100 * (a.first_choices - b.first_choices) for a, b in pairs_]
+        after = kept(found)
+        losses = [100 * (b - a) for b, a in zip(before, after, strict=True)]
         times = [one.milliseconds for one in found]
         equal = [one.answer == r.answer for one, r in zip(found, reference, strict=True)]
         summaries.append(
@@ -151,13 +160,14 @@ def summarize(
                 len(items),
                 len(set(clusters)),
                 sum(equal) / len(items),
-                sum(scores(found)) / len(items) if judged else None,
-                _clustered(losses, clusters),
-                statistics.fmean(one.log_probability for one in found),
-                statistics.fmean(one.first_choices for one in found),
+                statistics.fmean(after) if answered else None,
+                _clustered(losses, judged_of),
+                lost,
+                _known(statistics.fmean, [one.log_probability for one in found]),
+                _known(statistics.fmean, [one.first_choices for one in found]),
                 statistics.median(one.visual_tokens for one in found),
-                statistics.median(one.cache_bytes for one in found),
-                statistics.median(t["prefill"] for t in times),
+                _known(statistics.median, [one.cache_bytes for one in found]),
+                _known(statistics.median, [t.get("prefill") for t in times]),
                 statistics.median(t["first token"] for t in times),
             )
         )

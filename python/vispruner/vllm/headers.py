@@ -2,13 +2,14 @@
 
     vllm serve ... --middleware vispruner.vllm.headers.TokenHeaders
 
-The counts are known when the prompt is built, before the first token, so streamed answers have them
-as well.
+The headers also have the budget of the request, as JSON. All of this is known when the prompt is
+built, before the first token, so streamed answers have them as well.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
@@ -39,7 +40,8 @@ def _remembering(process: Callable[..., Awaitable[Any]]) -> Callable[..., Awaita
 
 
 class TokenHeaders:
-    """ASGI middleware: headers `vispruner-tokens-before` and `vispruner-tokens-kept`.
+    """ASGI middleware: headers `vispruner-tokens-before`, `vispruner-tokens-kept` and
+    `vispruner-budget`.
 
     Answers to requests without images or videos do not have them.
 
@@ -68,6 +70,9 @@ class TokenHeaders:
                     "kept": sum(pruned.kept for pruned in seen),
                 }
                 own = [(f"{KEY}-tokens-{n}".encode(), str(c).encode()) for n, c in counts.items()]
+                own.append(
+                    (f"{KEY}-budget".encode(), json.dumps(seen[0].budget.arguments).encode())
+                )
                 message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
