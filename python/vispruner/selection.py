@@ -129,7 +129,13 @@ class Budget:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `vispruner.apply` for this budget, as plain data."""
-        amount = {"ratio": float(self.ratio or 0)} if self.k is None else {"k": int(self.k)}
+        amount: dict[str, Any]
+        if self.ratio is not None:
+            amount = {"ratio": float(self.ratio)}
+        elif self.auto:
+            amount = {"k": self.k, "mass": self.mass, "max_k": self.max_k}
+        else:
+            amount = {"k": int(self.k or 0)}
         return {**amount, **self.parameters}
 
     def count(self, tokens: int, pictures: int = 1) -> int:

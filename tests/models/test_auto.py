@@ -190,3 +190,13 @@ def test_videos_with_equal_frames_refuse(tiny: Tiny) -> None:
         pytest.raises(ValueError, match="k='auto' cannot be used with videos in"),
     ):
         answer(model, tiny.inputs([[1, video(0), 10]]))
+
+
+def test_arguments_of_a_budget_make_an_equal_budget() -> None:
+    for budget in (
+        Budget("auto", mass=0.5, max_k=9),
+        Budget("auto"),
+        Budget(7, method="mmr", mmr_lambda=2),
+        Budget(ratio=0.25, step=4),
+    ):
+        assert Budget(**budget.arguments) == budget

@@ -21,7 +21,7 @@ from .common import (
     one_line,
     positive,
 )
-from .swept import SHARES, Model, local, served_model, settings_of
+from .sweep_model import SHARES, Model, local, served_model, settings_of
 
 if TYPE_CHECKING:
     from ..selection import Budget

@@ -1,4 +1,4 @@
-"""What `vispruner sweep` sweeps: a model, here or on a server, and its settings."""
+"""The model of `vispruner sweep`, here or on a server, and the settings to try."""
 
 from __future__ import annotations
 
