@@ -373,7 +373,7 @@ def test_pictures_that_the_server_cannot_take(
 
 
 def test_a_server_that_dies(fake: Fake, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The measurements so far stay, and the next run goes on."""
+    """The measurements so far stay, and the next run continues."""
     fake.dies = 3
     assert run(fake.url, data, "--k", "8") == 2
     assert capsys.readouterr().err.endswith("argument --server: HTTP 500: EngineDeadError\n")

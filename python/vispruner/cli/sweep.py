@@ -2,7 +2,7 @@
 
 Asks the unpruned model every question once, then each setting, and reports which is the smallest
 setting that loses less than the tolerance. Interrupt it at any time: the next run with the same
-directory goes on where this one was.
+directory continues where this one stopped.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `data` reads pictures and questions, `measuring` asks the unpruned model once and then each setting,
 `server` does so on a server, `records` stores every measurement at once so that an interrupted
-sweep goes on, `scoring` judges the stored answers, `summary` compares the settings, and `report`
+sweep continues, `scoring` judges the stored answers, `summary` compares the settings, and `report`
 writes the table, the page and the plots.
 """
 

@@ -106,7 +106,7 @@ class Subject:
         """Questions under a setting, answered in one batch.
 
         Times, visual tokens and bytes are those of a question alone, whatever the size of the
-        batch: in a batch of several, each question is timed in a call of its own.
+        batch: in a batch of several, each question is timed in a separate call.
 
         Args:
             budget: None is the unpruned model.

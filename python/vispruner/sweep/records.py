@@ -1,7 +1,7 @@
 """Measurements on disk: a line of JSON each, written before the next one begins.
 
 A process that is killed, or a disk that is full, loses at most the measurement at work. The next
-run goes on after the last whole line.
+run continues after the last whole line.
 """
 
 from __future__ import annotations
