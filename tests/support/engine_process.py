@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
@@ -79,6 +80,22 @@ def _record_choices(folder: Path) -> None:
     PrunedModel.choose = recorded  # type: ignore[method-assign]
 
 
+def _use_what_is_imported() -> None:
+    """Saves starts of Python, each of which would import vLLM again, in this process.
+
+    vLLM inspects a model's class in a new process, to leave CUDA alone, and on a CPU spawns the
+    workers of several ranks. Here the class is imported, and the ranks are forked: this process has
+    one thread. Servers, and engines in a process of their own, start theirs as in production.
+    """
+    from vllm.model_executor.models import registry
+    from vllm.utils import system_utils
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    system_utils._maybe_force_spawn = functools.partial(
+        os.environ.update, VLLM_WORKER_MULTIPROC_METHOD="fork"
+    )
+
+
 def _serve(
     connection: Connection,
     options: dict[str, Any],
@@ -92,6 +109,10 @@ def _serve(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    gc.freeze()  # vLLM collects garbage several times, among all that is imported,
+    gc.unfreeze = int  # type: ignore[assignment]  # also at the end
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        _use_what_is_imported()
     if version is not None:
         vllm.__version__ = version
     if record is not None:
@@ -149,6 +170,22 @@ def _variables(changes: Mapping[str, str]) -> Iterator[None]:
 RUNNER_V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
+#: What engines import, of vLLM alone: importing the plugin is a part of its tests.
+_IMPORTED = [
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    *(
+        f"vllm.model_executor.models.{module}"
+        for module in (
+            "llava", "llava_next", "llava_onevision", "interns1", "qwen2_vl", "qwen2_5_vl",
+            "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+        )
+    ),
+]  # fmt: skip
+
+
 @functools.cache
 def _server(runner: str) -> ForkServer:
     """Engines are forked from a process that has imported vLLM and done nothing else.
@@ -156,7 +193,7 @@ def _server(runner: str) -> ForkServer:
     There is one for each model runner: vLLM looks for Triton when it is imported.
     """
     server = ForkServer()
-    server.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.model_executor.models.llava"])
+    server.set_forkserver_preload(_IMPORTED)
     with _variables(RUNNER_V2 if runner == "V2" else {}):
         server.ensure_running()
     return server
