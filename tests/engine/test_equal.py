@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from support.engine_models import eagle
 from support.engine_process import Engine
 from support.engine_requests import (
     ALL,
@@ -141,11 +142,7 @@ def test_chunked_prefill_prefix_cache_and_preemption(
         ("llava_next", "V1", "weights"),
         ("llava_onevision", "V1", "weights"),
         ("internvl", "V1", "weights"),
-        *(
-            # Experts have the code of the dense models: once is enough in every run.
-            pytest.param(f, "V2", "weights", marks=[pytest.mark.slow] if "moe" in f else [])
-            for f in QWENS
-        ),
+        *((f, "V2", "weights") for f in QWENS),
         ("qwen25", "V1", "data"),
         ("qwen3", "V1", "data"),
     ],
@@ -218,6 +215,31 @@ def test_lora_and_speculative_decoding(
         adapter = transformers_of(family).save_adapter(tmp_path)
         adapted = check(drafting, 16, adapter=adapter)
         assert all(a != b[:16] for a, b in zip(adapted, plain, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+def test_drafts_of_a_model(
+    engine: Callable[..., Engine],
+    checkpoint: Callable[[str], Path],
+    transformers_of: Callable[[str], Transformers],
+    family: str,
+    tmp_path: Path,
+) -> None:
+    """The drafts of a random EAGLE model, few of which are accepted, do not change answers."""
+    drafting = engine(
+        family,
+        {"k": K},
+        speculative_config={
+            "method": "eagle", "model": str(eagle(tmp_path, checkpoint(family))),
+            "num_speculative_tokens": 2,
+        },
+        disable_log_stats=False,
+    )  # fmt: skip
+    requests = [ONE, TWO, NONE]
+    found = asked(drafting, family, requests)
+    expected = transformers_of(family)(requests, K)
+    assert [(len(a.prompt), a.tokens) for a in found] == expected
+    assert drafting.count("vllm:spec_decode_num_draft_tokens") > 0
 
 
 def last_positions(record: Path) -> torch.Tensor:
@@ -330,8 +352,12 @@ def test_many_images_at_once(
 def test_engine_in_a_separate_process(
     engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers]
 ) -> None:
-    """The positions are not set in the process that builds the prompt."""
-    apart = engine("qwen25", {"k": K}, limit_mm_per_prompt=limits("qwen25"), apart=True)
+    """As in a server, and with two ranks: no process has what another one has imported or set, such
+    as the positions, which are not set in the process that builds the prompt."""
+    apart = engine(
+        "qwen25", {"k": K}, limit_mm_per_prompt=limits("qwen25"), apart=True,
+        tensor_parallel_size=2,
+    )  # fmt: skip
     found = asked(apart, "qwen25", [ONE, TWO])
     expected = transformers_of("qwen25")([ONE, TWO], K)
     assert [(len(a.prompt), a.tokens) for a in found] == expected

@@ -197,6 +197,8 @@ def _without_scores(tokens: Tensor) -> tuple[Tensor, Tensor]:
 class _PrunedQwen(PrunedModel):
     """Shared by all generations."""
 
+    drafts = ("ngram",)
+    no_other_drafts = "the look-ahead of a draft model would shift the positions of retained tokens"
     config: Any
     visual: Any
 
@@ -228,7 +230,6 @@ class _PrunedQwen(PrunedModel):
     @classmethod
     def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
         multimodal = vllm_config.model_config.multimodal_config
-        speculative = vllm_config.speculative_config
         return {
             **super().refused_options(vllm_config),
             "--video-pruning-rate": (
@@ -238,10 +239,6 @@ class _PrunedQwen(PrunedModel):
             "--enable-prompt-embeds": (
                 vllm_config.model_config.enable_prompt_embeds,
                 "embeddings of a prompt have no positions of a picture's tokens",
-            ),
-            "speculative decoding other than ngram": (
-                speculative is not None and speculative.method != "ngram",
-                "the look-ahead of a draft model would shift the positions of retained tokens",
             ),
             "pipeline parallelism": (
                 vllm_config.parallel_config.pipeline_parallel_size > 1,
