@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 import openai
 import torch
-from support.engine_process import TESTS, environment
+from support.engine_process import TESTS, ForkedServer, environment
 from support.engine_server import Server, running
 from support.engine_traffic import chat, video_part
 
@@ -47,7 +47,7 @@ def llava(
     own = options(
         checkpoint("llava"), {"k": K, "max_k": MOST}, "--limit-mm-per-prompt", '{"image": 3}'
     )
-    with running(own, log, environment(), START) as server:
+    with running(own, log, environment(), START, ForkedServer) as server:
         yield server
 
 

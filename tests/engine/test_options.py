@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispruner.selection import Budget
 from vispruner.vllm import architectures, compatibility
@@ -227,6 +228,54 @@ def test_positions_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     assert write_places(ids, [embeddings, whole], written, 0, (9, 8)).equal(written)
     half = write_places(ids, [embeddings[:1]], positions, 0, (9, 8))
     assert write_places(ids, [embeddings[1:], whole], half, 2, (9, 8)).equal(written)
+
+
+class _NoWaitingCopies(TorchDispatchMode):
+    """Fails on a copy to another device that the host waits for.
+
+    Reading a number of the meta device, the other way to wait, is an error of torch itself.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            device = kwargs.get("device")
+            same = device is None or torch.device(device) == args[0].device
+            assert same or kwargs.get("non_blocking"), "the host waits for a copy"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("model", [PrunedQwen25VL, PrunedQwen3VL], ids=lambda m: m.__name__)
+def test_the_host_does_not_wait_for_the_encoder(model: Any) -> None:
+    """With the features on another device; vLLM's VLLM_GPU_SYNC_CHECK finds waits on GPUs."""
+    qwen, channels = object.__new__(model), 8
+    torch.nn.Module.__init__(qwen)
+
+    def encode(pixels: torch.Tensor, grids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = len(pixels) // 4
+        scores = torch.empty(tokens, device=pixels.device)
+        return pixels.new_empty(tokens, channels), qwen._in_raster_order(scores, grids)
+
+    def choose(features: Any, scores: torch.Tensor, lengths: Any, counts: list[int]) -> Any:
+        return None, torch.empty(sum(counts), dtype=torch.long, device=scores.device)
+
+    qwen._encode, qwen.choose, qwen.encoder_tokens = encode, choose, 1000
+    qwen.visual = SimpleNamespace(
+        spatial_merge_size=2, spatial_merge_unit=4,
+        get_window_index_thw=lambda t, h, w: (torch.arange(t * h * w // 4), None),
+    )  # fmt: skip
+    qwen.config = SimpleNamespace(
+        vision_config=SimpleNamespace(tokens_per_second=2),
+        get_text_config=lambda: SimpleNamespace(hidden_size=channels),
+    )
+    given = {
+        "video_grid_thw": torch.tensor([[2, 4, 4], [1, 6, 4]]),
+        "pixel_values_videos": torch.empty(2 * 16 + 24, 3, device="meta"),
+        "second_per_grid_ts": torch.tensor([2.5, 1.0]),
+    }
+    with _NoWaitingCopies():
+        embeddings = qwen._pruned("video", given, [3, 2])
+    assert [tuple(x.shape) for x in embeddings] == [(2 * 3, 8 + CHANNELS), (2, 8 + CHANNELS)]
 
 
 # ------------------------------------------------------------------------------------- the versions

@@ -21,6 +21,7 @@ from vispruner.models import UnsupportedModelError
 from vispruner.vllm import architectures
 from vispruner.vllm.internvl import PrunedInternVL
 from vispruner.vllm.llava import PrunedLlava
+from vispruner.vllm.llava_next import PrunedLlavaNext
 from vispruner.vllm.llava_onevision import PrunedLlavaOnevision
 from vispruner.vllm.qwen_vl import (
     PrunedQwen2VL,
@@ -97,6 +98,25 @@ def test_options_that_llava_cannot_be_pruned_with() -> None:
         PrunedLlava.check_engine(engine_config(cudagraph_mm_encoder=True))
 
 
+@pytest.mark.parametrize("method", ["eagle3", "mtp", "draft_model", "medusa", "suffix"])
+@pytest.mark.parametrize(
+    "model", [PrunedLlava, PrunedLlavaNext, PrunedLlavaOnevision], ids=lambda m: m.__name__
+)
+def test_drafts_that_llava_cannot_be_pruned_with(model: Any, method: str) -> None:
+    model.check_engine(engine_config(speculative_config=SimpleNamespace(method="eagle")))
+    message = "^vispruner: speculative decoding other than ngram and eagle cannot be .*[^\n]+$"
+    with pytest.raises(ValueError, match=message):
+        model.check_engine(engine_config(speculative_config=SimpleNamespace(method=method)))
+
+
+def test_internvl_has_no_draft_models() -> None:
+    for method in ("eagle", "eagle3", "mtp", "draft_model"):
+        with pytest.raises(ValueError, match=r"^vispruner: speculative [^\n]*: vLLM has none for"):
+            PrunedInternVL.check_engine(
+                engine_config(speculative_config=SimpleNamespace(method=method))
+            )
+
+
 def test_the_table_of_the_documentation() -> None:
     """Its rows are the architectures, and a cell is "refused" exactly if the model of its row
     refuses."""
@@ -108,7 +128,8 @@ def test_the_table_of_the_documentation() -> None:
     options = {
         "tensor parallel": {"tensor_parallel_size": 2},
         "pipeline parallel": {"pipeline_parallel_size": 2},
-        "speculative decoding": {"speculative_config": SimpleNamespace(method="ngram")},
+        "n-gram drafts": {"speculative_config": SimpleNamespace(method="ngram")},
+        "EAGLE drafts": {"speculative_config": SimpleNamespace(method="eagle")},
         "chunked prefill": {}, "prefix cache": {}, "LoRA": {"lora_config": SimpleNamespace(
             enable_tower_connector_lora=False)},
     }  # fmt: skip

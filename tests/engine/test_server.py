@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 import openai
 from support import engine_traffic
-from support.engine_process import environment
+from support.engine_process import ForkedServer, environment
 from support.engine_server import Server, running
 
 pytestmark = pytest.mark.engine
@@ -40,7 +40,7 @@ def server(
 ) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     trusting = [*options(checkpoint), "--trust-request-mm-kwargs"]
-    with running(trusting, log, environment(), START) as server:
+    with running(trusting, log, environment(), START, ForkedServer) as server:
         yield server
 
 
@@ -174,7 +174,7 @@ def test_clients_need_no_trust_for_k(
 ) -> None:
     """Without --trust-request-mm-kwargs, k is the only option that a client has."""
     log = tmp_path_factory.mktemp("closed") / "log"
-    with running(options(checkpoint), log, environment(), START) as closed:
+    with running(options(checkpoint), log, environment(), START, ForkedServer) as closed:
         create = closed.client().chat.completions.create
         with pytest.raises(openai.BadRequestError, match="trust-request-mm-kwargs"):
             create(**chat(1, k=4))

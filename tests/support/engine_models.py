@@ -374,6 +374,26 @@ def llava_onevision(folder: Path) -> Path:
     return folder
 
 
+def eagle(folder: Path, target: Path) -> Path:
+    """A draft model of the EAGLE kind for a LLaVA: its own layer, and the embeddings of the target.
+
+    Its first layer has no norm before the attention.
+    """
+    vocabulary = transformers.AutoConfig.from_pretrained(target).get_text_config().vocab_size
+    config = transformers.LlamaConfig(
+        **{**_text(vocabulary, head_dim=32), "num_hidden_layers": 1},
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = transformers.LlamaModel(config).layers.state_dict(prefix="layers.")
+        weights["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * 0.1
+    del weights["layers.0.input_layernorm.weight"]
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 BUILDERS = {
     "llava_onevision": llava_onevision,
     "internvl": internvl,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -58,13 +61,17 @@ class Answer:
     cached: int
 
 
-def _record_choices(folder: Path) -> None:
-    """Saves the arguments and the result of every selection by the model of this process."""
+def _record(folder: Path) -> None:
+    """Saves, for every call by the model of this process: of a selection the arguments and the
+    result, `choice*.pt`, and the positions (3, L) that a Qwen computes, `positions*.pt`."""
     import torch
 
     from vispruner.vllm.model import PrunedModel
+    from vispruner.vllm.qwen_vl import _PrunedQwen
 
-    choose, number = PrunedModel.choose, itertools.count()
+    folder.mkdir(exist_ok=True)
+    choose, recompute = PrunedModel.choose, _PrunedQwen.recompute_mrope_positions
+    number = itertools.count()
 
     @functools.wraps(choose)
     def recorded(self: Any, features: Any, scores: Any, lengths: Any, counts: Any) -> Any:
@@ -73,10 +80,36 @@ def _record_choices(folder: Path) -> None:
             "features": features, "scores": scores, "rows": rows, "lengths": list(lengths),
             "counts": list(counts),
         }  # fmt: skip
-        torch.save(choice, folder / f"{next(number):04}.pt")
+        torch.save(choice, folder / f"choice{next(number):04}.pt")
         return kept, rows
 
+    @functools.wraps(recompute)
+    def positioned(self: Any, *args: Any, **named: Any) -> Any:
+        result = recompute(self, *args, **named)
+        torch.save(result[1], folder / f"positions{next(number):04}.pt")
+        return result
+
     PrunedModel.choose = recorded  # type: ignore[method-assign]
+    _PrunedQwen.recompute_mrope_positions = positioned  # type: ignore[method-assign]
+
+
+def _use_what_is_imported() -> None:
+    """Saves starts of Python, each of which would import vLLM again, in this process.
+
+    vLLM inspects a model's class in a new process, to leave CUDA alone, and on a CPU spawns the
+    workers of several ranks. Here the class is imported, and the ranks are forked: this process has
+    one thread. An engine in a process of its own, and servers that start as users start them, do
+    not call this.
+    """
+    from vllm.model_executor.models import registry
+    from vllm.utils import system_utils
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    gc.freeze()  # vLLM collects garbage several times, among all that is imported,
+    gc.unfreeze = int  # type: ignore[assignment]  # also at the end
+    system_utils._maybe_force_spawn = functools.partial(
+        os.environ.update, VLLM_WORKER_MULTIPROC_METHOD="fork"
+    )
 
 
 def _serve(
@@ -92,10 +125,12 @@ def _serve(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        _use_what_is_imported()
     if version is not None:
         vllm.__version__ = version
     if record is not None:
-        _record_choices(record)
+        _record(record)
 
     try:
         engine = LLM(**options)
@@ -149,6 +184,23 @@ def _variables(changes: Mapping[str, str]) -> Iterator[None]:
 RUNNER_V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
+#: What engines import, of vLLM alone: importing the plugin is a part of its tests.
+_IMPORTED = [
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    *(
+        f"vllm.model_executor.models.{module}"
+        for module in (
+            "llava", "llava_next", "llava_onevision", "interns1", "qwen2_vl", "qwen2_5_vl",
+            "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+        )
+    ),
+]  # fmt: skip
+
+
 @functools.cache
 def _server(runner: str) -> ForkServer:
     """Engines are forked from a process that has imported vLLM and done nothing else.
@@ -156,7 +208,7 @@ def _server(runner: str) -> ForkServer:
     There is one for each model runner: vLLM looks for Triton when it is imported.
     """
     server = ForkServer()
-    server.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.model_executor.models.llava"])
+    server.set_forkserver_preload(_IMPORTED)
     with _variables(RUNNER_V2 if runner == "V2" else {}):
         server.ensure_running()
     return server
@@ -175,6 +227,40 @@ def _start(runner: str, target: Callable[..., None], *args: Any) -> Any:
     return process
 
 
+def _run_server(options: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    with log.open("wb") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    _use_what_is_imported()
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    sys.argv = ["api_server", *options]
+    main()
+
+
+class ForkedServer:
+    """The process of a server that begins with vLLM imported, for `engine_server.running`.
+
+    Its engine is forked from it, so what a process must do itself, such as loading the plugin, is
+    tested with servers that start as users start them.
+    """
+
+    def __init__(self, options: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        self._process = _start("V1", _run_server, list(options), log, dict(environment))
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    def poll(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired("server", timeout or 0)
+
+
 class Engine:
     """An offline engine.
 
@@ -183,7 +269,7 @@ class Engine:
         pruning: its "vispruner" option, None for an engine that does not prune.
         plugin: whether the plugin is loaded at all.
         apart: whether the engine core runs in another process, as in a server.
-        record: directory for one file per selection of tokens, in order.
+        record: directory for the files of `_record`, numbered in order.
         version: reported as vLLM's.
         runner: "V1", or "V2": vLLM's default on GPUs, here with Triton's interpreter.
         options: further arguments of `vllm.LLM`.

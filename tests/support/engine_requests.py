@@ -20,6 +20,9 @@ SIZES = ((112, 112), (168, 224), (112, 280), (140, 84))  # height, width
 LARGE = 101  # the picture of this number is larger than the tiles of LLaVA-OneVision here
 WIDE = 100  # the picture of this number is a strip: 2 x 100 merged tokens of 28 pixels
 FRAMES = 4
+# 1.5 s per pair of frames, or 3 positions of Qwen2.5-VL. More than 3, and the text after a video
+# continues at other positions in vLLM than in transformers, pruned or not.
+FPS = 4 / 3
 SIDE = 112  # of a frame: 16 merged tokens where patches have 14 pixels
 
 
@@ -44,7 +47,7 @@ def clip_of_frames(number: int) -> Any:
         0, 255, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8
     )
     return frames, {
-        "fps": 2.0, "duration": FRAMES / 2, "total_num_frames": FRAMES,
+        "fps": FPS, "duration": FRAMES / FPS, "total_num_frames": FRAMES,
         "frames_indices": list(range(FRAMES)), "video_backend": "opencv",
         "do_sample_frames": False,
     }  # fmt: skip

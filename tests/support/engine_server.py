@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import openai
 
@@ -60,9 +61,29 @@ class Server:
             return False
 
 
+class Process(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> object: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+def new_process(options: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    """Starts a server as users do."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
+    with log.open("wb") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
 @contextlib.contextmanager
 def running(
-    options: Sequence[str], log: Path, environment: Mapping[str, str], patience: float
+    options: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    patience: float,
+    start: Callable[[Sequence[str], Path, Mapping[str, str]], Process] = new_process,
 ) -> Iterator[Server]:
     """Runs a server on a free port inside the block.
 
@@ -71,6 +92,7 @@ def running(
         log: file for its output.
         environment: of its process.
         patience: maximum seconds for its start.
+        start: starts its process, with these options, log and environment.
 
     Raises:
         RuntimeError: it did not start; the message includes the end of the log.
@@ -78,14 +100,7 @@ def running(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-        "--host", "127.0.0.1", "--port", str(port), *options,
-    ]  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
+    process = start(["--host", "127.0.0.1", "--port", str(port), *options], log, environment)
     server = Server(f"http://127.0.0.1:{port}")
     try:
         until = time.monotonic() + patience

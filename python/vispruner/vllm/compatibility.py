@@ -139,6 +139,7 @@ INTERNALS: dict[str, tuple[str, ...]] = {
         "rope_type",
     ),
     "vllm.utils.gpu_sync_debug:gpu_sync_allowed": (),
+    "vllm.utils.torch_utils:async_tensor_h2d": ("data", "device"),
 }
 
 

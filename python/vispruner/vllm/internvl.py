@@ -57,6 +57,8 @@ class PrunedInternVL(PrunedModel, InternS1ForConditionalGeneration):
     """`InternVLForConditionalGeneration` with k visual tokens per tile."""
 
     stock = InternS1ForConditionalGeneration
+    drafts = ("ngram",)
+    no_other_drafts = "vLLM has none for this model"
     config: Any
 
     @classmethod

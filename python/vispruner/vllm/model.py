@@ -78,12 +78,15 @@ class PrunedModel(Mixin):
 
     Attributes:
         stock: vLLM's own class, which is built if the engine does not prune.
+        drafts: methods of speculative decoding that can be used, and why no others can.
         pruning: the engine's options.
         encoder_tokens: visual tokens that the encoder may process at once.
         timing: of this worker.
     """
 
     stock: ClassVar[type[Any]]
+    drafts: ClassVar[tuple[str, ...]] = ("ngram", "eagle")
+    no_other_drafts: ClassVar[str] = "others are untested with pruning"
     pruning: Pruning
     encoder_tokens: int
     timing: Timing
@@ -128,8 +131,12 @@ class PrunedModel(Mixin):
     @classmethod
     def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
         """Options that cannot be used: name, whether it is set, reason."""
-        lora = vllm_config.lora_config
+        lora, speculative = vllm_config.lora_config, vllm_config.speculative_config
         return {
+            f"speculative decoding other than {' and '.join(cls.drafts)}": (
+                speculative is not None and speculative.method not in cls.drafts,
+                cls.no_other_drafts,
+            ),
             "--enable-tower-connector-lora": (
                 lora is not None and lora.enable_tower_connector_lora,
                 "it counts unpruned tokens",

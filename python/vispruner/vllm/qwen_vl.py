@@ -45,6 +45,7 @@ from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from .. import selection
 from ..models import UnsupportedModelError
@@ -196,6 +197,8 @@ def _without_scores(tokens: Tensor) -> tuple[Tensor, Tensor]:
 class _PrunedQwen(PrunedModel):
     """Shared by all generations."""
 
+    drafts = ("ngram",)
+    no_other_drafts = "the look-ahead of a draft model would shift the positions of retained tokens"
     config: Any
     visual: Any
 
@@ -227,7 +230,6 @@ class _PrunedQwen(PrunedModel):
     @classmethod
     def refused_options(cls, vllm_config: VllmConfig) -> dict[str, tuple[bool, str]]:
         multimodal = vllm_config.model_config.multimodal_config
-        speculative = vllm_config.speculative_config
         return {
             **super().refused_options(vllm_config),
             "--video-pruning-rate": (
@@ -237,10 +239,6 @@ class _PrunedQwen(PrunedModel):
             "--enable-prompt-embeds": (
                 vllm_config.model_config.enable_prompt_embeds,
                 "embeddings of a prompt have no positions of a picture's tokens",
-            ),
-            "speculative decoding other than ngram": (
-                speculative is not None and speculative.method != "ngram",
-                "the look-ahead of a draft model would shift the positions of retained tokens",
             ),
             "pipeline parallelism": (
                 vllm_config.parallel_config.pipeline_parallel_size > 1,
@@ -297,7 +295,8 @@ class _PrunedQwen(PrunedModel):
             for own, start, (_, height, width), time in kept:
                 where = own - start
                 frame, cell = where // (height * width), where % (height * width)
-                place = [time.to(frame.device)[frame], cell // width, cell % width]
+                offsets = async_tensor_h2d(time, device=frame.device)  # the host does not wait
+                place = [offsets[frame], cell // width, cell % width]
                 embeddings.append(with_places(whole[own], torch.stack(place, 1)))
         return embeddings
 
@@ -452,7 +451,8 @@ class PrunedQwen25VL(_PrunedQwen, Qwen2_5_VLForConditionalGeneration):
         ):
             index, _ = self.visual.get_window_index_thw(t, h, w)
             orders.append(index + start // self.visual.spatial_merge_unit)
-        return torch.empty_like(scores).scatter_(0, torch.cat(orders).to(scores.device), scores)
+        order = async_tensor_h2d(torch.cat(orders), device=scores.device)
+        return torch.empty_like(scores).scatter_(0, order, scores)
 
 
 class _Experts(_PrunedQwen):
