@@ -99,6 +99,11 @@ def mixes_repeated_images() -> bool:
     return version() == (5, 18)
 
 
+def separates_pictures_of_idefics3() -> bool:
+    """Whether Idefics3 and SmolVLM take the features of pictures as a list: since 5.21."""
+    return version() >= (5, 21)
+
+
 def masks_images_behind_a_cache() -> bool:
     """Whether tokens of a new image after a cache attend to each other in Gemma 3.
 

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import releases
+from ..selection import Budget
 from . import costs
+from .base import UnsupportedModelError
 from .pooled import PooledFamily
 
 
@@ -22,6 +25,14 @@ class Idefics3(PooledFamily):
     model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
     towers: ClassVar[Mapping[str, str]] = {"image": "vision_model"}
     ragged = frozenset({"image"})
+
+    def __init__(self, model: Any, budget: Budget, **options: str) -> None:
+        super().__init__(model, budget, **options)
+        if budget.auto and not releases.separates_pictures_of_idefics3():
+            raise UnsupportedModelError(
+                f"k='auto' with {self.config.model_type} needs transformers 5.21 or newer: in this "
+                "release pictures must all have the same number of tokens"
+            )
 
     @property
     def language_model(self) -> Any:
