@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -654,3 +654,54 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path) -> None:
         lines = now
     assert subprocess.run(command, env=child(), capture_output=True).returncode == 0
     assert_equal_numbers(tmp_path / "killed", tmp_path / "whole")
+
+
+class _Datasets:
+    """In place of the package `datasets`."""
+
+    rows: ClassVar[list[dict[str, Any]]] = []
+    calls: ClassVar[list[Any]] = []
+
+    @classmethod
+    def load_dataset(cls, *names: str, split: str) -> list[dict[str, Any]]:
+        cls.calls.append((*names, split))
+        if split == "missing":
+            raise ValueError("Unknown split \"missing\".\nShould be one of ['test'].")
+        return cls.rows
+
+
+@pytest.fixture
+def datasets(monkeypatch: pytest.MonkeyPatch) -> type[_Datasets]:
+    monkeypatch.setitem(sys.modules, "datasets", _Datasets)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    _Datasets.calls.clear()
+    picture = Image.new("L", (8, 6), 7)
+    _Datasets.rows = [
+        {"image": picture, "question": "what?", "answer": 3},
+        {"image": picture, "question": "why?"},
+    ]
+    return _Datasets
+
+
+def test_a_dataset(datasets: type[_Datasets]) -> None:
+    first, second = sweep.read("a/b", None)
+    assert (first.name, first.question, first.answer) == ("a/b 0", "what?", "3")
+    assert second.answer is None
+    assert Image.open(io.BytesIO(cast("bytes", first.source))).size == (8, 6)
+    assert len(list(sweep.read("a/b:validation", None, limit=1))) == 1
+    assert len(list(sweep.read("a/b:large:validation", None))) == 2
+    assert datasets.calls == [
+        ("a/b", "test"), ("a/b", "validation"), ("a/b", "large", "validation")
+    ]  # fmt: skip
+
+
+def test_bad_datasets(datasets: type[_Datasets]) -> None:
+    for source, message in (
+        ("a/b:missing", 'cannot load the dataset a/b: Unknown split "missing". Should be one of'),
+        ("a:b:c:d", "expected NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT, got 'a:b:c:d'"),
+    ):
+        with pytest.raises(sweep.DataError, match=re.escape(message)):
+            list(sweep.read(source, None))
+    datasets.rows = [{"picture": None, "question": "what?"}]
+    with pytest.raises(sweep.DataError, match="got picture, question"):
+        list(sweep.read("a/b", None))

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="FILE_OR_DIRECTORY",
         help="JSON lines with image, question and perhaps answer; a directory of pictures; or a "
-        "Hugging Face dataset (default: drawn scenes)",
+        "Hugging Face dataset, NAME[[:CONFIGURATION]:SPLIT] (default: drawn scenes)",
     )
     add("--question", help="for pictures that come without one")
     add("--limit", type=positive, help="questions to ask (scenes: pictures, default 32)")

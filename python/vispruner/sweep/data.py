@@ -54,7 +54,8 @@ def read(source: str | None, question: str | None, limit: int | None = None) -> 
     Args:
         source: a JSON lines file whose objects have `image` (a path, relative to the file),
             `question` and perhaps `answer`; a directory of pictures; the name of a Hugging Face
-            dataset with these columns; None: drawn scenes (`vispruner.embedded.scenes`).
+            dataset with these columns, NAME[[:CONFIGURATION]:SPLIT] ("test" by default); None:
+            drawn scenes (`vispruner.embedded.scenes`).
         question: of pictures that come without one.
         limit: number of items to read, None for all; scenes have no end, so 32 of them then.
 
@@ -115,11 +116,15 @@ def _lines(path: Path, question: str | None) -> Iterator[Item]:
         yield Item(entry["image"], path.parent / entry["image"], asked, answer)
 
 
-def _dataset(name: str, question: str | None) -> Iterator[Item]:
+def _dataset(source: str, question: str | None) -> Iterator[Item]:
     import datasets  # type: ignore[import-not-found]
 
+    name, *parts = source.split(":")
+    if len(parts) > 2:
+        raise DataError(f"expected NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT, got {source!r}")
+    split = parts.pop() if parts else "test"
     try:
-        rows: Any = datasets.load_dataset(name, split="test")
+        rows: Any = datasets.load_dataset(name, *parts, split=split)
     except Exception as error:  # of the hub, of files, of formats
         raise DataError(
             f"cannot load the dataset {name}: {' '.join(str(error).split())}"
@@ -127,10 +132,14 @@ def _dataset(name: str, question: str | None) -> Iterator[Item]:
     for number, row in enumerate(rows):
         asked = row.get("question", question)
         if "image" not in row or not asked:
-            raise DataError(f'{name}: expected the columns "image" and "question"')
+            raise DataError(
+                f'{name}: expected the columns "image" and "question", got {", ".join(row)}'
+            )
         content = io.BytesIO()
         row["image"].convert("RGB").save(content, "PNG")
-        yield Item(f"{name} {number}", content.getvalue(), str(asked), row.get("answer"))
+        answer = row.get("answer")
+        right = None if answer is None else str(answer)
+        yield Item(f"{name} {number}", content.getvalue(), str(asked), right)
 
 
 def _scenes(count: int) -> Iterator[Item]:
