@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face dataset, NAME[[:CONFIGURATION]:SPLIT] (default: drawn scenes)",
     )
     add("--question", help="for pictures that come without one")
-    add("--limit", type=positive, help="questions to ask (scenes: pictures, default 32)")
+    add("--limit", type=positive, help="questions to ask (scenes: pictures, default 8)")
     settings = parser.add_argument_group("settings").add_mutually_exclusive_group()
     settings.add_argument("--k", type=_numbers(int), help="such as 32,64,128")
     settings.add_argument(

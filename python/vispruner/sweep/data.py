@@ -57,13 +57,13 @@ def read(source: str | None, question: str | None, limit: int | None = None) -> 
             dataset with these columns, NAME[[:CONFIGURATION]:SPLIT] ("test" by default); None:
             drawn scenes (`vispruner.embedded.scenes`).
         question: of pictures that come without one.
-        limit: number of items to read, None for all; scenes have no end, so 32 of them then.
+        limit: number of items to read, None for all; scenes have no end, so 8 of them then.
 
     Raises:
         DataError: nothing of the kind is there, or a line is wrong.
     """
     if source is None:
-        yield from _scenes(limit or 32)
+        yield from _scenes(limit or 8)
         return
     path = Path(source)
     if path.is_dir():
