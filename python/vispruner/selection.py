@@ -151,14 +151,8 @@ class Budget:
     ) -> list[int]:
         """Retained tokens of each of several packed pictures.
 
-        With k="auto", scores become integers, so that their sums are the same on every device:
-
-            importance_t = as for the methods (docs/numerics.md), in [0, 1]
-            weight_t     = rint(2^24 * importance_t)
-            k            = the fewest tokens, by descending weight, whose weights sum to at least
-                           mass * (sum of all weights), at least 1 and at most max_k
-
-        The product is one float64 multiplication. The host waits for the device once.
+        With k="auto" they depend on the scores (docs/numerics.md, "Number of tokens"), and the
+        host waits for the device once.
 
         Args:
             scores: (T,) float; lengths: tokens of each.

@@ -25,7 +25,7 @@ from .sweep_model import SHARES, Model, local, served_model, settings_of
 
 if TYPE_CHECKING:
     from ..selection import Budget
-    from ..sweep import Item, Measurement, Served, Subject, Summary
+    from ..sweep import Item, Measurement, Served, Summary, Swept
     from ..sweep.scoring import Scorer
 
 MOST_CHANGED = 8  # answers that the page shows
@@ -196,7 +196,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _measure(
     console: Any,
-    subject: Subject | Served,
+    subject: Swept,
     items: Sequence[Item],
     settings: Sequence[Budget | None],
     records: Any,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..selection import Budget
-    from ..sweep import Item, Served, Subject
+    from ..sweep import Item, Served, Swept
 
 SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)  # of the tokens, if neither --k nor --ratio is given
 
@@ -29,7 +29,7 @@ class Model:
         draw: the retained tokens of a picture under a setting, or the picture.
     """
 
-    subject: Subject | Served
+    subject: Swept
     about: dict[str, str]
     draw: Callable[[Item, Budget], Any]
 

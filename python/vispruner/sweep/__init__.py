@@ -8,7 +8,7 @@ writes the table, the page and the plots.
 
 from .client import ServerError
 from .data import DataError, Item, read
-from .measuring import Failed, Measurement, Subject
+from .measuring import Failed, Measurement, Subject, Swept
 from .records import Records
 from .scoring import ScorerError, load_scorer
 from .server import Served
@@ -25,6 +25,7 @@ __all__ = [
     "ServerError",
     "Subject",
     "Summary",
+    "Swept",
     "load_scorer",
     "read",
     "recommended",

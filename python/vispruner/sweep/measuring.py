@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,40 @@ class _Prompt:
     milliseconds: dict[str, float]
 
 
-class Subject:
-    """A model that is swept.
+class Swept(ABC):
+    """A model that is swept, here or on a server.
+
+    Attributes:
+        identity: hash of what its answers depend on.
+    """
+
+    identity: str
+
+    def key(self, item: Item, budget: Budget | None) -> str:
+        """Hash of the model, picture, question and setting, on which a measurement depends."""
+        parts = (self.identity, item.picture, item.question, repr(budget))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+    @abstractmethod
+    def measure(
+        self,
+        items: Sequence[Item],
+        budget: Budget | None,
+        references: Sequence[Measurement] | None = None,
+    ) -> list[Measurement | Failed]:
+        """Questions under a setting, answered at the same time.
+
+        Args:
+            budget: None is the unpruned model.
+            references: of the unpruned model, for a setting.
+        """
+
+
+class Subject(Swept):
+    """A model of transformers.
+
+    Times, visual tokens and bytes are those of a question alone, whatever the size of the batch: in
+    a batch of several, each question is timed in a separate call.
 
     Args:
         model, processor: of transformers, in eval mode.
@@ -93,25 +126,12 @@ class Subject:
         self._batch: tuple[Item, ...] = ()
         self._inputs: dict[tuple[Item, ...], Any] = {}  # of the batch, and of its items
 
-    def key(self, item: Item, budget: Budget | None) -> str:
-        """Hash of the model, picture, question and setting, on which a measurement depends."""
-        return key_of(self.identity, item, budget)
-
     def measure(
         self,
         items: Sequence[Item],
         budget: Budget | None,
         references: Sequence[Measurement] | None = None,
     ) -> list[Measurement | Failed]:
-        """Questions under a setting, answered in one batch.
-
-        Times, visual tokens and bytes are those of a question alone, whatever the size of the
-        batch: in a batch of several, each question is timed in a separate call.
-
-        Args:
-            budget: None is the unpruned model.
-            references: of the unpruned model, for a setting.
-        """
         try:
             return list(self._measure(items, budget, references))
         except (ValueError, TypeError, RuntimeError) as error:
@@ -239,12 +259,6 @@ def _extended(inputs: Any, answers: Sequence[list[int]]) -> dict[str, Any]:
             rows.append(torch.cat([before, row, after]))
         longer[name] = torch.stack(rows)
     return longer
-
-
-def key_of(identity: str, item: Item, budget: Budget | None) -> str:
-    """Hash of the model, picture, question and setting, on which a measurement depends."""
-    parts = (identity, item.picture, item.question, repr(budget))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _identity(model: Any, name: str, max_new_tokens: int) -> str:

@@ -21,7 +21,7 @@ import vispruner_cuda
 from ..selection import Budget
 from .client import Client, RefusedError, ServerError
 from .data import DataError, Item
-from .measuring import Failed, Measurement, key_of
+from .measuring import Failed, Measurement, Swept
 
 _TOO_MANY = 2**30  # more tokens than any engine allows
 _OF_THE_PICTURE = (400, 413, 422)  # status of requests that this picture or question spoils
@@ -48,7 +48,7 @@ class _Reply:
             ) from None
 
 
-class Served:
+class Served(Swept):
     """A model on a server, which prunes each request to its own k (or ratio).
 
     Args:
@@ -154,21 +154,13 @@ class Served:
             "vllm_xargs": {f"vispruner_{unit}": int(amount) if unit == "k" else float(amount)},
         }
 
-    def key(self, item: Item, budget: Budget | None) -> str:
-        """Hash of the model, picture, question and setting, on which a measurement depends."""
-        return key_of(self.identity, item, budget)
-
     def measure(
         self,
         items: Sequence[Item],
         budget: Budget | None,
         references: Sequence[Measurement] | None = None,
     ) -> list[Measurement | Failed]:
-        """Questions under a setting, as that many requests at the same time.
-
-        Args:
-            budget: None is the unpruned model.
-            references: of the unpruned model, for a setting.
+        """See Swept: each question is a request.
 
         Raises:
             ServerError: the server fails; questions that it refuses are Failed instead.
