@@ -89,8 +89,8 @@ BARRIERS = [
     Mutation(
         "dedup: the flags are cleared before all have read them",
         DEDUP,
-        "__syncthreads(); if (threadIdx.x == 0) *shared.missing",
-        "if (threadIdx.x == 0) *shared.missing",
+        "__syncthreads(); if (left && threadIdx.x == 0) *shared.missing = *shared.crowded = 0;",
+        "if (left && threadIdx.x == 0) *shared.missing = *shared.crowded = 0; __syncthreads();",
         "racecheck",
     ),
     Mutation(
@@ -103,15 +103,29 @@ BARRIERS = [
     Mutation(
         "dedup: a barrier that only some threads reach",
         DEDUP,
-        "if (__syncthreads_or(left)) {",
-        "if (left) {",
+        "__syncthreads_or(look_up<B>(shared, similarity, round, tokens)) != 0;",
+        "look_up<B>(shared, similarity, round, tokens);",
         "synccheck",
     ),
     Mutation(
         "dedup: words are ranked before all are in their buckets",
         DEDUP,
-        "scatter<B>(shared, state, round); __syncthreads();",
-        "scatter<B>(shared, state, round);",
+        "__syncthreads(); if (left && threadIdx.x == 0)",
+        "if (left && threadIdx.x == 0)",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: the keys of scanned tokens are read before they are complete",
+        DEDUP,
+        "scan_missing(shared, state, similarity, round); __syncthreads();",
+        "scan_missing(shared, state, similarity, round);",
+        "racecheck",
+    ),
+    Mutation(
+        "dedup: scanned tokens are not all in their buckets",
+        DEDUP,
+        "token, state.keys[p]); }); __syncthreads();",
+        "token, state.keys[p]); });",
         "racecheck",
     ),
     Mutation(
@@ -243,15 +257,15 @@ MEMORY = [
     Mutation(
         "dedup: counts are not cleared",
         DEDUP,
-        "w < B::kWords; w += blockDim.x) shared.counts[w] = 0; if (threadIdx.x == 0) {",
-        "w < 0; w += blockDim.x) shared.counts[w] = 0; if (threadIdx.x == 0) {",
+        "clear_counts<B>(shared); for (int byte",
+        "for (int byte",
         "initcheck",
     ),
     Mutation(
         "dedup: no words after the last one",
         DEDUP,
-        "if (threadIdx.x < kSentinels) state.sorted[0][round.a_count + threadIdx.x] =",
-        "if (threadIdx.x > 9999) state.sorted[0][0] =",
+        "if (threadIdx.x < kSentinels) state.words[round.a_count + threadIdx.x] =",
+        "if (threadIdx.x > 9999) state.words[0] =",
         "initcheck",
     ),
     Mutation(
@@ -411,8 +425,8 @@ DECISIONS = [
     Mutation(
         "dedup: counts stay for the next round",
         DEDUP,
-        "w = blockDim.x - 1 - threadIdx.x; w < B::kWords",
-        "w = blockDim.x - 1 - threadIdx.x; w < 0",
+        "clear_counts<B>(shared); if (!crowded)",
+        "if (!crowded)",
         RESULTS,
     ),
     Mutation(
@@ -428,15 +442,15 @@ DECISIONS = [
     Mutation(
         "dedup: buckets count among those before them",
         DEDUP,
-        "max(32 * (w + 1) - bits, 0)",
-        "max(32 * (w + 1) - bits - 8, 0)",
+        "byte % kGroup < byte / kGroup",
+        "byte % kGroup <= byte / kGroup",
         RESULTS,
     ),
     Mutation(
         "dedup: counts of a full bucket turn negative",
         DEDUP,
-        "base = __dp4a(counts.of[w], ones, base);",
-        "base += __dp4a(static_cast<int>(counts.of[w]), static_cast<int>(ones), 0);",
+        "base = __dp4a(counts.of[w], earlier.of[w], base);",
+        "base += __dp4a(static_cast<int>(counts.of[w]), static_cast<int>(earlier.of[w]), 0);",
         RESULTS,
     ),
     Mutation(

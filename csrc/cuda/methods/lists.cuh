@@ -20,21 +20,17 @@ constexpr int kSentinels = 4;       // words after the last one that are greater
 VP_HD int half_up(int n) { return (n + 1) / 2; }
 
 struct DedupLayout {  // byte offsets
-  int64_t sorted[2];  // uint64 (A + kSentinels) words by bucket; uint64 (A) for merging
-  int64_t keys;       // uint32 (A) ordered keys of the redundancies
-  int64_t places;     // uint16 (A) bucket and place in it
+  int64_t words;      // uint64 (A + kSentinels) words by bucket; before them, uint32 (A) keys
+  int64_t tokens;     // Token (A), unless each has a thread; for merging, uint64 (A)
   int64_t lists;      // uint32 (2, R) the list of this round and of the next
   int64_t bytes;
 };
 
-VP_HD DedupLayout dedup_layout(int residual) {
+VP_HD DedupLayout dedup_layout(int residual, bool one_each) {
   const int64_t a = half_up(residual);
   DedupLayout at{};
-  at.sorted[0] = 0;
-  at.sorted[1] = at.sorted[0] + round_up((a + kSentinels) * 8, 16);
-  at.keys = at.sorted[1] + round_up((a > kMostCounting ? a : 0) * 8, 16);
-  at.places = at.keys + round_up(a * 4, 16);
-  at.lists = at.places + round_up(a * 2, 16);
+  at.tokens = at.words + round_up((a + kSentinels) * 8, 16);
+  at.lists = at.tokens + (one_each ? round_up((a > kMostCounting ? a : 0) * 8, 16) : a * 16);
   at.bytes = at.lists + round_up(int64_t{residual} * 8, 16);
   return at;
 }
@@ -52,7 +48,7 @@ VP_HD ListsLayout lists_layout(int residual) {
   ListsLayout at{};
   at.keys = round_up(int64_t{residual} * kNeighbours * 2, kAlign);
   at.state = at.keys + round_up(int64_t{residual} * kNeighbours * 4, kAlign);
-  at.bytes = at.state + round_up(dedup_layout(residual).bytes, kAlign);
+  at.bytes = at.state + round_up(dedup_layout(residual, false).bytes, kAlign);
   return at;
 }
 

@@ -14,9 +14,12 @@
 // If a bucket is crowded because many redundancies agree to the last bits, A is ranked by counting
 // or merging.
 //
+// What a step knows of a token of A is in its thread's registers for the next step, if the block
+// has a thread for each of them, else in memory.
+//
 // The chain of dependent accesses to shared memory: the list entry, (ids, `where`) per group of
-// eight, the key, the bucket's count; the place, the counts before it; the words of the bucket, the
-// list entry. Bytes: 192 R of neighbour lists, once, if they fit into shared memory.
+// eight, the key, the bucket's count; the counts before it; the words of the bucket. Bytes: 192 R
+// of neighbour lists, once, if they fit into shared memory.
 #include <type_traits>
 
 #include "batch.cuh"
@@ -30,8 +33,9 @@
 namespace vispruner::cuda {
 namespace {
 
-constexpr int kMostFarThreads = 512;  // with its arrays in the workspace: 64-bit addresses
-constexpr int kGroup = 16;            // buckets per group of counts
+constexpr int kMostFarThreads = 512;   // with its arrays in the workspace: 64-bit addresses
+constexpr int kMostNearThreads = 640;  // with its lists in shared memory: one for each token of A
+constexpr int kGroup = 16;             // buckets per group of counts
 
 // The buckets of A's keys (BucketRule). A long A has more of them, so that few tokens share one.
 template <int kLog2_>
@@ -55,6 +59,7 @@ constexpr uint8_t kDropped = 0, kInA = 1, kInB = 2;
 struct Shared {
   uint32_t* counts;    // (kCount / 4) tokens per bucket, a byte each; zero outside of a round
   uint32_t* totals;    // (kGroups) tokens per group of buckets; the same
+  uint32_t* earlier;   // (kGroup, kGroup / 4) 1 in the byte of each bucket before this one
   uint32_t* extremes;  // (2, 2) highest and lowest key: of the last round and of this one
   uint32_t* missing;   // (1) tokens of A that have no neighbour in B
   uint32_t* crowded;   // (1) whether a bucket has too many tokens
@@ -62,26 +67,37 @@ struct Shared {
   uint32_t* keep;      // (N / 32) which tokens are selected
 };
 constexpr int kFlags = 8;  // words: extremes, missing, crowded and two more
+constexpr int kEarlier = kGroup * kGroup / 4;
 
 template <typename B>
 VP_HD int64_t keep_at(int residual) {
-  return B::kWords + kFlags + words(8 * residual);
+  return B::kWords + kEarlier + kFlags + words(8 * residual);
 }
 template <typename B>
 VP_HD int64_t fixed_bytes(int tokens, int residual) {
   return round_up((keep_at<B>(residual) + words(tokens)) * 4, 16);
 }
 
+// What is known of a token of A.
+struct alignas(16) Token {
+  uint32_t entry;  // of the list
+  uint32_t key;    // of its redundancy
+  uint32_t place;  // bucket and place in it, or kNoPlace
+  uint32_t span;   // place of its bucket's first word, number of words
+};
+constexpr uint32_t kNoPlace = ~0u;
+
 struct DedupState {  // the arrays of DedupLayout
-  uint64_t* sorted[2];
-  uint32_t* keys;
-  uint16_t* places;
+  uint64_t* words;   // of A by bucket
+  uint32_t* keys;    // of A, by position: of tokens that were scanned, or of all in a crowded round
+  Token* tokens;     // of A, by position
+  uint64_t* merged;  // words, once the tokens are not needed
   uint32_t* lists;
 };
 
-VP_HD int64_t list_bytes(int residual) {
-  return round_up(int64_t{residual} * kNeighbours * 2, 16) + int64_t{residual} * kNeighbours * 4;
-}
+constexpr int64_t list_bytes(int residual) { return int64_t{residual} * kNeighbours * 6; }
+static_assert(list_bytes(2 * kMostNearThreads) > 227 * 1024,
+              "more than any GPU has: a thread each");
 
 // Outputs of earlier stages that the rounds read.
 struct Similarity {
@@ -130,35 +146,116 @@ struct BucketRule {
   }
 };
 
-// The redundancy of the token at A position p is known. Returns whether its bucket is crowded.
+// Whether a warp has a token of A.
+__device__ __forceinline__ bool any_token(int a_count) {
+  return static_cast<int>(threadIdx.x & ~(kWarp - 1u)) < a_count;
+}
+
+// The tokens of A, each with the thread that works on it in every step. `make`, `change` and `read`
+// call step(position, token) for those of a thread. `change_in_warps` calls step(position, token,
+// inside) in all lanes of a warp that has a token.
+template <bool kOneEach>
+struct Tokens;
+
+template <>
+struct Tokens<true> {  // the block has a thread for each
+  Token own;
+
+  __device__ __forceinline__ explicit Tokens(Token*) : own() {}
+
+  template <typename Step>
+  __device__ __forceinline__ void make(int a_count, Step&& step) {
+    change(a_count, step);
+  }
+  template <typename Step>
+  __device__ __forceinline__ void change(int a_count, Step&& step) {
+    if (static_cast<int>(threadIdx.x) < a_count) step(static_cast<int>(threadIdx.x), own);
+  }
+  template <typename Step>
+  __device__ __forceinline__ void read(int a_count, Step&& step) const {
+    if (static_cast<int>(threadIdx.x) < a_count) step(static_cast<int>(threadIdx.x), own);
+  }
+  template <typename Step>
+  __device__ __forceinline__ void change_in_warps(int a_count, Step&& step) {
+    const auto p = static_cast<int>(threadIdx.x);
+    step(p, own, p < a_count);
+  }
+};
+
+template <>
+struct Tokens<false> {
+  Token* all;
+
+  __device__ __forceinline__ explicit Tokens(Token* tokens) : all(tokens) {}
+
+  template <typename Step>
+  __device__ __forceinline__ void make(int a_count, Step&& step) {
+    for (int p = threadIdx.x; p < a_count; p += blockDim.x) {
+      Token token{};
+      step(p, token);
+      all[p] = token;
+    }
+  }
+  template <typename Step>
+  __device__ __forceinline__ void change(int a_count, Step&& step) {
+    for (int p = threadIdx.x; p < a_count; p += blockDim.x) {
+      Token token = all[p];
+      step(p, token);
+      all[p] = token;
+    }
+  }
+  template <typename Step>
+  __device__ __forceinline__ void read(int a_count, Step&& step) const {
+    for (int p = threadIdx.x; p < a_count; p += blockDim.x) step(p, all[p]);
+  }
+  template <typename Step>
+  __device__ __forceinline__ void change_in_warps(int a_count, Step&& step) {
+    for (int p = threadIdx.x; p - static_cast<int>(threadIdx.x % kWarp) < a_count;
+         p += blockDim.x) {
+      const bool inside = p < a_count;
+      Token token{};
+      if (inside) token = all[p];
+      step(p, token, inside);
+      if (inside) all[p] = token;
+    }
+  }
+};
+
+// The redundancy of a token of A is known. Returns whether its bucket is crowded.
 template <typename B>
-__device__ __forceinline__ bool store_key(const Shared& shared, const DedupState& state,
-                                          const Round& round, const BucketRule<B>& bucket, int p,
-                                          uint32_t key) {
-  state.keys[p] = key;
+__device__ __forceinline__ bool store_key(const Shared& shared, const Round& round,
+                                          const BucketRule<B>& bucket, Token& token, uint32_t key) {
+  token.key = key;
+  token.place = 0;
   if (!round.buckets) return false;
-  const int b = bucket(key);
-  const int shift = 8 * (b % 4);
+  const auto b = static_cast<uint32_t>(bucket(key));
+  const uint32_t shift = 8 * (b % 4);
   const uint32_t place = atomicAdd(&shared.counts[b / 4], 1u << shift) >> shift & 0xffu;
   atomicAdd(&shared.totals[b / kGroup], 1u);
-  state.places[p] = static_cast<uint16_t>(b * B::kMost + place);
+  token.place = b * B::kMost + place;
   if (place < B::kMost) return false;
   atomicOr(shared.crowded, 1u);
   return true;
 }
 
+// The lowest byte that is not 0.
+__device__ __forceinline__ int first_byte(uint32_t word) {
+  return __clz(static_cast<int>(__brev(word))) / 8;
+}
+
 // Look up: the keys of A that the neighbour lists give; the other positions are written to `next`.
 // Returns whether the buckets are not ready after it.
-template <typename B>
-__device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& state,
-                                        const Similarity& similarity, const Round& round) {
+template <typename B, bool kOneEach>
+__device__ __forceinline__ bool look_up(const Shared& shared, const Similarity& similarity,
+                                        const Round& round, Tokens<kOneEach>& tokens) {
   struct alignas(16) Ids {
     uint32_t of[kProbes / 2];
   };
   constexpr uint32_t kFoundInB = kInB * 0x01010101u;
+  if (!any_token(round.a_count)) return false;
   const BucketRule<B> bucket(round.extremes);
   bool left = false;
-  for (int p = threadIdx.x; p < round.a_count; p += blockDim.x) {
+  tokens.make(round.a_count, [&](int p, Token& token) {
     const uint32_t entry = round.list[2 * p];
     const int row = list_slot(token_of(entry), 0);
     uint32_t groups = entry >> 16;
@@ -183,23 +280,22 @@ __device__ __forceinline__ bool look_up(const Shared& shared, const DedupState& 
       if (hits) break;
       if (!(near | far)) groups ^= 1u << group;
     }
-    round.list[2 * p] = static_cast<uint32_t>(token_of(entry)) | groups << 16;
+    token.entry = static_cast<uint32_t>(token_of(entry)) | groups << 16;
     if (hits) {
-      const uint32_t key = similarity.keys[at + __ffs(static_cast<int>(hits)) / 8];
-      left |= store_key(shared, state, round, bucket, p, key);
+      const uint32_t key = similarity.keys[at + first_byte(hits)];
+      left |= store_key(shared, round, bucket, token, key);
     } else {
       left = true;
+      token.place = kNoPlace;
       round.next[atomicAdd(shared.missing, 1u)] = static_cast<uint32_t>(p);
     }
-  }
+  });
   return left;
 }
 
 // The keys that look_up did not find, one warp per token.
-template <typename B>
 __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupState& state,
                                              const Similarity& similarity, const Round& round) {
-  const BucketRule<B> bucket(round.extremes);
   const int lane = threadIdx.x % kWarp;
   const auto missing = static_cast<int>(*shared.missing);
   for (int m = threadIdx.x / kWarp; m < missing; m += blockDim.x / kWarp) {
@@ -212,10 +308,7 @@ __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupSt
       best = max(best, ordered_key(row[token_of(round.list[b])]));
     }
     best = __reduce_max_sync(kAllLanes, best);
-    if (lane == 0) {
-      const float redundancy = key_float(best) * similarity.inv[token];
-      store_key(shared, state, round, bucket, p, ordered_key(redundancy));
-    }
+    if (lane == 0) state.keys[p] = ordered_key(key_float(best) * similarity.inv[token]);
   }
 }
 
@@ -223,23 +316,21 @@ __device__ __forceinline__ void scan_missing(const Shared& shared, const DedupSt
 __device__ __forceinline__ void put(const Shared& shared, const Round& round, int slot,
                                     uint32_t entry) {
   round.next[slot] = entry;
-  shared.where[token_of(entry)] = static_cast<uint8_t>(kInA + slot % 2);
+  shared.where[token_of(entry)] = static_cast<uint8_t>(kInA + (slot & 1));
 }
 
-// B follows the remaining tokens of A, in its old order.
-__device__ __forceinline__ void move_b(const Shared& shared, const Round& round) {
-  // From the last thread on: the first threads have more work in the rankings.
-  for (int b = blockDim.x - 1 - threadIdx.x; b < round.n / 2; b += blockDim.x) {
-    put(shared, round, round.a_count - round.r + b, round.list[2 * b + 1]);
+// The token of B after A position p follows the remaining tokens of A in the next list.
+__device__ __forceinline__ void move_b(const Shared& shared, const Round& round, int p) {
+  if (2 * p + 1 < round.n) {
+    put(shared, round, round.a_count - round.r + p, round.list[2 * p + 1]);
   }
 }
 
-// Drops the token at A position p, which has this key and rank, or writes it to the next list.
-__device__ __forceinline__ void place(const Shared& shared, const Round& round, int p, uint32_t key,
-                                      int rank) {
+// Drops the token of A that has this key and rank, or writes it to the next list.
+__device__ __forceinline__ void place(const Shared& shared, const Round& round, uint32_t entry,
+                                      uint32_t key, int rank) {
   if (rank == 0) round.next_extremes[0] = key;
   if (rank == round.a_count - 1) round.next_extremes[1] = key;
-  const uint32_t entry = round.list[2 * p];
   if (rank >= round.r) {
     put(shared, round, rank - round.r, entry);
   } else {
@@ -258,12 +349,11 @@ __device__ __forceinline__ uint64_t sort_word(uint32_t key, int p) {
 }
 
 // Scatter: orders the words of A by bucket, in any order within each.
-template <typename B>
+template <typename B, bool kOneEach>
 __device__ __forceinline__ void scatter(const Shared& shared, const DedupState& state,
-                                        const Round& round) {
-  constexpr uint32_t kOnes = 0x01010101u;
-  if (threadIdx.x < kSentinels) state.sorted[0][round.a_count + threadIdx.x] = ~uint64_t{0};
-  if (static_cast<int>(threadIdx.x & ~(kWarp - 1)) >= round.a_count) return;
+                                        const Round& round, Tokens<kOneEach>& tokens) {
+  if (threadIdx.x < kSentinels) state.words[round.a_count + threadIdx.x] = ~uint64_t{0};
+  if (!any_token(round.a_count)) return;
   // The number of tokens before each of the groups that this lane adds up.
   struct alignas(4 * B::kEach) Totals {
     uint32_t of[B::kEach];
@@ -279,60 +369,55 @@ __device__ __forceinline__ void scatter(const Shared& shared, const DedupState& 
     before.of[e] = sum;
     sum += own;
   }
-  // All lanes of a warp run every iteration, because all take part in the shuffle.
-  for (int p = threadIdx.x; p - static_cast<int>(threadIdx.x % kWarp) < round.a_count;
-       p += blockDim.x) {
-    const bool inside = p < round.a_count;
-    const uint32_t at = inside ? state.places[p] : 0u;
-    const int bucket = static_cast<int>(at / B::kMost), group = bucket / kGroup;
+  // In all lanes, because all take part in the shuffle.
+  tokens.change_in_warps(round.a_count, [&](int p, Token& token, bool inside) {
+    const uint32_t bucket = token.place / B::kMost, group = bucket / kGroup;
     uint32_t base = 0;
 #pragma unroll
-    for (int e = 0; e < B::kEach; ++e) {
-      const uint32_t of = __shfl_sync(kAllLanes, before.of[e], group / B::kEach);
+    for (uint32_t e = 0; e < B::kEach; ++e) {
+      const uint32_t of = __shfl_sync(kAllLanes, before.of[e], static_cast<int>(group / B::kEach));
       if (group % B::kEach == e) base = of;
     }
-    if (!inside) continue;
+    if (!inside) return;
     struct alignas(16) Counts {
       uint32_t of[kGroup / 4];
     };
     const Counts counts = *reinterpret_cast<const Counts*>(shared.counts + group * (kGroup / 4));
-    const int bits = bucket % kGroup * 8;  // before this bucket's own
+    const Counts earlier = reinterpret_cast<const Counts*>(shared.earlier)[bucket % kGroup];
 #pragma unroll
-    for (int w = 0; w < kGroup / 4; ++w) {
-      const uint32_t ones = __funnelshift_rc(kOnes, 0u, max(32 * (w + 1) - bits, 0));
-      base = __dp4a(counts.of[w], ones, base);
-    }
+    for (int w = 0; w < kGroup / 4; ++w) base = __dp4a(counts.of[w], earlier.of[w], base);
     const uint32_t count = reinterpret_cast<const uint8_t*>(shared.counts)[bucket];
-    state.sorted[0][base + at % B::kMost] = sort_word(state.keys[p], p);
-    state.keys[p] = base * 256 + count;  // at most 16384 tokens, 128 in a bucket
-  }
+    state.words[base + token.place % B::kMost] = sort_word(token.key, p);
+    token.span = base * 256 + count;  // at most 16384 tokens, 128 in a bucket
+    move_b(shared, round, p);
+  });
 }
 
 // Rank: each token counts the words of its bucket that are less than its own. Words of earlier
 // buckets are less and words of later buckets are not, so that whole vectors can be read.
-template <typename B>
+template <typename B, bool kOneEach>
 __device__ __forceinline__ void rank_in_buckets(const Shared& shared, const DedupState& state,
-                                                const Round& round) {
-  for (int p = threadIdx.x; p < round.a_count; p += blockDim.x) {
+                                                const Round& round,
+                                                const Tokens<kOneEach>& tokens) {
+  tokens.read(round.a_count, [&](int p, const Token& token) {
     struct alignas(16) Words {
       uint64_t of[2];
     };
-    const uint32_t span = state.keys[p];
-    const auto base = static_cast<int>(span / 256), end = base + static_cast<int>(span % 256);
-    const uint64_t word = state.sorted[0][base + state.places[p] % B::kMost];
+    const auto base = static_cast<int>(token.span / 256);
+    const int end = base + static_cast<int>(token.span % 256);
+    const uint64_t word = sort_word(token.key, p);
     int rank = base / kSentinels * kSentinels;
 #pragma unroll 1
     for (int i = rank; i < end; i += kSentinels) {
 #pragma unroll
       for (int pair = 0; pair < kSentinels; pair += 2) {
-        const Words words = *reinterpret_cast<const Words*>(state.sorted[0] + i + pair);
+        const Words words = *reinterpret_cast<const Words*>(state.words + i + pair);
         rank += words.of[0] < word;
         rank += words.of[1] < word;
       }
     }
-    place(shared, round, p, ~static_cast<uint32_t>(word >> 32), rank);
-  }
-  for (int w = blockDim.x - 1 - threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
+    place(shared, round, token.entry, token.key, rank);
+  });
 }
 
 // Rank if a bucket is crowded: a group of lanes counts the keys ahead of a token's key.
@@ -353,7 +438,9 @@ __device__ __forceinline__ void sort_by_counting(const Shared& shared, const Ded
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       rank += __shfl_xor_sync(kAllLanes, rank, offset);
     }
-    if (p < round.a_count && lane == 0) place(shared, round, p, state.keys[p], rank);
+    if (p < round.a_count && lane == 0) {
+      place(shared, round, round.list[2 * p], state.keys[p], rank);
+    }
   }
 }
 
@@ -364,8 +451,8 @@ __device__ __forceinline__ void sort_by_merging(const Shared& shared, const Dedu
                                                 const Round& round) {
   const int a_count = round.a_count;
   const int lane = threadIdx.x % kWarp;
-  uint64_t* from = state.sorted[0];
-  uint64_t* to = state.sorted[1];
+  uint64_t* from = state.merged;  // not `words`, which hold the keys
+  uint64_t* to = state.words;
   for (int base = threadIdx.x / kWarp * kWarp; base < a_count; base += blockDim.x) {
     const int p = base + lane;
     uint64_t word = p < a_count ? sort_word(state.keys[p], p) : ~uint64_t{0};
@@ -403,13 +490,20 @@ __device__ __forceinline__ void sort_by_merging(const Shared& shared, const Dedu
   }
   for (int rank = threadIdx.x; rank < a_count; rank += blockDim.x) {
     const uint64_t word = from[rank];
-    place(shared, round, static_cast<int>(static_cast<uint32_t>(word)),
+    place(shared, round, round.list[2 * static_cast<uint32_t>(word)],
           ~static_cast<uint32_t>(word >> 32), rank);
   }
 }
 
-// All rounds; returns the remaining list.
 template <typename B>
+__device__ __forceinline__ void clear_counts(const Shared& shared) {
+  for (int v = threadIdx.x; v < B::kWords / 4; v += blockDim.x) {
+    reinterpret_cast<uint4*>(shared.counts)[v] = uint4{};
+  }
+}
+
+// All rounds; returns the remaining list.
+template <typename B, bool kOneEach>
 __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, const DedupState& state,
                                                       const Similarity& similarity, int residual,
                                                       int diverse, int step, bool buckets) {
@@ -417,7 +511,10 @@ __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, cons
     state.lists[i] = static_cast<uint32_t>(i) | kAllGroups;
     shared.where[i] = static_cast<uint8_t>(kInA + i % 2);
   }
-  for (int w = threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
+  clear_counts<B>(shared);
+  for (int byte = threadIdx.x; byte < 4 * kEarlier; byte += blockDim.x) {
+    reinterpret_cast<uint8_t*>(shared.earlier)[byte] = byte % kGroup < byte / kGroup;
+  }
   if (threadIdx.x == 0) {
     *shared.missing = 0;
     *shared.crowded = 0;
@@ -425,6 +522,7 @@ __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, cons
     shared.extremes[1] = ordered_key(1.0f) - (1u << 26);  // about 0.004: most keys are above it
   }
   __syncthreads();
+  Tokens<kOneEach> tokens(state.tokens);
   Round round{};
   round.list = state.lists;
   round.next = state.lists + residual;
@@ -436,29 +534,38 @@ __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, cons
     round.a_count = static_cast<int>((static_cast<unsigned>(n) + 1) / 2);
     round.r = min(min(step, n - diverse), round.a_count);
 
-    const bool left = look_up<B>(shared, state, similarity, round);
+    const bool left = __syncthreads_or(look_up<B>(shared, similarity, round, tokens)) != 0;
     bool crowded = !buckets;
-    if (__syncthreads_or(left)) {
+    if (left) {
       if (*shared.missing) {
-        scan_missing<B>(shared, state, similarity, round);
+        scan_missing(shared, state, similarity, round);
+        __syncthreads();
+        const BucketRule<B> bucket(round.extremes);
+        tokens.change(round.a_count, [&](int p, Token& token) {
+          if (token.place == kNoPlace) store_key(shared, round, bucket, token, state.keys[p]);
+        });
         __syncthreads();
       }
       crowded |= *shared.crowded != 0;
-      __syncthreads();  // the flags have been read
-      if (threadIdx.x == 0) *shared.missing = *shared.crowded = 0;
     }
-    move_b(shared, round);
     if (!crowded) {
-      scatter<B>(shared, state, round);
-      __syncthreads();
-      rank_in_buckets<B>(shared, state, round);
+      scatter<B>(shared, state, round, tokens);
     } else {
-      for (int w = threadIdx.x; w < B::kWords; w += blockDim.x) shared.counts[w] = 0;
-      if (round.a_count <= kMostCounting) {
-        sort_by_counting(shared, state, round);
-      } else {
-        sort_by_merging(shared, state, round);
-      }
+      tokens.read(round.a_count, [&](int p, const Token& token) {
+        round.list[2 * p] = token.entry;
+        state.keys[p] = token.key;
+        move_b(shared, round, p);
+      });
+    }
+    __syncthreads();
+    if (left && threadIdx.x == 0) *shared.missing = *shared.crowded = 0;
+    clear_counts<B>(shared);
+    if (!crowded) {
+      rank_in_buckets<B>(shared, state, round, tokens);
+    } else if (round.a_count <= kMostCounting) {
+      sort_by_counting(shared, state, round);
+    } else {
+      sort_by_merging(shared, state, round);
     }
     __syncthreads();
     uint32_t* list = round.list;
@@ -472,7 +579,10 @@ __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, cons
 }
 
 template <bool kListsShared, bool kStateShared>
-__global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads, 1)
+__global__ void __launch_bounds__(kListsShared   ? kMostNearThreads
+                                  : kStateShared ? kMostThreads
+                                                 : kMostFarThreads,
+                                  1)
     dedup_kernel(Batch batch, int64_t channels, int step, bool buckets, int64_t* indices,
                  unsigned char* workspace) {
   begin_dependent(batch.more);
@@ -487,9 +597,10 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
   const ListsLayout lists_at = lists_layout(residual);
   using B = std::conditional_t<kListsShared, FewBuckets, ManyBuckets>;
   auto* shared_words = reinterpret_cast<uint32_t*>(memory);
-  uint32_t* flags = shared_words + B::kWords;
+  uint32_t* flags = shared_words + B::kWords + kEarlier;
   const Shared shared{shared_words,
                       shared_words + B::kCount / 4,
+                      shared_words + B::kWords,
                       flags,
                       flags + 4,
                       flags + 5,
@@ -503,12 +614,12 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
   for (int r = threadIdx.x; r < image.shape.important; r += blockDim.x) marks.set(r);
 
   if (residual > 0) {
-    const DedupLayout state_at = dedup_layout(residual);
+    const DedupLayout state_at = dedup_layout(residual, kListsShared);
     unsigned char* base = kStateShared ? memory + used : lists + lists_at.state;
-    const DedupState state{{reinterpret_cast<uint64_t*>(base + state_at.sorted[0]),
-                            reinterpret_cast<uint64_t*>(base + state_at.sorted[1])},
-                           reinterpret_cast<uint32_t*>(base + state_at.keys),
-                           reinterpret_cast<uint16_t*>(base + state_at.places),
+    const DedupState state{reinterpret_cast<uint64_t*>(base + state_at.words),
+                           reinterpret_cast<uint32_t*>(base + state_at.words),
+                           reinterpret_cast<Token*>(base + state_at.tokens),
+                           reinterpret_cast<uint64_t*>(base + state_at.tokens),
                            reinterpret_cast<uint32_t*>(base + state_at.lists)};
     if (kStateShared) used += state_at.bytes;
     Similarity similarity{reinterpret_cast<const uint16_t*>(lists + lists_at.ids),
@@ -530,8 +641,8 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
       copy_async_commit();
       copy_async_wait<0>();  // run_rounds begins with a barrier
     }
-    const uint32_t* survivors =
-        run_rounds<B>(shared, state, similarity, residual, image.shape.diverse, step, buckets);
+    const uint32_t* survivors = run_rounds<B, kListsShared>(shared, state, similarity, residual,
+                                                            image.shape.diverse, step, buckets);
     for (int i = threadIdx.x; i < image.shape.diverse; i += blockDim.x) {
       marks.set(image.shape.important + token_of(survivors[i]));
     }
@@ -545,10 +656,10 @@ __global__ void __launch_bounds__(kStateShared ? kMostThreads : kMostFarThreads,
 }
 
 plan::DedupBytes shared_bytes(const WaveSize& size) {
-  const int64_t state = dedup_layout(size.residual).bytes;
   const int64_t far = fixed_bytes<ManyBuckets>(size.tokens, size.residual);
-  return {fixed_bytes<FewBuckets>(size.tokens, size.residual) + state + list_bytes(size.residual),
-          far + state, far};
+  return {fixed_bytes<FewBuckets>(size.tokens, size.residual) +
+              dedup_layout(size.residual, true).bytes + list_bytes(size.residual),
+          far + dedup_layout(size.residual, false).bytes, far};
 }
 
 // One lane per token of A in the first round, if there are that many.
@@ -573,7 +684,9 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
         static_cast<long long>(bytes), size.residual, limit);
   }
   const int threads =
-      threads_for(size.residual, plan == plan::Dedup::kWorkspace ? kMostFarThreads : kMostThreads);
+      threads_for(size.residual, plan == plan::Dedup::kListsShared   ? kMostNearThreads
+                                 : plan == plan::Dedup::kStateShared ? kMostThreads
+                                                                     : kMostFarThreads);
   auto* ws = static_cast<unsigned char*>(workspace);
   const auto run = [&](auto lists_shared, auto state_shared) {
     return launch_dependent<dedup_kernel<lists_shared(), state_shared()>>(
