@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,7 @@ pytest.importorskip("vllm")
 
 import torch
 from PIL import Image
-from support.engine_process import Engine, environment
-from support.engine_server import running
+from support.engine_process import Engine
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vispruner
@@ -58,24 +53,3 @@ def test_the_embedded_model_answers_as_in_transformers() -> None:
         assert said == truth, question
         assert answer.tokens[:length] == tokens[:length], question
         assert len(answer.prompt) < 196, question  # 32 visual tokens and the question
-
-
-def test_the_client_of_the_examples(tmp_path: Path) -> None:
-    client = Path(__file__).resolve().parents[2] / "examples" / "vllm_client.py"
-    options = [
-        "--served-model-name", "scenes", "--model", embedded.path(), "--max-model-len", "512",
-        "--enforce-eager", "--hf-overrides", json.dumps({"vispruner": {"k": 64}}),
-    ]  # fmt: skip
-    with running(options, tmp_path / "log", environment(), 300) as server:
-        done = subprocess.run(
-            [sys.executable, client, f"{server.url}/v1", "scenes"], capture_output=True, text=True
-        )
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"k=(.+?): .*; (\d+) tokens\)", done.stdout)
-    questions = len(found) // 3
-    assert [k for k, _ in found] == [
-        k for k in ("of the server", "32", "8") for _ in range(questions)
-    ]
-    prompt = [int(tokens) for _, tokens in found[::questions]]
-    assert prompt[0] - prompt[1] == 64 - 32
-    assert prompt[1] - prompt[2] == 32 - 8

@@ -1,10 +1,13 @@
-"""`vispruner sweep --server` with a real server of the embedded model."""
+"""A server of the embedded model: `vispruner sweep --server`, and the client of the examples."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich_argparse")
 
 from PIL import Image
-from support.engine_process import environment
+from support.engine_process import ForkedServer, environment
 from support.engine_server import Server, running
 from support.engine_traffic import image_part
 
@@ -28,20 +31,17 @@ pytestmark = pytest.mark.engine
 TOKENS, K = 196, 32
 
 
-def options(pruning: dict[str, Any], *more: str) -> list[str]:
-    return [
-        "--served-model-name", "scenes", "--model", embedded.path(), "--dtype", "float32",
-        "--max-model-len", "512", "--enforce-eager",
-        "--hf-overrides", json.dumps({"vispruner": pruning}), *more,
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pruning = {"k": 64, "max_k": TOKENS}
-    headers = ("--middleware", "vispruner.vllm.headers.TokenHeaders")
     log = tmp_path_factory.mktemp("server") / "log"
-    with running(options(pruning, *headers), log, environment(), 300) as server:
+    own = [
+        "--served-model-name", "scenes", "--model", embedded.path(), "--dtype", "float32",
+        "--max-model-len", "512", "--enforce-eager",
+        "--hf-overrides", json.dumps({"vispruner": pruning}),
+        "--middleware", "vispruner.vllm.headers.TokenHeaders",
+    ]  # fmt: skip
+    with running(own, log, environment(), 300, ForkedServer) as server:
         yield server
 
 
@@ -112,8 +112,17 @@ def test_the_servers_own_errors(
     assert "argument --ratio: this server takes --k" in capsys.readouterr().err
 
 
-def test_a_server_that_cannot_be_swept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a ratio, and without the headers."""
-    with running(options({"ratio": 0.5}), tmp_path / "log", environment(), 300) as server:
-        assert cli.main(["sweep", "--server", server.url, "-o", str(tmp_path)]) == 2
-    assert "--middleware vispruner.vllm.headers.TokenHeaders" in capsys.readouterr().err
+def test_the_client_of_the_examples(server: Server) -> None:
+    client = Path(__file__).resolve().parents[2] / "examples" / "vllm_client.py"
+    done = subprocess.run(
+        [sys.executable, client, f"{server.url}/v1", "scenes"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"k=(.+?): .*; (\d+) tokens\)", done.stdout)
+    questions = len(found) // 3
+    assert [k for k, _ in found] == [
+        k for k in ("of the server", "32", "8") for _ in range(questions)
+    ]
+    prompt = [int(tokens) for _, tokens in found[::questions]]
+    assert prompt[0] - prompt[1] == 64 - 32
+    assert prompt[1] - prompt[2] == 32 - 8
