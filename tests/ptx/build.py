@@ -248,16 +248,30 @@ def executor(out: Path, jobs: int = JOBS) -> list[Path]:
 
 
 def objects(
-    csrc: Path, out: Path, targets: Sequence[int] = (80, 90), jobs: int = JOBS
+    csrc: Path,
+    out: Path,
+    targets: Sequence[int] = (80, 90),
+    jobs: int = JOBS,
+    *,
+    targets_of_new: Sequence[int] = (),
 ) -> list[Path]:
-    """The objects of a csrc: kernels with their host code, and the binding of the operators."""
+    """The objects of a csrc: kernels with their host code, and the binding of the operators.
+
+    Args:
+        targets_of_new: targets of kernels that `out` does not have for `targets`.
+    """
     directory = out / "objects"
     directory.mkdir(parents=True, exist_ok=True)
     sources = sorted((csrc / "cuda").rglob("*.cu"))
     if not sources:
         raise BuildError(f"no kernels in {csrc}/cuda")
     includes = [csrc / "include", *_python_includes()]
-    tasks = [_kernel_task(source, csrc, directory, targets) for source in sources]
+    tasks = []
+    for source in sources:
+        task = _kernel_task(source, csrc, directory, targets)
+        if targets_of_new and not task.target.exists():
+            task = _kernel_task(source, csrc, directory, targets_of_new)
+        tasks.append(task)
     tasks.append(_cxx_task(OPERATORS, directory, includes, depends=[csrc / "include"]))
     for source in sorted(csrc.glob("*.cpp")):
         if source.name != TORCH_BINDING:

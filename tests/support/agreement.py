@@ -104,26 +104,38 @@ def _refuses_to_depend(kernels: Kernels) -> bool:
     return False
 
 
-def _probes(kernels: Kernels) -> Iterator[Callable[[], bool]]:
+def _probes(kernels: Kernels, device: Device, seed: int) -> Iterator[Callable[[], bool]]:
     """Cheap ones first."""
-    for device, seed in ((H100, 0), (A100, 5)):
-        kernels.reset()
-        kernels.device = device
-        kernels.options = {"seed": seed}
-        for problem in PROBLEMS:
-            yield lambda problem=problem: _prune(kernels, problem)
-        for problem in OF_METHODS:
-            yield lambda problem=problem: _prune(kernels, problem)
-        yield lambda: _dedup(kernels)
-        yield lambda: _widest(kernels)
-        for dtype in (torch.float16, torch.float32):
-            yield lambda dtype=dtype: _attention(kernels, dtype)
-        for gram in ("tiles_32", "tiles_64", "tiles_128"):
-            yield lambda gram=gram: _planned(kernels, gram=gram, rank="tokens_32", sort="buckets")
-        yield lambda: _planned(kernels, neighbours="block_4096", dedup="workspace")
+    kernels.reset()
+    kernels.device = device
+    kernels.options = {"seed": seed}
+    for problem in PROBLEMS:
+        yield lambda problem=problem: _prune(kernels, problem)
+    for problem in OF_METHODS:
+        yield lambda problem=problem: _prune(kernels, problem)
+    yield lambda: _dedup(kernels)
+    yield lambda: _widest(kernels)
+    for dtype in (torch.float16, torch.float32):
+        yield lambda dtype=dtype: _attention(kernels, dtype)
+    for gram in ("tiles_32", "tiles_64", "tiles_128"):
+        yield lambda gram=gram: _planned(kernels, gram=gram, rank="tokens_32", sort="buckets")
+    yield lambda: _planned(kernels, neighbours="block_4096", dedup="workspace")
+
+
+def _probes_of_sm_90(kernels: Kernels) -> Iterator[Callable[[], bool]]:
+    yield from _probes(kernels, H100, 0)
     kernels.reset()
     yield lambda: _planned(kernels, launch="dependent")
+
+
+def _probes_of_sm_80(kernels: Kernels) -> Iterator[Callable[[], bool]]:
+    yield from _probes(kernels, A100, 5)
+    kernels.reset()
     yield lambda: _refuses_to_depend(kernels)
+
+
+#: Probes by the target of the code that they run.
+PROBES = {90: _probes_of_sm_90, 80: _probes_of_sm_80}
 
 
 def _observed(probe: Callable[[], bool]) -> set[str]:
@@ -135,7 +147,8 @@ def _observed(probe: Callable[[], bool]) -> set[str]:
         return {RESULTS}
 
 
-def observations(kernels: Kernels) -> Iterator[str]:
-    """RESULTS or the name of a checker for each detected error; nothing for correct kernels."""
-    for probe in _probes(kernels):
+def observations(kernels: Kernels, target: int) -> Iterator[str]:
+    """RESULTS or the name of a checker for each error of the code for a target (80, 90) that is
+    detected; nothing for correct kernels."""
+    for probe in PROBES[target](kernels):
         yield from _observed(probe)
