@@ -134,6 +134,7 @@ BARRIERS = [
         "warp_sums[warp] = before + own; __syncthreads();",
         "warp_sums[warp] = before + own;",
         "racecheck",
+        kernels=("vispruner",),
     ),
     Mutation(
         "dedup: shuffles that only some lanes reach",
@@ -305,6 +306,7 @@ LAUNCHES = [
         "if (shared_bytes > 0 || launch != plan::Launch::kOrdered) {",
         "if (shared_bytes > 48 * 1024) {",
         "launch",
+        kernels=("vispruner",),
     ),
     Mutation(
         "launch: dependent launches of code that does not wait",
@@ -312,6 +314,7 @@ LAUNCHES = [
         "attributes.ptxVersion >= 90",
         "attributes.ptxVersion >= 80",
         "launch",
+        kernels=("rank", "gram", "neighbours", "vispruner", "gather"),
     ),
     Mutation(
         "gather: does not wait for the kernel before it",
@@ -379,6 +382,7 @@ DECISIONS = [
         "kQuantMax = 2047.0f",
         "kQuantMax = 2046.0f",
         RESULTS,
+        kernels=("rank",),
     ),
     Mutation(
         "quantization: another split into digits",
@@ -386,6 +390,7 @@ DECISIONS = [
         "kDigitBias = 2080",
         "kDigitBias = 2048",
         RESULTS,
+        kernels=("rank", "gram"),
     ),
     Mutation(
         "Gram: low digits count once too often",
@@ -393,6 +398,7 @@ DECISIONS = [
         "int64_t{63} * ll",
         "int64_t{64} * ll",
         RESULTS,
+        kernels=("gram",),
     ),
     Mutation(
         "Gram: columns of a fragment are swapped",
@@ -414,6 +420,7 @@ DECISIONS = [
         "int64_t{64} * ss",
         "int64_t{64} * static_cast<int>(ss)",
         RESULTS,
+        kernels=("gram",),
     ),
     Mutation(
         "neighbours: the greatest key of each lane is skipped",
@@ -546,6 +553,7 @@ METHODS = [
         "mix_bits(seed + 0x9e3779b9u * token)",
         "mix_bits(0x9e3779b9u * token)",
         RESULTS,
+        kernels=("rank",),
     ),
     Mutation(
         "importance: scores below 0 count",
@@ -553,6 +561,7 @@ METHODS = [
         "return score > 0.0f ?",
         "return score != 0.0f ?",
         RESULTS,
+        kernels=("mmr",),
     ),
     Mutation(
         "greedy: candidates are read before all are there",
@@ -560,6 +569,7 @@ METHODS = [
         "slots[threadIdx.x / kWarp] = of_warp; __syncthreads();",
         "slots[threadIdx.x / kWarp] = of_warp;",
         "racecheck",
+        kernels=("maxmin",),
     ),
     Mutation(
         "greedy: candidates of two picks in one array",
@@ -567,6 +577,7 @@ METHODS = [
         "best_of_block(best, slots[pick & 1])",
         "best_of_block(best, slots[1])",
         "racecheck",
+        kernels=("maxmin",),
     ),
     Mutation(
         "greedy: marks are set before all are cleared",
@@ -574,6 +585,7 @@ METHODS = [
         "marks.clear(image.shape.tokens); __syncthreads();",
         "marks.clear(image.shape.tokens);",
         "racecheck",
+        kernels=("maxmin",),
     ),
     Mutation(
         "greedy: ties between warps go to the higher token",
@@ -581,6 +593,7 @@ METHODS = [
         "return {key, __reduce_min_sync(kAllLanes, token)};",
         "return {key, __reduce_max_sync(kAllLanes, token == kMaxTokens ? 0 : token)};",
         RESULTS,
+        kernels=("maxmin",),
     ),
     Mutation(
         "greedy: ties of a thread go to the higher token",
@@ -588,6 +601,7 @@ METHODS = [
         "if (other_key > key)",
         "if (other_key >= key)",
         RESULTS,
+        kernels=("maxmin",),
     ),
     Mutation(
         "greedy: a token is picked again",
@@ -595,6 +609,7 @@ METHODS = [
         "if (token == best.token) rule.take(v);",
         "",
         RESULTS,
+        kernels=("maxmin",),
     ),
     Mutation("maxmin: a token is near to itself", MAXMIN, "if (j != row)", "if (j != -1)", RESULTS),
     Mutation(
@@ -624,6 +639,7 @@ METHODS = [
         "float_bits(scaled + 8388608.0f)",
         "float_bits(floorf(scaled) + 8388608.0f)",
         RESULTS,
+        kernels=("gram",),
     ),
     Mutation(
         "coverage: rows do not end with zeros",

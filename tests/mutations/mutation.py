@@ -24,6 +24,8 @@ class Mutation:
         new: its replacement.
         noticed_by: the checker that must report it ("racecheck", ...), or RESULTS. If the results
             stay equal, only the checker can detect it.
+        kernels: of a header: names of the sources that are compiled with the change, as many as it
+            takes to detect it. The others are compiled without it.
     """
 
     name: str
@@ -31,6 +33,16 @@ class Mutation:
     old: str
     new: str
     noticed_by: str
+    kernels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.file.endswith(".cu") == bool(self.kernels):
+            raise ValueError(f"{self.name}: kernels is for headers")
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Names of the sources that are compiled with the change."""
+        return self.kernels or (Path(self.file).stem,)
 
     def apply(self, csrc: Path) -> Path:
         """Changes the file in this copy of csrc and returns its path.

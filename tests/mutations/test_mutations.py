@@ -36,10 +36,11 @@ class Workshop:
         csrc = directory / "csrc"
         shutil.copytree(ROOT / "csrc", csrc)
         fault.apply(csrc)
-        # Unchanged objects come from the build of csrc itself.
-        out = compiled_kernels.build_directory()
-        objects = self._build.objects(csrc, out, TARGETS, jobs=1, targets_of_new=targets)
-        return Path(self._build.link([*objects, *self._build.executor(out)], directory))
+        build, out = self._build, compiled_kernels.build_directory()
+        kernels = build.kernels(ROOT / "csrc", out, TARGETS, jobs=1)  # built already
+        kernels |= build.kernels(csrc, out, targets, jobs=1, names=fault.compiled)
+        others = [*build.host_objects(csrc, out, jobs=1), *build.executor(out)]
+        return Path(build.link([*kernels.values(), *others], directory))
 
     def module(self, fault: Mutation, target: int) -> Path:
         """The module to run code for a target."""

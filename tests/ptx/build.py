@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,40 +247,42 @@ def executor(out: Path, jobs: int = JOBS) -> list[Path]:
     return _compile([_cxx_task(s, out / "executor", includes) for s in sources], jobs)
 
 
-def objects(
+def kernels(
     csrc: Path,
     out: Path,
     targets: Sequence[int] = (80, 90),
     jobs: int = JOBS,
-    *,
-    targets_of_new: Sequence[int] = (),
-) -> list[Path]:
-    """The objects of a csrc: kernels with their host code, and the binding of the operators.
+    names: Collection[str] | None = None,
+) -> dict[str, Path]:
+    """The objects of the kernels of a csrc with their host code, by the name of their source.
 
     Args:
-        targets_of_new: targets of kernels that `out` does not have for `targets`.
+        names: of the sources, without .cu; default all.
     """
-    directory = out / "objects"
-    directory.mkdir(parents=True, exist_ok=True)
     sources = sorted((csrc / "cuda").rglob("*.cu"))
     if not sources:
         raise BuildError(f"no kernels in {csrc}/cuda")
+    wanted = {s.stem: s for s in sources if names is None or s.stem in names}
+    if unknown := set(names or ()) - set(wanted):
+        raise BuildError(f"no {', '.join(sorted(unknown))} in {csrc}/cuda")
+    directory = out / "objects"
+    directory.mkdir(parents=True, exist_ok=True)
+    tasks = [_kernel_task(source, csrc, directory, targets) for source in wanted.values()]
+    return dict(zip(wanted, _compile(tasks, jobs), strict=True))
+
+
+def host_objects(csrc: Path, out: Path, jobs: int = JOBS) -> list[Path]:
+    """The objects of the rest of a csrc, and the binding of the operators."""
+    directory = out / "objects"
+    directory.mkdir(parents=True, exist_ok=True)
     includes = [csrc / "include", *_python_includes()]
-    tasks = []
-    for source in sources:
-        task = _kernel_task(source, csrc, directory, targets)
-        if targets_of_new and not task.target.exists():
-            task = _kernel_task(source, csrc, directory, targets_of_new)
-        tasks.append(task)
-    tasks.append(_cxx_task(OPERATORS, directory, includes, depends=[csrc / "include"]))
+    tasks = [_cxx_task(OPERATORS, directory, includes, depends=[csrc / "include"])]
     for source in sorted(csrc.glob("*.cpp")):
         if source.name != TORCH_BINDING:
             includes_of_csrc = [csrc / "include"]
             tasks.append(_cxx_task(source, directory, includes_of_csrc, depends=includes_of_csrc))
     tasks.append(_cxx_task(RUNTIME, directory, [find_nvcc().include]))
-    compiled = _compile(tasks, jobs)
-    _remove_old(directory)
-    return compiled
+    return _compile(tasks, jobs)
 
 
 def link(compiled: Iterable[Path], directory: Path, name: str = "vispruner_ptx") -> Path:
@@ -318,7 +320,12 @@ def build(
     """The module vispruner_ptx of a csrc, in `directory` (default: `out`). Objects are in `out`."""
     csrc, out = Path(csrc).resolve(), Path(out).resolve()
     with _locked(out):
-        compiled = [*objects(csrc, out, targets, jobs), *executor(out, jobs)]
+        compiled = [
+            *kernels(csrc, out, targets, jobs).values(),
+            *host_objects(csrc, out, jobs),
+            *executor(out, jobs),
+        ]
+        _remove_old(out / "objects")
         return link(compiled, Path(directory).resolve() if directory else out)
 
 

@@ -93,13 +93,20 @@ def test_compiler_of_the_package_index(no_compilers, monkeypatch):
     for name in ("gather.cu", "batch.cuh", "device.cuh", "launch.cuh"):
         shutil.copy(ROOT / "csrc" / "cuda" / name, csrc / "cuda")
     shutil.copy(ROOT / "csrc" / "plan.cpp", csrc)
-    compiled = build.objects(csrc, no_compilers / "out", (80, 90))
-    assert any(o.name.startswith("gather-") for o in compiled)
+    compiled = build.kernels(csrc, no_compilers / "out", (80, 90))
+    assert list(compiled) == ["gather"]
+    assert compiled["gather"].stat().st_size > 0
+    assert build.host_objects(csrc, no_compilers / "out")
 
 
 def test_no_kernels(tmp_path):
     with pytest.raises(build.BuildError, match="no kernels in"):
-        build.objects(tmp_path, tmp_path / "out")
+        build.kernels(tmp_path, tmp_path / "out")
+
+
+def test_unknown_kernels():
+    with pytest.raises(build.BuildError, match="no wrong in"):
+        build.kernels(ROOT / "csrc", Path("/nonexistent"), names=["wrong"])
 
 
 def test_objects_are_named_by_their_content(tmp_path):

@@ -18,7 +18,7 @@ PROBLEMS = [
     Problem(1, 200, 20, None, 17, features="few_values", attention="ties", dtype=torch.float16),
     Problem(1, 90, 31, 2, 9, features="constant", attention="constant", dtype=torch.bfloat16),
     Problem(1, 300, 640, 3, 30, dtype=torch.float16),
-    Problem(1, 500, 4, None, 298, 0.9),  # shared memory near 48 KiB
+    Problem(1, 680, 4, None, 496, 0.9),  # shared memory near 48 KiB
     Problem(1, 1100, 16, None, 40, 0.0, 300, features="clustered"),
     Problem(1, 1200, 3, None, 40, 0.0, 300, features="few_values", attention="ties"),
     Problem(1, 400, 16, None, 150, step=64, features="smooth", dtype=torch.float16),
