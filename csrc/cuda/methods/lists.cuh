@@ -20,8 +20,8 @@ constexpr int kSentinels = 4;       // words after the last one that are greater
 VP_HD int half_up(int n) { return (n + 1) / 2; }
 
 struct DedupLayout {  // byte offsets
-  int64_t words;      // uint64 (A + kSentinels) words by bucket; before them, uint32 (A) keys
-  int64_t tokens;     // Token (A), unless each has a thread; for merging, uint64 (A)
+  int64_t words;      // uint64 (A + kSentinels) words by bucket; uint32 (A) keys until these exist
+  int64_t tokens;     // Token (A), unless each has a thread; uint64 (A) words that are merged
   int64_t lists;      // uint32 (2, R) the list of this round and of the next
   int64_t bytes;
 };
