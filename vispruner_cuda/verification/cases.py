@@ -364,11 +364,11 @@ def _pairwise_cosine() -> Iterator[Case]:
         yield case(shape[1], shape[0], 4)
 
 
-# Residual tokens at which a kernel or a memory plan changes: shared memory near 48 KiB (183) and
-# near the maximum per block (440, 1055), rows of the neighbour lists (576, 1024, 4096), the loop's
-# lists in the workspace (2365 to 2376).
-_RESIDUALS = (182, 183, 184, 439, 440, 441, 543, 544, 545, 575, 576, 577, 1023, 1024, 1025, 1026)
-_LARGE_RESIDUALS = (1055, 1056, 2365, 2370, 2376, 2377, 4095, 4096, 4097)
+# Residual tokens at which a kernel or a memory plan changes: shared memory near 48 KiB (234, 2188)
+# and near the maximum per block (479 and 4564 with 99 KiB, 1096 with 227), rows of the neighbour
+# lists (576, 1024, 4096).
+_RESIDUALS = (233, 234, 235, 478, 479, 480, 543, 544, 545, 575, 576, 577, 1023, 1024, 1025, 1026)
+_LARGE_RESIDUALS = (1096, 1097, 2187, 2188, 2189, 4096, 4097, 4564, 4565)
 
 
 def _dedup() -> Iterator[Case]:
