@@ -29,7 +29,9 @@ def test_every_operator_and_dtype(of: list[Case]) -> None:
     assert covered == set(itertools.product(OPERATORS, DTYPES))
 
 
-@pytest.mark.parametrize("residual", [183, 440, 544, 576, 577, 1024, 1025, 1055, 2370, 4096, 4097])
+@pytest.mark.parametrize(
+    "residual", [234, 479, 544, 576, 577, 1024, 1025, 1096, 2188, 4096, 4097, 4564]
+)
 def test_sizes_at_which_kernels_change(residual: int) -> None:
     """Residual tokens of an image, alone and packed."""
     for operator in ("dedup", "prune", "prune_varlen"):
