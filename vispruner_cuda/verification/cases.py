@@ -420,9 +420,9 @@ def _prune() -> Iterator[Case]:
 
     for i, n in enumerate(_FEW):
         yield case(n, 1 + i % 3, _CHANNELS[i * 3 % len(_CHANNELS)], (None, 2, 5)[i % 3], 1 + n // 5)
-    for n, k in ((196, 26), (256, 146), (195, 26), (197, 26), (255, 146)):  # 183 residual tokens
+    for n in (680, 679, 681):  # 446 important and 234 residual tokens: near 48 KiB
         for dtype in DTYPES:
-            yield case(n, 1, 64, 2, k, dtype=dtype)
+            yield case(n, 1, 64, 2, 496, dtype=dtype, important_ratio=0.9)
     for dtype in DTYPES:  # LLaVA-1.5, LLaVA-NeXT and Qwen2-VL, with fewer channels
         yield case(576, 1, 1024, 16, 64, dtype=dtype, layout="contiguous")
         yield case(576, 5, 128, 16, 64, dtype=dtype, layout="cls_dropped")
@@ -492,9 +492,9 @@ def _prune_varlen() -> Iterator[Case]:
     for count in (47, 48, 49, 130):
         yield case([i * 7 % 40 for i in range(count)], 12, 2, 6)
         yield case([1 + i % 3 for i in range(count)], 5, None, [1 + i % 4 for i in range(count)])
-    for i, r in enumerate((183, 440, 544, 576, 577, 1024, 1025, 1055)):
+    for i, r in enumerate((234, 479, 544, 576, 577, 1024, 1025, 1096)):
         yield case((20, r + 13, 7, r // 2), 20 + i, None, 26, step=(8, 24)[i % 2])
-    for i, r in enumerate((2370, 4096, 4097)):
+    for i, r in enumerate((2188, 4096, 4097, 4564)):
         yield case((100, r + 13, 1), 8 + i, 2, 26, step=400)
     for ratio, step in itertools.product((0.0, 1.0), (1, 8, 1000)):
         yield case((90, 31, 120), 20, 2, (9, 40, 60), important_ratio=ratio, step=step)

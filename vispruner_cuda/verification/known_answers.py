@@ -23,7 +23,7 @@ from .expected import Exact, Expected, Near, expected
 PATH = Path(__file__).parents[1] / "known_answers.json"
 
 CASES = (
-    # 183 residual tokens: shared memory of the loop close to 48 KiB.
+    # An odd number of residual tokens.
     Case("dedup", (183,), 20, None, 20, step=16, features="clustered"),
     Case("prune", (196,), 64, 2, 26, dtype="float16", attention="ties"),
     Case("prune", (256,), 32, None, 146, dtype="bfloat16", features="smooth"),
