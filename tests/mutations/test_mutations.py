@@ -11,7 +11,7 @@ import pytest
 from mutations.faults import FAULTS
 from mutations.mutation import Mutation
 from support import compiled_kernels
-from support.agreement import RESULTS, observations
+from support.agreement import PROBES, RESULTS, observations
 from support.compiled_kernels import ROOT, TARGETS, Kernels
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def workshop(
     tmp_path_factory: pytest.TempPathFactory,
     compiled_session: Kernels,
 ) -> Iterator[Workshop]:
-    for target in (90, 80):
+    for target in PROBES:
         assert list(observations(compiled_session, target)) == []  # the kernels are correct
     wanted = [
         item.callspec.params["fault"]
@@ -71,7 +71,7 @@ def workshop(
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault_is_noticed(fault: Mutation, workshop: Workshop) -> None:
     noticed: set[str] = set()
-    for target in (90, 80):
+    for target in PROBES:
         kernels = Kernels(workshop.module(fault, target), counted=False)
         for observation in observations(kernels, target):
             noticed.add(observation)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from support.compiled_kernels import A100, ADA, BLACKWELL, H100, Device, Kernels
-from support.problems import DTYPES, Problem
+from support.problems import DTYPES, NEAR_48_KIB, Problem
 
 from vispruner_cuda import reference
 
@@ -23,19 +23,18 @@ def check(kernels: Kernels, problem: Problem) -> None:
     assert torch.equal(got.feats, want.feats)
 
 
+def plan_of_dedup(kernels: Kernels) -> str:
+    """Whether the lists, and the loop's arrays, are in shared memory."""
+    names = (launch["kernel"] for launch in kernels.launches)
+    (found,) = (match[1] for name in names if (match := re.fullmatch("dedup_kernel<(.*)>", name)))
+    return str(found)
+
+
 @on_every_device
 def test_newest_code_that_the_device_can_run(device: Device, compiled: Kernels) -> None:
     compiled.device = device
     check(compiled, Problem(1, 70, 9, 2, 20))
     assert {launch["ptx"] for launch in compiled.launches} == {80 if device.major < 9 else 90}
-
-
-# Images for which a block needs a little less than 48 KiB in addition to its 128 bytes of static
-# variables: with the neighbour lists in shared memory, and with the loop's arrays only.
-NEAR_48_KIB = [
-    Problem(1, 680, 4, None, 496, 0.9),  # 234 residual tokens
-    Problem(1, 2332, 2, None, 290, 0.5, 2332),  # 2187
-]
 
 
 @on_every_device
@@ -60,7 +59,7 @@ def test_cls_attention_near_48_kib(tokens: int, device: Device, compiled: Kernel
 
 
 @on_every_device
-@pytest.mark.parametrize("residual", [479, 480, 1096, 1097])
+@pytest.mark.parametrize("residual", [479, 480, 798, 799, 1096, 1097])
 def test_the_limits_of_the_plans(residual: int, device: Device, compiled: Kernels) -> None:
     """2 KiB of a block's shared memory are never requested."""
     compiled.device = device
@@ -68,16 +67,34 @@ def test_the_limits_of_the_plans(residual: int, device: Device, compiled: Kernel
     got = compiled.dedup(feats, residual - 40, step=20)
     assert torch.equal(got, reference.dedup(feats, residual - 40, step=20))
     assert all(x["shared_bytes"] <= device.shared_bytes - 2048 for x in compiled.launches)
+    most = {H100: 1096, A100: 798, ADA: 479, BLACKWELL: 479}[device]
+    assert plan_of_dedup(compiled) == ("true, true" if residual <= most else "false, true")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("device", "residual"), [(ADA, 4900), (A100, 4200)])
-def test_the_limits_of_long_images(device: Device, residual: int, compiled: Kernels) -> None:
+@pytest.mark.parametrize(
+    ("device", "residual", "plan"),
+    [(ADA, 4564, "false, true"), (ADA, 4565, "false, false"), (A100, 4200, "false, true")],
+)
+def test_the_limits_of_long_images(
+    device: Device, residual: int, plan: str, compiled: Kernels
+) -> None:
     compiled.device = device
     compiled.options = {"races": False}
     feats, _ = Problem(1, residual, 1, None, 1, features="few_values").tensors()
     got = compiled.dedup(feats, residual - 600, step=600)
     assert torch.equal(got, reference.dedup(feats, residual - 600, step=600))
+    assert plan_of_dedup(compiled) == plan
+
+
+@pytest.mark.parametrize("residual", [1280, 1281])
+def test_a_device_with_more_shared_memory_than_threads(residual: int, compiled: Kernels) -> None:
+    """Lists in shared memory need a thread for each token of A, of which a block has 640."""
+    compiled.device = Device(9, 0, 512 * 1024)
+    feats, _ = Problem(1, residual, 2, None, 1).tensors()
+    got = compiled.dedup(feats, residual - 40, step=20)
+    assert torch.equal(got, reference.dedup(feats, residual - 40, step=20))
+    assert plan_of_dedup(compiled) == ("true, true" if residual <= 1280 else "false, true")
 
 
 @on_every_device

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from support.compiled_kernels import A100, H100, Device, FindingsError, Kernels
-from support.problems import Problem, crowded, widest
+from support.problems import NEAR_48_KIB, Problem, crowded, widest
 from vispruner_cuda import methods, reference
 
 #: The results differ from the reference, or an operator raises.
@@ -18,7 +18,7 @@ PROBLEMS = [
     Problem(1, 200, 20, None, 17, features="few_values", attention="ties", dtype=torch.float16),
     Problem(1, 90, 31, 2, 9, features="constant", attention="constant", dtype=torch.bfloat16),
     Problem(1, 300, 640, 3, 30, dtype=torch.float16),
-    Problem(1, 680, 4, None, 496, 0.9),  # shared memory near 48 KiB
+    NEAR_48_KIB[0],
     Problem(1, 1100, 16, None, 40, 0.0, 300, features="clustered"),
     Problem(1, 1200, 3, None, 40, 0.0, 300, features="few_values", attention="ties"),
     Problem(1, 400, 16, None, 150, step=64, features="smooth", dtype=torch.float16),
@@ -134,7 +134,7 @@ def _probes_of_sm_80(kernels: Kernels) -> Iterator[Callable[[], bool]]:
     yield lambda: _refuses_to_depend(kernels)
 
 
-#: Probes by the target of the code that they run.
+#: Probes by the target of the code that they run. Most faults are detected by the first.
 PROBES = {90: _probes_of_sm_90, 80: _probes_of_sm_80}
 
 

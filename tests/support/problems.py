@@ -174,6 +174,14 @@ class Problem:
         return {"method": self.method, **dict.fromkeys(names, self.parameter)}
 
 
+#: Images for which a block of the loop needs a little less than 48 KiB plus its 128 bytes of
+#: static variables: with the neighbour lists in shared memory, and with the loop's arrays only.
+NEAR_48_KIB = [
+    Problem(1, 680, 4, None, 496, 0.9),  # 234 residual tokens
+    Problem(1, 2332, 2, None, 290, 0.5, 2332),  # 2187
+]
+
+
 # Sizes near those of the kernels' tiles, warps and vectors, in addition to any small number.
 _EDGES = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129)
 _CHANNEL_EDGES = (1, 2, 3, 4, 7, 8, 16, 31, 33, 63, 64, 65, 128, 130)

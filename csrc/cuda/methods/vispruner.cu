@@ -95,9 +95,7 @@ struct DedupState {  // the arrays of DedupLayout
   uint32_t* lists;
 };
 
-constexpr int64_t list_bytes(int residual) { return int64_t{residual} * kNeighbours * 6; }
-static_assert(list_bytes(2 * kMostNearThreads) > 227 * 1024,
-              "more than any GPU has: a thread each");
+VP_HD int64_t list_bytes(int residual) { return int64_t{residual} * kNeighbours * 6; }
 
 // Outputs of earlier stages that the rounds read.
 struct Similarity {
@@ -178,7 +176,7 @@ struct Tokens<true> {  // the block has a thread for each
   template <typename Step>
   __device__ __forceinline__ void change_in_warps(int a_count, Step&& step) {
     const auto p = static_cast<int>(threadIdx.x);
-    step(p, own, p < a_count);
+    step(p, own, p < a_count);  // the warp has one: any_token()
   }
 };
 
@@ -226,7 +224,7 @@ template <typename B>
 __device__ __forceinline__ bool store_key(const Shared& shared, const Round& round,
                                           const BucketRule<B>& bucket, Token& token, uint32_t key) {
   token.key = key;
-  token.place = 0;
+  token.place = 0;  // not kNoPlace
   if (!round.buckets) return false;
   const auto b = static_cast<uint32_t>(bucket(key));
   const uint32_t shift = 8 * (b % 4);
@@ -579,10 +577,12 @@ __device__ __forceinline__ const uint32_t* run_rounds(const Shared& shared, cons
 }
 
 template <bool kListsShared, bool kStateShared>
-__global__ void __launch_bounds__(kListsShared   ? kMostNearThreads
-                                  : kStateShared ? kMostThreads
-                                                 : kMostFarThreads,
-                                  1)
+constexpr int kMostThreadsOf = kListsShared   ? kMostNearThreads
+                               : kStateShared ? kMostThreads
+                                              : kMostFarThreads;
+
+template <bool kListsShared, bool kStateShared>
+__global__ void __launch_bounds__(kMostThreadsOf<kListsShared, kStateShared>, 1)
     dedup_kernel(Batch batch, int64_t channels, int step, bool buckets, int64_t* indices,
                  unsigned char* workspace) {
   begin_dependent(batch.more);
@@ -673,7 +673,12 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
   int limit = 0;
   if (const int error = shared_memory_limit(stream.device, &limit)) return error;
   const plan::Plans asked = plan::current();
-  const plan::DedupBytes needed = shared_bytes(size);
+  plan::DedupBytes needed = shared_bytes(size);
+  // With its lists in shared memory, A has a thread for each token. Today's GPUs hold no longer
+  // lists.
+  if (half_up(size.residual) > kMostNearThreads && needed.lists_shared <= limit) {
+    needed.lists_shared = int64_t{limit} + 1;
+  }
   const plan::Dedup plan = plan::choose(asked.dedup, needed, limit);
   const int64_t bytes = needed.of(plan);
   if (bytes > limit) {
@@ -683,12 +688,9 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
         "and this GPU has %d: use dedup=auto",
         static_cast<long long>(bytes), size.residual, limit);
   }
-  const int threads =
-      threads_for(size.residual, plan == plan::Dedup::kListsShared   ? kMostNearThreads
-                                 : plan == plan::Dedup::kStateShared ? kMostThreads
-                                                                     : kMostFarThreads);
   auto* ws = static_cast<unsigned char*>(workspace);
   const auto run = [&](auto lists_shared, auto state_shared) {
+    const int threads = threads_for(size.residual, kMostThreadsOf<lists_shared(), state_shared()>);
     return launch_dependent<dedup_kernel<lists_shared(), state_shared()>>(
         size.images, threads, static_cast<int>(bytes), stream, batch, channels, step,
         plan::ranks_by_buckets(asked.sort), indices, ws);
