@@ -36,7 +36,10 @@ OF_METHODS = (
     + [
         Problem(1, 70, 9, None, 30, features="signed", method="mmr"),
         Problem(1, 600, 3, None, 90, features="few_values", attention="constant", method="scope"),
-        Problem(1, 2060, 4, None, 6, features="smooth", method="scope"),  # lists in two parts
+        # Lists in two parts.
+        Problem(1, 2060, 8, None, 9, features="duplicates", attention="ties", method="scope"),
+        # The first pick covers all.
+        Problem(1, 40, 3, None, 5, features="constant", attention="constant", method="scope"),
         Problem(1, 90, 20, None, 11, method="random", parameter=3),
         Problem(1, 70, 5, None, 80, method="maxmin"),  # all tokens stay
         # Gains so close that the last digit of one coverage decides.

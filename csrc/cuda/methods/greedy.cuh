@@ -40,6 +40,20 @@ __device__ __forceinline__ Candidate best_of_block(const Candidate& own, Candida
   return best_of_warp(lane < static_cast<int>(blockDim.x) / kWarp ? slots[lane] : no_candidate());
 }
 
+// The best of all tokens, by an array of keys.
+__device__ __forceinline__ Candidate best_of(const uint32_t* keys, int tokens, Candidate* slots) {
+  Candidate best = no_candidate();
+#pragma unroll 4
+  for (int t = threadIdx.x; t < tokens; t += blockDim.x) best.raise(keys[t], t);
+  return best_of_block(best, slots);
+}
+
+// The highest score of an image (at least 0 and finite).
+__device__ __forceinline__ float highest_score(const uint32_t* scores, int tokens,
+                                               Candidate* slots) {
+  return positive_score(key_float(best_of(scores, tokens, slots).key));
+}
+
 // Token v of a thread.
 __device__ __forceinline__ int own_token(int v) {
   return static_cast<int>(threadIdx.x) + v * static_cast<int>(blockDim.x);
@@ -58,15 +72,6 @@ struct GreedyImage {
     return importance(positive_score(key_float(scores[token])), highest);
   }
 };
-
-// The highest score of the image (at least 0 and finite), for all threads.
-__device__ __forceinline__ float highest_score(const GreedyImage& image, Candidate* slots) {
-  Candidate most = no_candidate();
-  for (int token = threadIdx.x; token < image.tokens; token += blockDim.x) {
-    most.raise(image.scores[token], token);
-  }
-  return positive_score(key_float(best_of_block(most, slots).key));
-}
 
 __device__ __forceinline__ GreedyImage greedy_image(const Image& image, const WorkspaceLayout& at,
                                                     unsigned char* own) {

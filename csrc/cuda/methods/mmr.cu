@@ -19,7 +19,7 @@ struct Mmr {
       : lambda(lambda_),
         importances(image.own),
         nearest(image.own + round_up(int64_t{image.tokens} * 4, 256)) {
-    const float highest = highest_score(image, slots);
+    const float highest = highest_score(image.scores, image.tokens, slots);
 #pragma unroll kMostInRegisters
     for (int v = 0; v < kValues; ++v) {
       if (own_token(v) >= image.tokens) break;

@@ -5,12 +5,12 @@
 // of few tokens; each such change lowers the gains of all tokens by a part of one row of the
 // matrix, which is symmetric. Gains are integers, so that the order of the changes does not matter.
 //
-// The first pick covers something of every token, and the gains after it are sums over the whole
-// matrix: two kernels of many blocks compute them. Each further pick has three steps, with a
-// barrier after each: find the best token; list the changes; lower the gains, four tokens per
-// thread.
+// The first pick covers something of every token, and the second more of half of them: the gains
+// after them are sums over the whole matrix, by many blocks. Each further pick has three steps,
+// with a barrier after the first two: find the best token; list the changes; lower the gains. A
+// thread has four consecutive tokens, or several such vectors.
 //
-// Bytes: 8 N^2 read by many blocks; 4 N for each change, of which a token has about log(k).
+// Bytes: 12 N^2 read by many blocks; 4 N for each change, of which a token has about log(k).
 #include "methods/greedy.cuh"
 #include "methods/methods.cuh"
 
@@ -18,41 +18,50 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kVector = 4;  // tokens
-constexpr int kSlots = 4;   // tokens per thread that are checked for changes at a time
 // Changes whose rows are loaded at a time.
 template <int kVectors>
-constexpr int kTogetherOf = kVectors <= 2 ? 6 : 1;
+constexpr int kTogetherOf = kVectors == 1   ? 8
+                            : kVectors == 2 ? 4
+                                            : 1;
 
 struct alignas(16) Words {
   uint32_t of[kVector];
 };
+__device__ __forceinline__ Words load_words(const void* at, uint32_t bytes = 0) {
+  return *reinterpret_cast<const Words*>(static_cast<const char*>(at) + bytes);
+}
 
-struct ScopeLayout {  // byte offsets from WorkspaceLayout::method
-  int64_t weights;    // float (N) importance^alpha
-  int64_t wanted;     // uint32 (N) ordered keys of the first pick
-  int64_t gains;      // uint32 (N) after the first pick
-  int64_t covered;    // uint32 (N)
+constexpr int kFirstPicks = 2;  // by many blocks
+
+struct ScopeLayout {            // byte offsets from WorkspaceLayout::method
+  int64_t weights;              // float (N) importance^alpha
+  int64_t wanted[kFirstPicks];  // uint32 (N) ordered keys of a first pick
+  int64_t gains;                // uint32 (N) after the first picks
+  int64_t covered;              // uint32 (N) after the first picks
+  int64_t picked;               // int (kFirstPicks)
   int64_t bytes;
 };
 
 VP_HD ScopeLayout scope_layout(int tokens) {
   const int64_t each = round_up(int64_t{tokens} * 4, 256);
-  return {0, each, 2 * each, 3 * each, 4 * each};
+  return {0, {each, 2 * each}, 3 * each, 4 * each, 5 * each, 5 * each + 256};
 }
 
 struct ScopeImage {
   int tokens;
+  int picks;
   const uint32_t* scores;
   const uint32_t* matrix;  // (N, ld)
   int64_t ld;
   float* weights;
-  uint32_t* wanted;
+  uint32_t* wanted[kFirstPicks];
   uint32_t* gains;
   uint32_t* covered;
+  int* picked;
 
   __device__ __forceinline__ ScopeImage(const Image& image, int64_t channels,
                                         unsigned char* workspace)
-      : tokens(image.shape.residual()) {
+      : tokens(image.shape.residual()), picks(image.shape.diverse) {
     const WorkspaceLayout at = workspace_layout(image.shape.tokens, tokens, channels);
     const ScopeLayout own_at = scope_layout(tokens);
     unsigned char* own = workspace + image.workspace;
@@ -60,14 +69,19 @@ struct ScopeImage {
     matrix = reinterpret_cast<const uint32_t*>(own + at.matrix);
     ld = at.ld;
     weights = reinterpret_cast<float*>(own + at.method + own_at.weights);
-    wanted = reinterpret_cast<uint32_t*>(own + at.method + own_at.wanted);
+    for (int p = 0; p < kFirstPicks; ++p) {
+      wanted[p] = reinterpret_cast<uint32_t*>(own + at.method + own_at.wanted[p]);
+    }
     gains = reinterpret_cast<uint32_t*>(own + at.method + own_at.gains);
     covered = reinterpret_cast<uint32_t*>(own + at.method + own_at.covered);
+    picked = reinterpret_cast<int*>(own + at.method + own_at.picked);
   }
 
-  // An ordered_key: the value is not negative.
+  // An ordered_key. That of a token with weight kPicked is below those of all others, whose values
+  // are not negative.
+  static constexpr float kPicked = -1.0f;
   __device__ __forceinline__ static uint32_t key(uint32_t gain, float weight) {
-    return float_bits(__uint2float_rn(gain) * weight) | 0x80000000u;
+    return float_bits(__uint2float_rn(gain) * weight) ^ 0x80000000u;
   }
 };
 
@@ -77,48 +91,61 @@ constexpr int kRowThreads = 128, kRows = kRowThreads / kWarp;  // per block: one
 __global__ void __launch_bounds__(kRowThreads)
     scope_weights_kernel(Batch batch, int64_t channels, int quarters, unsigned char* workspace) {
   begin_dependent(batch.more);
+  __shared__ Candidate slots[kRows];
   const ScopeImage image(batch[blockIdx.y], channels, workspace);
+  const float highest = highest_score(image.scores, image.tokens, slots);
   const int row = blockIdx.x * kRows + static_cast<int>(threadIdx.x) / kWarp;
   if (row >= image.tokens) return;
   const uint32_t* covers = image.matrix + row * image.ld;
-  uint32_t gain = 0, highest = 0;
-#pragma unroll 4
-  for (int u = threadIdx.x % kWarp; u < image.tokens; u += kWarp) {
-    gain += covers[u];
-    highest = max(highest, image.scores[u]);
-  }
-  gain = __reduce_add_sync(kAllLanes, gain);
-  highest = __reduce_max_sync(kAllLanes, highest);
-  if (threadIdx.x % kWarp != 0) return;
-  const float share =
-      importance(positive_score(key_float(image.scores[row])), positive_score(key_float(highest)));
-  const float weight = power_of_quarters(share, quarters);
-  image.weights[row] = weight;
-  image.wanted[row] = ScopeImage::key(gain, weight);
-}
-
-// The coverage of the first pick, and the gains after it.
-__global__ void __launch_bounds__(kRowThreads)
-    scope_gains_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
-  begin_dependent(batch.more);
-  const ScopeImage image(batch[blockIdx.y], channels, workspace);
-  const int row = blockIdx.x * kRows + static_cast<int>(threadIdx.x) / kWarp;
-  if (row >= image.tokens) return;
-  Candidate best = no_candidate();
-#pragma unroll 4
-  for (int t = threadIdx.x % kWarp; t < image.tokens; t += kWarp) best.raise(image.wanted[t], t);
-  const int pick = best_of_warp(best).token;
-  const uint32_t* covers = image.matrix + row * image.ld;
-  const uint32_t* covered = image.matrix + pick * image.ld;
   uint32_t gain = 0;
 #pragma unroll 4
-  for (int u = threadIdx.x % kWarp; u < image.tokens; u += kWarp) {
-    gain += max(covers[u], covered[u]) - covered[u];
+  for (int u = kVector * (threadIdx.x % kWarp); u < image.ld; u += kVector * kWarp) {
+    const Words words = load_words(covers + u);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) gain += words.of[e];
   }
   gain = __reduce_add_sync(kAllLanes, gain);
   if (threadIdx.x % kWarp != 0) return;
-  image.gains[row] = gain;
-  image.covered[row] = covered[row];
+  const float share = importance(positive_score(key_float(image.scores[row])), highest);
+  const float weight = power_of_quarters(share, quarters);
+  image.weights[row] = weight;
+  image.wanted[0][row] = ScopeImage::key(gain, weight);
+}
+
+// A first pick, and the gains after it.
+template <int kPick>
+__global__ void __launch_bounds__(kRowThreads)
+    scope_first_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
+  begin_dependent(batch.more);
+  __shared__ Candidate slots[kRows];
+  const ScopeImage image(batch[blockIdx.y], channels, workspace);
+  if (kPick >= image.picks) return;
+  const int pick = best_of(image.wanted[kPick], image.tokens, slots).token;
+  if (blockIdx.x == 0 && threadIdx.x == 0) image.picked[kPick] = pick;
+  const int row = blockIdx.x * kRows + static_cast<int>(threadIdx.x) / kWarp;
+  if (row >= image.tokens) return;
+  const uint32_t* covers = image.matrix + row * image.ld;
+  const uint32_t* latest = image.matrix + pick * image.ld;
+  const uint32_t* earlier = kPick > 0 ? image.matrix + image.picked[0] * image.ld : latest;
+  uint32_t gain = 0;
+#pragma unroll 4
+  for (int u = kVector * (threadIdx.x % kWarp); u < image.ld; u += kVector * kWarp) {
+    const Words cover = load_words(covers + u), one = load_words(latest + u);
+    const Words other = kPick > 0 ? load_words(earlier + u) : one;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const uint32_t covered = max(one.of[e], other.of[e]);
+      gain += max(cover.of[e], covered) - covered;
+    }
+  }
+  gain = __reduce_add_sync(kAllLanes, gain);
+  if (threadIdx.x % kWarp != 0) return;
+  if (kPick + 1 < kFirstPicks) {
+    image.wanted[kPick + 1][row] = row == pick ? kTaken : ScopeImage::key(gain, image.weights[row]);
+  } else {
+    image.gains[row] = gain;
+    image.covered[row] = max(latest[row], earlier[row]);
+  }
 }
 
 // State of the list of changes. Two alternate.
@@ -170,103 +197,124 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
   if (tokens > 0) {
     const auto threads = static_cast<int>(blockDim.x);
     const auto row_bytes = static_cast<uint32_t>(scope.ld * 4);
+    int thread = threadIdx.x;
+    not_before(thread);  // or it would be read again for each use
+    const int lane = thread % kWarp;
+    const unsigned lanes_below = (1u << lane) - 1;
     auto* changes = reinterpret_cast<Change*>(memory + round_up(words(image.shape.tokens) * 4, 16));
     // Vector q of a thread: tokens first_of(q) to first_of(q) + 3.
-    const auto first_of = [&](int q) {
-      return kVector * (static_cast<int>(threadIdx.x) + q * threads);
-    };
+    const auto first_of = [&](int q) { return kVector * (thread + q * threads); };
     constexpr int kTogether = kTogetherOf<kVectors>;
     constexpr int kUnrolled = kVectors <= 2 ? kVectors : 1;
     OwnVectors<uint32_t, kVectors> gains(scope.gains);
     OwnVectors<float, kVectors> weights(scope.weights);
-    std::conditional_t<kVectors * kVector <= 32, uint32_t, uint64_t> left = 0;  // bits: not picked
-    using Bits = decltype(left);
-    Candidate best = no_candidate();
+    OwnVectors<uint32_t, kVectors> covered(scope.covered);
+    const auto take = [&](int picked) {
+      if (thread == 0) marks.set(picked);
 #pragma unroll kUnrolled
-    for (int q = 0; q < kVectors; ++q) {
+      for (int q = 0; q < kVectors; ++q) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          if (first_of(q) + e == picked) weights.at(q, e, picked) = ScopeImage::kPicked;
+        }
+      }
+    };
+#pragma unroll kUnrolled
+    for (int q = 0; q < (gains.kInRegisters ? kVectors : 0); ++q) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
         const int token = first_of(q) + e;
-        if (token >= tokens) continue;
-        left |= Bits{1} << (q * kVector + e);
-        gains.at(q, e, token) = scope.gains[token];
-        weights.at(q, e, token) = scope.weights[token];
-        best.raise(scope.wanted[token], token);
+        const bool exists = token < tokens;
+        weights.at(q, e, token) = exists ? scope.weights[token] : ScopeImage::kPicked;
+        gains.at(q, e, token) = exists && scope.picks > 1 ? scope.gains[token] : 0;
+        covered.at(q, e, token) = exists && scope.picks > 1 ? scope.covered[token] : 0;
       }
     }
-    for (int c = threadIdx.x; c < kSlots * threads + kTogether; c += threads) changes[c] = Change{};
-    best = best_of_block(best, slots[1]);
+    for (int p = 0; p < min(scope.picks, kFirstPicks); ++p) take(scope.picked[p]);
 
-    int turn = 0;
-    for (int pick = 0;; ++pick) {
-      if (threadIdx.x == 0) marks.set(best.token);
-      if (pick == image.shape.diverse - 1) break;
-#pragma unroll kUnrolled
-      for (int q = 0; q < kVectors; ++q) {
-        const int e = best.token - first_of(q);
-        if (e >= 0 && e < kVector) left &= ~(Bits{1} << (q * kVector + e));
+    // Lists the changes in vector q.
+    const auto list_changes = [&](int q, int picked, Listed* list) {
+      const int first = first_of(q);
+      uint32_t before[kVector], after[kVector], sum = 0;
+      unsigned changed[kVector];
+      int count = 0;
+      // Beyond the row of the matrix nothing changes, and beyond the tokens zeros cover nothing.
+      const Words covers =
+          first < scope.ld ? load_words(scope.matrix + first, picked * row_bytes) : Words{};
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const bool exists = covered.kInRegisters || first + e < tokens;
+        before[e] = exists ? covered.at(q, e, first + e) : 0;
+        after[e] = covers.of[e];
+        changed[e] = __ballot_sync(kAllLanes, after[e] > before[e]);
+        count += __popc(changed[e]);
+        sum += after[e] > before[e] ? before[e] : 0;
       }
-      const uint32_t* row = scope.matrix + best.token * scope.ld;
-      // The gains after the first pick are computed already.
-      for (int begin = pick == 0 ? tokens : 0; begin < tokens; begin += kSlots * threads, ++turn) {
+      if (count == 0) return;  // the whole warp
+      sum = __reduce_add_sync(kAllLanes, sum);
+      int slot = 0;
+      if (lane == 0) {
+        slot = atomicAdd(&list->count, count);
+        atomicAdd(&list->before, sum);
+      }
+      slot = __shfl_sync(kAllLanes, slot, 0);
 #pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-          const int token = begin + s * threads + static_cast<int>(threadIdx.x);
-          const int lane = threadIdx.x % kWarp;
-          if (token - lane >= tokens) break;  // the whole warp
-          uint32_t before = 0, after = 0;
-          if (token < tokens) {
-            before = scope.covered[token];
-            after = row[token];
-          }
-          const unsigned changed = __ballot_sync(kAllLanes, after > before);
-          if (!changed) continue;
-          const uint32_t sum = __reduce_add_sync(kAllLanes, after > before ? before : 0u);
-          int slot = 0;
-          if (lane == 0) {
-            slot = atomicAdd(&listed[turn & 1].count, __popc(changed));
-            atomicAdd(&listed[turn & 1].before, sum);
-          }
-          slot = __shfl_sync(kAllLanes, slot, 0) + __popc(changed & ((1u << lane) - 1));
-          if (after > before) {
-            scope.covered[token] = after;
-            changes[slot] = {static_cast<uint32_t>(token) * row_bytes, before, after, 0};
-          }
+      for (int e = 0; e < kVector; ++e) {
+        if (after[e] > before[e]) {
+          covered.at(q, e, first + e) = after[e];
+          changes[slot + __popc(changed[e] & lanes_below)] = {(first + e) * row_bytes, before[e],
+                                                              after[e], 0};
         }
-        __syncthreads();
-        const Listed now = listed[turn & 1];
-        if (threadIdx.x == 0) listed[(turn + 1) & 1] = {0, 0};
-#pragma unroll kUnrolled
-        for (int q = 0; q < kVectors; ++q) {
-          if (first_of(q) >= scope.ld) break;
-          // The amount to subtract from the gains, plus the sum of `before`. Entries that change
-          // nothing pad the list after the last change.
-          const auto* columns = reinterpret_cast<const char*>(scope.matrix + first_of(q));
-          uint32_t lost[kVector] = {};
-          for (int c = 0; c < now.count; c += kTogether) {
-            Change change[kTogether];
-            Words covers[kTogether];
+        slot += __popc(changed[e]);
+      }
+    };
+    // Lowers the gains of vector q by what is listed.
+    const auto lower_gains = [&](int q, const Listed& list) {
+      const int first = first_of(q);
+      if (first >= scope.ld) return;
+      uint32_t lost[kVector] = {};  // plus the sum of `before`
+      const auto lower = [&](int begin, auto exists) {
+        Change change[kTogether];
+        Words covers[kTogether];
 #pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-              change[i] = changes[c + i];
-              covers[i] = *reinterpret_cast<const Words*>(columns + change[i].row);
-            }
+        for (int i = 0; i < kTogether; ++i) {
+          if (!exists(i)) break;
+          change[i] = changes[begin + i];
+          covers[i] = load_words(scope.matrix + first, change[i].row);
+        }
 #pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-              for (int e = 0; e < kVector; ++e) {
-                lost[e] += min(max(covers[i].of[e], change[i].before), change[i].after);
-              }
-            }
-          }
+        for (int i = 0; i < kTogether; ++i) {
+          if (!exists(i)) break;
 #pragma unroll
           for (int e = 0; e < kVector; ++e) {
-            const int token = first_of(q) + e;
-            if (kVectors <= 2 || token < tokens) gains.at(q, e, token) -= lost[e] - now.before;
+            lost[e] += min(max(covers[i].of[e], change[i].before), change[i].after);
           }
         }
+      };
+      int c = 0;
+      for (; c <= list.count - kTogether; c += kTogether) lower(c, [](int) { return true; });
+      if (kTogether > 1) lower(c, [&](int i) { return c + i < list.count; });
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        if (gains.kInRegisters || first + e < tokens) {
+          gains.at(q, e, first + e) -= lost[e] - list.before;
+        }
+      }
+    };
+
+    Candidate best = no_candidate();
+    int turn = 0;
+    for (int pick = kFirstPicks; pick < scope.picks; ++pick) {
+#pragma unroll kUnrolled
+      for (int q = 0; q < kVectors; ++q, ++turn) {
+        if (pick == kFirstPicks) break;  // these gains are computed already
+        if (q * kVector * threads >= tokens) break;
+        list_changes(q, best.token, &listed[turn & 1]);
         __syncthreads();
-        for (int c = threadIdx.x; c < now.count; c += threads) changes[c] = Change{};
+        const Listed list = listed[turn & 1];
+        if (thread == 0) listed[(turn + 1) & 1] = {0, 0};
+#pragma unroll kUnrolled
+        for (int p = 0; p < kVectors; ++p) lower_gains(p, list);
         if (kVectors > 1) __syncthreads();  // the next list may follow at once
       }
 
@@ -275,12 +323,13 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
       for (int q = 0; q < kVectors; ++q) {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          if (!(left & Bits{1} << (q * kVector + e))) continue;
           const int token = first_of(q) + e;
+          if (!gains.kInRegisters && token >= tokens) continue;
           best.raise(ScopeImage::key(gains.at(q, e, token), weights.at(q, e, token)), token);
         }
       }
       best = best_of_block(best, slots[pick & 1]);
+      take(best.token);
     }
   }
   __syncthreads();
@@ -300,8 +349,12 @@ int select(const Batch& batch, const WaveSize& size, int64_t channels, const Sel
                                                    channels, selection.scope_quarters, ws)) {
       return e;
     }
-    if (const int e = launch_dependent<scope_gains_kernel>(grid, kRowThreads, 0, stream,
-                                                           followed(batch), channels, ws)) {
+    if (const int e = launch_dependent<scope_first_kernel<0>>(grid, kRowThreads, 0, stream,
+                                                              followed(batch), channels, ws)) {
+      return e;
+    }
+    if (const int e = launch_dependent<scope_first_kernel<1>>(grid, kRowThreads, 0, stream,
+                                                              followed(batch), channels, ws)) {
       return e;
     }
   }
@@ -309,9 +362,8 @@ int select(const Batch& batch, const WaveSize& size, int64_t channels, const Sel
     constexpr int kTokens = kVector * vectors();
     const int needed = size.residual > 0 ? (size.residual + kTokens - 1) / kTokens : 1;
     const auto threads = static_cast<int>(round_up(needed, kWarp));
-    const int64_t shared =
-        round_up(words(size.tokens) * 4, 16) +
-        int64_t{kSlots * threads + kTogetherOf<vectors()>} * static_cast<int64_t>(sizeof(Change));
+    const int64_t shared = round_up(words(size.tokens) * 4, 16) +
+                           int64_t{kVector} * threads * static_cast<int64_t>(sizeof(Change));
     return launch_dependent<scope_kernel<vectors()>>(size.images, threads, static_cast<int>(shared),
                                                      stream, batch, channels, indices, ws);
   };
