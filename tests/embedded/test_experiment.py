@@ -15,6 +15,7 @@ pytest.importorskip("yaml")
 from accuracy import evaluation, fastv, language, recipe, rules
 from accuracy.data import owners, pack
 from accuracy.evaluation import Subject
+from accuracy.results import Results
 from accuracy.statistics import clustered_mean
 
 import vispruner
@@ -178,6 +179,16 @@ def test_answers_and_questions_survive_the_file(drawn: list[Scene]) -> None:
     assert evaluation.from_lines(evaluation.to_lines(asked)) == asked
     answers = [bool(i % 3) for i in range(len(asked))]
     assert evaluation.from_bits(evaluation.to_bits(answers), len(asked)).tolist() == answers
+
+
+def test_rules_and_methods_have_equal_results() -> None:
+    """As docs/accuracy.md says of the committed results."""
+    main, methods = Results.load("cpu"), Results.load("cpu", "methods")
+    assert main.seeds == methods.seeds
+    same = {"vispruner": "vispruner", "diverse": "diverse", "important": "topk"}
+    names = {f"{rule}@{k}": f"{method}@{k}" for rule, method in same.items() for k in (64, 16, 4)}
+    for rule, method in {"full": "full", **names}.items():
+        assert (main.answers("subset", rule) == methods.answers("subset", method)).all(), rule
 
 
 def test_training_scenes_are_not_tested() -> None:
