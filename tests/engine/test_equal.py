@@ -217,18 +217,21 @@ def test_lora_and_speculative_decoding(
         assert all(a != b[:16] for a, b in zip(adapted, plain, strict=True))
 
 
+@pytest.mark.parametrize("runner", ["V1", "V2"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
 def test_drafts_of_a_model(
     engine: Callable[..., Engine],
     checkpoint: Callable[[str], Path],
     transformers_of: Callable[[str], Transformers],
     family: str,
+    runner: str,
     tmp_path: Path,
 ) -> None:
-    """The drafts of a random EAGLE model, few of which are accepted, do not change answers."""
+    """The drafts of an EAGLE model, accepted or not, do not change answers."""
     drafting = engine(
         family,
         {"k": K},
+        runner=runner,
         speculative_config={
             "method": "eagle", "model": str(eagle(tmp_path, checkpoint(family))),
             "num_speculative_tokens": 2,
@@ -236,10 +239,12 @@ def test_drafts_of_a_model(
         disable_log_stats=False,
     )  # fmt: skip
     requests = [ONE, TWO, NONE]
-    found = asked(drafting, family, requests)
-    expected = transformers_of(family)(requests, K)
+    found = asked(drafting, family, requests, 44)
+    expected = transformers_of(family)(requests, K, 44)
     assert [(len(a.prompt), a.tokens) for a in found] == expected
-    assert drafting.count("vllm:spec_decode_num_draft_tokens") > 0
+    drafted = drafting.count("vllm:spec_decode_num_draft_tokens")
+    accepted = drafting.count("vllm:spec_decode_num_accepted_tokens")
+    assert 0 < accepted < drafted
 
 
 def last_positions(record: Path) -> torch.Tensor:

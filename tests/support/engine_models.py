@@ -375,20 +375,23 @@ def llava_onevision(folder: Path) -> Path:
 
 
 def eagle(folder: Path, target: Path) -> Path:
-    """A draft model of the EAGLE kind for a LLaVA: its own layer, and the embeddings of the target.
+    """A draft model of the EAGLE kind for a LLaVA: it drafts the last token again.
 
-    Its first layer has no norm before the attention.
+    It has a layer of its own, which changes nothing, and the embeddings of the target. Its first
+    layer has no norm before the attention.
     """
     vocabulary = transformers.AutoConfig.from_pretrained(target).get_text_config().vocab_size
     config = transformers.LlamaConfig(
         **{**_text(vocabulary, head_dim=32), "num_hidden_layers": 1},
         architectures=["LlamaForCausalLM"],
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        weights = transformers.LlamaModel(config).layers.state_dict(prefix="layers.")
-        weights["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * 0.1
+    weights = transformers.LlamaModel(config).layers.state_dict(prefix="layers.")
     del weights["layers.0.input_layernorm.weight"]
+    for output in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"layers.0.{output}.weight"].zero_()
+    # Of embedding and features of a token, the features.
+    same = torch.eye(config.hidden_size)
+    weights["fc.weight"] = torch.cat([torch.zeros_like(same), same], 1)
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
