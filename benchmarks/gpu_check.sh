@@ -119,7 +119,7 @@ sanitizer() {  # sanitizer TOOL COMMAND...
   local options=(--tool "$1" --error-exitcode 9 --print-limit 20)
   # Only the kernels of this library: torch's take long, and their errors are not ours.
   options+=(--kernel-regex kns=vispruner)
-  # Failing CUDA calls are no invalid accesses: torch probes features with them.
+  # Failing CUDA calls are not invalid accesses: torch probes features with them.
   [ "$1" != memcheck ] || options+=(--leak-check no --report-api-errors no)
   compute-sanitizer "${options[@]}" "${@:2}"
 }

@@ -9,6 +9,6 @@ import provenance
 
 _TESTS = provenance.ROOT / "tests"
 
-# tests/support can write whole checkpoints and start servers; engine_site has what vLLM's CPU build
-# needs besides itself.
+# tests/support can write whole checkpoints and start servers; engine_site has
+# workarounds for vLLM's CPU build.
 sys.path += [str(_TESTS), str(_TESTS / "support" / "engine_site")]

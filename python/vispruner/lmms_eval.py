@@ -4,8 +4,8 @@
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,k=64 --tasks gqa,textvqa,pope
 
 Each is the harness's model class of the same name without the prefix, with `vispruner.apply` on the
-model that it loads. Prompts, decoding and metrics are those of the unpruned run. Besides the
-harness's arguments, `model_args` takes those of `vispruner.apply`: k or ratio, method and its
+model that it loads. Prompts, decoding and metrics are those of the unpruned run. In addition to
+the harness's arguments, `model_args` takes those of `vispruner.apply`: k or ratio, method and its
 parameters and, for LLaVA-NeXT, tiles.
 """
 

@@ -13,7 +13,7 @@ class Kernel(NamedTuple):
     name: str
     registers: int
     shared: int
-    local: int  # bytes a thread: spilled registers and arrays that could not stay in registers
+    local: int  # bytes per thread: spilled registers and arrays that could not stay in registers
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_same_kernels_for_every_architecture(kernels, cuda_build):
 
 
 def test_no_local_memory(kernels):
-    found = [f"{k.name} ({k.arch}): {k.local} bytes a thread" for k in kernels if k.local]
+    found = [f"{k.name} ({k.arch}): {k.local} bytes per thread" for k in kernels if k.local]
     assert not found, "\n".join(found)
 
 

@@ -377,7 +377,7 @@ def llava_onevision(folder: Path) -> Path:
 def eagle(folder: Path, target: Path) -> Path:
     """A draft model of the EAGLE kind for a LLaVA: it drafts the last token again.
 
-    It has a layer of its own, which changes nothing, and the embeddings of the target. Its first
+    It has one layer, which changes nothing, and the embeddings of the target. Its first
     layer has no norm before the attention.
     """
     vocabulary = transformers.AutoConfig.from_pretrained(target).get_text_config().vocab_size

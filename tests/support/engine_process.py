@@ -98,7 +98,7 @@ def _use_what_is_imported() -> None:
 
     vLLM inspects a model's class in a new process, to leave CUDA alone, and on a CPU spawns the
     workers of several ranks. Here the class is imported, and the ranks are forked: this process has
-    one thread. An engine in a process of its own, and servers that start as users start them, do
+    one thread. An engine in a separate process, and servers that start as users start them, do
     not call this.
     """
     from vllm.model_executor.models import registry

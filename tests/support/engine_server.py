@@ -62,7 +62,7 @@ class Server:
 
 
 class Process(Protocol):
-    """What is used of a `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that is used."""
 
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> object: ...

@@ -33,7 +33,7 @@ CHANCES = {"a": -0.5, "red": -1.0, "circle": -1.5}
 
 @dataclass
 class Fake:
-    """What a server does, and what it was asked.
+    """A fake server: its behaviour, and the requests that it received.
 
     Attributes:
         pruning: its --hf-overrides, None if it does not prune.
@@ -172,7 +172,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = False  # its end waits for them
 
     def handle_error(self, *_: Any) -> None:
-        """A client that did not wait is no error."""
+        """A client that did not wait is not an error."""
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ def test_wrong_scorers(
 
 
 def test_errors_are_clustered_by_picture() -> None:
-    """Four copies of a question about a picture tell no more than one."""
+    """Four copies of a question about a picture have no more information than one."""
     wrong = [True, False, False, True, False, False]
     for copies in (1, 4):
         items = [item(i, str(c)) for i in range(6) for c in range(copies)]
@@ -379,7 +379,7 @@ def test_the_forced_answer_has_the_probability_of_the_generated_one(subject: Sub
 
 
 def assert_close(one: Measurement, other: Measurement) -> None:
-    """The same but for times, and for the rounding of log-probabilities."""
+    """Equal except for times and the rounding of log-probabilities."""
     for name in ("answer", "tokens", "first_choices", "visual_tokens", "cache_bytes"):
         assert getattr(one, name) == getattr(other, name), name
     assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)

@@ -94,7 +94,7 @@ def _processor() -> str:
 
 
 def describe(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON file's content besides results: `report()`, date, platform and drivers."""
+    """The JSON file's content except for results: `report()`, date, platform and drivers."""
     driver = driver_version() if report["devices"] else None
     return {
         "format": 1,

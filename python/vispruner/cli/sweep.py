@@ -1,4 +1,4 @@
-"""Choose k on your own pictures: what each setting loses, and what it saves.
+"""Choose k on your own pictures: measure what each setting loses and saves.
 
 Asks the unpruned model every question once, then each setting, and reports which is the smallest
 setting that loses less than the tolerance. Interrupt it at any time: the next run with the same
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         metavar="FILE_OR_DIRECTORY",
-        help="JSON lines with image, question and perhaps answer; a directory of pictures; or a "
+        help="JSON lines with image, question and optionally answer; a directory of pictures; or a "
         "Hugging Face dataset, NAME[[:CONFIGURATION]:SPLIT] (default: drawn scenes)",
     )
-    add("--question", help="for pictures that come without one")
+    add("--question", help="question for pictures without one")
     add("--limit", type=positive, help="questions to ask (scenes: pictures, default 8)")
     settings = parser.add_argument_group("settings").add_mutually_exclusive_group()
     settings.add_argument("--k", type=_numbers(int), help="such as 32,64,128")
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scorer",
         metavar="MODULE:FUNCTION",
-        help="function (answer, right answer) -> score from 0 to 1 (default: exact match, but for "
-        "case, punctuation and articles)",
+        help="function (answer, correct answer) -> score from 0 to 1 (default: exact match, "
+        "ignoring case, punctuation and articles)",
     )
     add("--tolerance", type=float, default=1.0, metavar="POINTS", help="acceptable loss")
     add(
@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="questions to answer at once; times are those of a question alone, but those of a "
-        "server are under this load",
+        help="questions to answer at once; times are for a single question, except that a server "
+        "is measured under this load",
     )
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add(

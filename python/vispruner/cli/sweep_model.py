@@ -22,7 +22,7 @@ SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)  # of the tokens, if neither --k nor --rati
 
 @dataclass(frozen=True)
 class Model:
-    """What is swept.
+    """The model to sweep.
 
     Attributes:
         subject: answers questions; about: it, for the report.

@@ -1,8 +1,8 @@
-"""How many tokens may be dropped for one's own pictures: `vispruner sweep`.
+"""Measures how many tokens can be dropped on the user's pictures: `vispruner sweep`.
 
 `data` reads pictures and questions, `measuring` asks the unpruned model once and then each setting,
 `server` does so on a server, `records` stores every measurement at once so that an interrupted
-sweep continues, `scoring` judges the stored answers, `summary` compares the settings, and `report`
+sweep resumes, `scoring` scores the stored answers, `summary` compares the settings, and `report`
 writes the table, the page and the plots.
 """
 

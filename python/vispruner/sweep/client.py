@@ -1,4 +1,4 @@
-"""Requests of an OpenAI-compatible server, whose errors are one line."""
+"""Requests to an OpenAI-compatible server; errors are one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RefusedError(ServerError):
 
 
 class Client:
-    """Requests of a server.
+    """Requests to a server.
 
     The environment variable OPENAI_API_KEY is sent as the key, if it is set.
 
@@ -39,7 +39,7 @@ class Client:
         timeout: seconds to wait for the next part of an answer.
 
     Raises:
-        ServerError: this is no URL.
+        ServerError: the URL is invalid.
     """
 
     def __init__(self, url: str, timeout: float) -> None:

@@ -53,14 +53,14 @@ def read(source: str | None, question: str | None, limit: int | None = None) -> 
 
     Args:
         source: a JSON lines file whose objects have `image` (a path, relative to the file),
-            `question` and perhaps `answer`; a directory of pictures; the name of a Hugging Face
+            `question` and optionally `answer`; a directory of pictures; the name of a Hugging Face
             dataset with these columns, NAME[[:CONFIGURATION]:SPLIT] ("test" by default); None:
             drawn scenes (`vispruner.embedded.scenes`).
-        question: of pictures that come without one.
+        question: for pictures without one.
         limit: number of items to read, None for all; scenes have no end, so 8 of them then.
 
     Raises:
-        DataError: nothing of the kind is there, or a line is wrong.
+        DataError: the source does not exist, or a line is invalid.
     """
     if source is None:
         yield from _scenes(limit or 8)

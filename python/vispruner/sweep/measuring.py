@@ -30,7 +30,7 @@ class Measurement:
     Attributes:
         answer: decoded greedily; tokens: its ids, empty from a server.
         log_probability: mean over the tokens of the unpruned model's answer, given by this model;
-            None from a server that does not tell it.
+            None from a server that does not return it.
         first_choices: share of those tokens that are this model's first choice as well, or None.
         visual_tokens: in the prompt.
         cache_bytes: of the prompt's keys and values, None from a server.
@@ -58,7 +58,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the language model reads: visual tokens, all tokens, and the times until then."""
+    """The prompt of the language model: visual tokens, all tokens, and the times until then."""
 
     visual: int
     tokens: int
@@ -97,7 +97,7 @@ class Swept(ABC):
 class Subject(Swept):
     """A model of transformers.
 
-    Times, visual tokens and bytes are those of a question alone, whatever the size of the batch: in
+    Times, visual tokens and bytes are those of a single question, whatever the batch size: in
     a batch of several, each question is timed in a separate call.
 
     Args:
@@ -254,7 +254,7 @@ def _extended(inputs: Any, answers: Sequence[list[int]]) -> dict[str, Any]:
                 after = torch.tensor(answer, dtype=row.dtype, device=row.device)
             else:  # other arguments are 0 for text, except for the mask
                 after = row.new_full((len(answer),), int(name == "attention_mask"))
-            # Masked columns may hold any token that is no placeholder, such as the answer's.
+            # Masked columns may hold any token that is not a placeholder, such as the answer's.
             before = after.new_full((most - len(answer),), answer[0] if name == "input_ids" else 0)
             rows.append(torch.cat([before, row, after]))
         longer[name] = torch.stack(rows)

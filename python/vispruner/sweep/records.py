@@ -1,7 +1,7 @@
 """Measurements on disk: a line of JSON each, written before the next one begins.
 
-A process that is killed, or a disk that is full, loses at most the measurement at work. The next
-run continues after the last whole line.
+A killed process, or a full disk, loses at most the current measurement. The next run continues
+after the last complete line.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Records:
     """The measurements of a file, by key.
 
     Args:
-        path: of the JSON lines file; made where it is absent. A last line without an end, of a
-            process that was killed, is cut off.
+        path: of the JSON lines file, which is created if missing. An incomplete last line, from a
+            killed process, is removed.
 
     Raises:
         OSError: the file cannot be read or written.
-        ValueError: it has a line that is no measurement.
+        ValueError: a line is not a measurement.
     """
 
     def __init__(self, path: Path) -> None:

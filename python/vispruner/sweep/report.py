@@ -51,7 +51,7 @@ HEADINGS = (
 
 
 def legend(summaries: Sequence[Summary]) -> str:
-    """What the columns are."""
+    """The description of the columns."""
     whole = summaries[0]
     text = (
         "tokens: visual tokens, median. equal: answers equal to the unpruned model's, right: "
@@ -108,7 +108,7 @@ def advice(best: Summary | None, summaries: Sequence[Summary], tolerance: float)
         f"({best.loss.mean:+.1f} ± {best.loss.error:.1f}); with {best.loss.pictures} pictures and "
         f"{best.loss.questions} questions the probability of that is {100 * sure:.0f} %."
     )
-    return text if sure >= SURE else f"{text} More pictures would make it surer."
+    return text if sure >= SURE else f"{text} Use more pictures to be more certain."
 
 
 def _plot(summaries: Sequence[Summary], tolerance: float) -> Any:

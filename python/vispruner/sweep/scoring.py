@@ -1,4 +1,4 @@
-"""Whether answers are right: exact match, or a function of the user."""
+"""Scores of answers: exact match, or a function of the user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ScorerError(ValueError):
 
 
 def exact_match(answer: str, right: str) -> float:
-    """1 if the answers are equal but for case, punctuation, articles and spaces."""
+    """1 if the answers are equal, ignoring case, punctuation, articles and spaces."""
 
     def normal(text: str) -> str:
         words = re.sub(r"[^\w\s]", " ", text.lower()).split()

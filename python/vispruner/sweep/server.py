@@ -24,7 +24,7 @@ from .data import DataError, Item
 from .measuring import Failed, Measurement, Swept
 
 _TOO_MANY = 2**30  # more tokens than any engine allows
-_OF_THE_PICTURE = (400, 413, 422)  # status of requests that this picture or question spoils
+_OF_THE_PICTURE = (400, 413, 422)  # status of requests that fail because of their content
 _HEADERS = "vispruner.vllm.headers.TokenHeaders"
 
 
@@ -119,7 +119,7 @@ class Served(Swept):
             return _Reply.of(self._client.post("/v1/chat/completions", body)[1], self.url)
 
         unit, most = "k", float(_TOO_MANY)
-        for _ in range(3):  # each refusal tells more
+        for _ in range(3):  # each refusal gives more information
             try:
                 reply = ask(unit, most)
                 break
@@ -214,7 +214,7 @@ class Served(Swept):
 
     def _forced(self, body: Mapping[str, Any], answer: str) -> tuple[float | None, float | None]:
         """Mean log-probability of an answer and the share of first choices: one request, with the
-        answer as the end of its prompt. None where the server does not tell them."""
+        answer as the end of its prompt. None where the server does not return them."""
         said = {"role": "assistant", "content": answer}
         longer = {
             **body,
@@ -240,7 +240,7 @@ class Served(Swept):
 
 
 def _last_tokens(prompt: Sequence[Any], text: str) -> list[Any]:
-    """The tokens at the end of a prompt that make a text, but for spaces; none if they do not."""
+    """The tokens at the end of a prompt that form a text, ignoring spaces; none if they do not."""
     wanted, found, tokens = "".join(text.split()), "", []
     for entry in reversed(prompt):
         if len(found) >= len(wanted) or not entry:

@@ -38,14 +38,14 @@ class Summary:
         budget: the setting; None is the unpruned model.
         questions: that were measured; pictures: that they are about.
         equal: share of answers equal to the unpruned model's.
-        right: mean score of the answers to questions that have a right one, None without any.
+        right: mean score of the answers to questions with a known answer, None without any.
         loss: in points (of 100), paired.
         lost: what the loss is of: "right answers"; without them "first choices" of the unpruned
             model's answer; without log-probabilities either, "equal answers".
         log_probability: mean of the unpruned model's answers under this model.
         first_choices: share of their tokens that stay the first choice.
         visual_tokens, cache_bytes, prefill, first_token: medians; times in milliseconds.
-            Like the two before, None where a server does not tell them.
+            Like the two before, None where a server does not return them.
     """
 
     budget: Budget | None
@@ -63,10 +63,10 @@ class Summary:
     first_token: float
 
     def probability_below(self, tolerance: float) -> float:
-        """How probable it is that the loss is below a tolerance, in points.
+        """The probability that the loss is below a tolerance, in points.
 
-        From a normal distribution. If no picture differs, its standard error says nothing: then
-        from the share of pictures that lose, with a uniform prior (the rule of succession).
+        From a normal distribution. If no picture differs, the standard error has no information:
+        then from the share of pictures that lose, with a uniform prior (the rule of succession).
         """
         if self.loss.mean == self.loss.error == 0:
             return 1 - (1 - min(tolerance, 100) / 100) ** (self.loss.pictures + 1)
@@ -106,7 +106,7 @@ def _clustered(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     groups = len(sums)
     if groups < 2:
-        return Estimate(mean, math.inf, count, groups)  # one picture tells nothing about others
+        return Estimate(mean, math.inf, count, groups)  # one picture gives no spread
     variance = sum(s * s for s in sums.values()) / count**2 * groups / (groups - 1)
     return Estimate(mean, math.sqrt(variance), count, groups)
 
