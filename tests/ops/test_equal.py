@@ -235,7 +235,7 @@ LARGE += [
         (576, 64, "clustered"),
         (1025, 20, "smooth"),
         (2049, 8, "duplicates"),
-        (4100, 3, "few_values"),
+        (4100, 6, "few_values"),
     )
     for method in ("maxmin", "scope", "mmr")
 ]

@@ -196,7 +196,7 @@ def test_code_for_one_device_only(executor):
 @pytest.mark.parametrize(
     ("data", "device", "message"),
     [
-        (b"not a fat binary", {}, "this is no fat binary"),
+        (b"not a fat binary", {}, "not a fat binary"),
         (fat_binary(), {}, "a fat binary without PTX: compile with -gencode"),
         (fat_binary(entry(90, "\x7fELF", kind=2)), {}, "a fat binary without PTX"),
         (fat_binary(entry(90, code(90))), {"major": 8}, "no PTX for a device of compute capability "

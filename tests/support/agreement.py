@@ -38,6 +38,7 @@ OF_METHODS = (
         Problem(1, 600, 3, None, 90, features="few_values", attention="constant", method="scope"),
         # Lists in two parts.
         Problem(1, 2060, 8, None, 9, features="duplicates", attention="ties", method="scope"),
+        Problem(2, 40, 3, None, 1, method="scope"),
         # The first pick covers all.
         Problem(1, 40, 3, None, 5, features="constant", attention="constant", method="scope"),
         Problem(1, 90, 20, None, 11, method="random", parameter=3),
@@ -51,6 +52,8 @@ OF_METHODS = (
         ),
     ]
 )
+#: With a state in memory. Seconds, unlike the others.
+LARGE = Problem(1, 4100, 4, None, 5, features="few_values", method="scope")
 
 
 def _prune(kernels: Kernels, problem: Problem) -> bool:
@@ -63,6 +66,15 @@ def _prune(kernels: Kernels, problem: Problem) -> bool:
         and torch.equal(got.feats, want.feats)
         and torch.equal(scores, reference.topk(attn, problem.tokens).scores)
     )
+
+
+def _ragged(kernels: Kernels, method: str) -> bool:
+    """Images of which all tokens, some, or none are retained."""
+    feats, attn = Problem(1, 150, 9, 3, 5, features="clustered").tensors()
+    packing = ([0, 30, 30, 31, 90, 150], [40, 3, 1, 1, 20])
+    got = kernels.prune_varlen(feats[0], attn[0], *packing, method=method)
+    want = reference.prune_varlen(feats[0], attn[0], *packing, method=method)
+    return torch.equal(got.indices, want.indices) and torch.equal(got.feats, want.feats)
 
 
 def _dedup(kernels: Kernels) -> bool:
@@ -116,6 +128,8 @@ def _probes(kernels: Kernels, device: Device, seed: int) -> Iterator[Callable[[]
         yield lambda problem=problem: _prune(kernels, problem)
     for problem in OF_METHODS:
         yield lambda problem=problem: _prune(kernels, problem)
+    for method in methods.METHODS:
+        yield lambda method=method: _ragged(kernels, method)
     yield lambda: _dedup(kernels)
     yield lambda: _widest(kernels)
     for dtype in (torch.float16, torch.float32):
@@ -123,6 +137,7 @@ def _probes(kernels: Kernels, device: Device, seed: int) -> Iterator[Callable[[]
     for gram in ("tiles_32", "tiles_64", "tiles_128"):
         yield lambda gram=gram: _planned(kernels, gram=gram, rank="tokens_32", sort="buckets")
     yield lambda: _planned(kernels, neighbours="block_4096", dedup="workspace")
+    yield lambda: _prune(kernels, LARGE)
 
 
 def _probes_of_sm_90(kernels: Kernels) -> Iterator[Callable[[], bool]]:

@@ -77,7 +77,7 @@ def test_records_survive(tmp_path: Path) -> None:
 def test_a_file_that_holds_something_else(tmp_path: Path, line: str) -> None:
     path = tmp_path / "measurements.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(ValueError, match="line 1 is no measurement: move the file away"):
+    with pytest.raises(ValueError, match="line 1 is not a measurement: move the file away"):
         Records(path)
     assert path.read_text() == line + "\n"
 
@@ -510,7 +510,7 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("arguments", "complaint"),
     [
         (["--k", "0"], "--k: must be at least 1"),
-        (["--k", "8,8"], "a setting is there twice"),
+        (["--k", "8,8"], "a setting occurs twice"),
         (["--k", "8,x"], "--k"),
         (["--ratio", "1.5"], "--ratio: must be in (0, 1]"),
         (["--k", "8", "--ratio", "0.5"], "not allowed with argument"),
@@ -519,7 +519,7 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--limit", "0"], "--limit"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--batch-size", "2.5"], "--batch-size: invalid whole number value: '2.5'"),
-        (["--data", "nowhere"], "--data: nowhere is no file or directory"),
+        (["--data", "nowhere"], "--data: nowhere is not a file or directory"),
     ],
 )
 def test_wrong_arguments(

@@ -40,7 +40,7 @@ class NoPlans:
 
     def use(self, **stages: str) -> AbstractContextManager[None]:
         if stages:
-            raise ValueError(f"there are no stages, got {next(iter(stages))!r}")
+            raise ValueError(f"stage {next(iter(stages))!r}: this implementation has no plans")
         return contextlib.nullcontext()
 
 

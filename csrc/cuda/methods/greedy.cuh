@@ -40,7 +40,7 @@ __device__ __forceinline__ Candidate best_of_block(const Candidate& own, Candida
   return best_of_warp(lane < static_cast<int>(blockDim.x) / kWarp ? slots[lane] : no_candidate());
 }
 
-// The best of all tokens, by an array of keys.
+// The best of all tokens, by an array of keys; known to all threads, all of which must call it.
 __device__ __forceinline__ Candidate best_of(const uint32_t* keys, int tokens, Candidate* slots) {
   Candidate best = no_candidate();
 #pragma unroll 4

@@ -25,7 +25,7 @@ constexpr int kValueProbes = 16;  // bisect between values first, then between t
 
 // Synchronizes the threads of a row.
 template <int kWarps>
-__device__ __forceinline__ void meet() {
+__device__ __forceinline__ void synchronize() {
   if constexpr (kWarps == 1) {
     __syncwarp();
   } else {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (threadIdx.x == 0) ties_left = ties;
-  meet<kWarps>();
+  synchronize<kWarps>();
 
   const int lane = threadIdx.x % kWarp;
   int own_found = 0;  // with one warp per row, the warp counts without atomics
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
       found_ids[slot] = static_cast<uint16_t>(threadIdx.x + v * kThreads);
     }
   }
-  meet<kWarps>();
+  synchronize<kWarps>();
   const int count = kWarps > 1 ? found : own_found;
   if (threadIdx.x >= kCandidates) return;
 

@@ -5,10 +5,11 @@
 // of few tokens; each such change lowers the gains of all tokens by a part of one row of the
 // matrix, which is symmetric. Gains are integers, so that the order of the changes does not matter.
 //
-// The first pick covers something of every token, and the second more of half of them: the gains
-// after them are sums over the whole matrix, by many blocks. Each further pick has three steps,
-// with a barrier after the first two: find the best token; list the changes; lower the gains. A
-// thread has four consecutive tokens, or several such vectors.
+// The first pick covers something of most tokens, and the second raises the coverage of about half:
+// the gains after them are sums over the whole matrix, by many blocks. Each further pick has three
+// steps, with a barrier after the first two: find the best token; list the changes; lower the
+// gains. A thread has four consecutive tokens, or several such vectors; then the changes of one
+// vector of all threads at a time are listed.
 //
 // Bytes: 12 N^2 read by many blocks; 4 N for each change, of which a token has about log(k).
 #include "methods/greedy.cuh"
@@ -18,11 +19,9 @@ namespace vispruner::cuda {
 namespace {
 
 constexpr int kVector = 4;  // tokens
-// Changes whose rows are loaded at a time.
+// Changes whose rows are loaded at a time; more would take too many registers.
 template <int kVectors>
-constexpr int kTogetherOf = kVectors == 1   ? 8
-                            : kVectors == 2 ? 4
-                                            : 1;
+constexpr int kTogetherOf = kVectors == 1 ? 8 : 4;
 
 struct alignas(16) Words {
   uint32_t of[kVector];
@@ -31,7 +30,7 @@ __device__ __forceinline__ Words load_words(const void* at, uint32_t bytes = 0) 
   return *reinterpret_cast<const Words*>(static_cast<const char*>(at) + bytes);
 }
 
-constexpr int kFirstPicks = 2;  // by many blocks
+constexpr int kFirstPicks = 2;  // by many blocks: scope_first_kernel<0> and <1>
 
 struct ScopeLayout {            // byte offsets from WorkspaceLayout::method
   int64_t weights;              // float (N) importance^alpha
@@ -77,8 +76,7 @@ struct ScopeImage {
     picked = reinterpret_cast<int*>(own + at.method + own_at.picked);
   }
 
-  // An ordered_key. That of a token with weight kPicked is below those of all others, whose values
-  // are not negative.
+  // The ordered_key of a value that is not negative. With weight kPicked, a key below all of those.
   static constexpr float kPicked = -1.0f;
   __device__ __forceinline__ static uint32_t key(uint32_t gain, float weight) {
     return float_bits(__uint2float_rn(gain) * weight) ^ 0x80000000u;
@@ -91,7 +89,7 @@ constexpr int kRowThreads = 128, kRows = kRowThreads / kWarp;  // per block: one
 __global__ void __launch_bounds__(kRowThreads)
     scope_weights_kernel(Batch batch, int64_t channels, int quarters, unsigned char* workspace) {
   begin_dependent(batch.more);
-  __shared__ Candidate slots[kRows];
+  __shared__ Candidate slots[kRowThreads / kWarp];
   const ScopeImage image(batch[blockIdx.y], channels, workspace);
   const float highest = highest_score(image.scores, image.tokens, slots);
   const int row = blockIdx.x * kRows + static_cast<int>(threadIdx.x) / kWarp;
@@ -117,7 +115,7 @@ template <int kPick>
 __global__ void __launch_bounds__(kRowThreads)
     scope_first_kernel(Batch batch, int64_t channels, unsigned char* workspace) {
   begin_dependent(batch.more);
-  __shared__ Candidate slots[kRows];
+  __shared__ Candidate slots[kRowThreads / kWarp];
   const ScopeImage image(batch[blockIdx.y], channels, workspace);
   if (kPick >= image.picks) return;
   const int pick = best_of(image.wanted[kPick], image.tokens, slots).token;
@@ -180,7 +178,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
     scope_kernel(Batch batch, int64_t channels, int64_t* indices, unsigned char* workspace) {
   begin_dependent(batch.more);
   VP_SHARED_MEMORY(memory);
-  __shared__ Candidate slots[2][kScopeThreads / kWarp];
+  __shared__ Candidate slots[kScopeThreads / kWarp];  // a list is made between two uses
   __shared__ uint32_t warp_sums[kScopeThreads / kWarp];
   __shared__ Listed listed[2];
 
@@ -238,7 +236,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
       uint32_t before[kVector], after[kVector], sum = 0;
       unsigned changed[kVector];
       int count = 0;
-      // Beyond the row of the matrix nothing changes, and beyond the tokens zeros cover nothing.
+      // Past the row there is nothing to load; the zeros after the last token cover nothing.
       const Words covers =
           first < scope.ld ? load_words(scope.matrix + first, picked * row_bytes) : Words{};
 #pragma unroll
@@ -272,19 +270,18 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
     const auto lower_gains = [&](int q, const Listed& list) {
       const int first = first_of(q);
       if (first >= scope.ld) return;
-      uint32_t lost[kVector] = {};  // plus the sum of `before`
-      const auto lower = [&](int begin, auto exists) {
-        Change change[kTogether];
-        Words covers[kTogether];
+      uint32_t lost[kVector] = {};  // the loss plus the sum of `before`
+      const auto lower = [&](int begin, auto count) {
+        constexpr int kCount = decltype(count)::value;
+        Change change[kCount];
+        Words covers[kCount];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (!exists(i)) break;
+        for (int i = 0; i < kCount; ++i) {
           change[i] = changes[begin + i];
           covers[i] = load_words(scope.matrix + first, change[i].row);
         }
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (!exists(i)) break;
+        for (int i = 0; i < kCount; ++i) {
 #pragma unroll
           for (int e = 0; e < kVector; ++e) {
             lost[e] += min(max(covers[i].of[e], change[i].before), change[i].after);
@@ -292,8 +289,19 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
         }
       };
       int c = 0;
-      for (; c <= list.count - kTogether; c += kTogether) lower(c, [](int) { return true; });
-      if (kTogether > 1) lower(c, [&](int i) { return c + i < list.count; });
+      for (; c <= list.count - kTogether; c += kTogether) {
+        lower(c, std::integral_constant<int, kTogether>{});
+      }
+      // The rest: in halves, because a condition for each change would take registers.
+      if (kTogether > 4 && (list.count & 4) != 0) {
+        lower(c, std::integral_constant<int, 4>{});
+        c += 4;
+      }
+      if ((list.count & 2) != 0) {
+        lower(c, std::integral_constant<int, 2>{});
+        c += 2;
+      }
+      if ((list.count & 1) != 0) lower(c, std::integral_constant<int, 1>{});
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
         if (gains.kInRegisters || first + e < tokens) {
@@ -328,7 +336,7 @@ __global__ void __launch_bounds__(kScopeThreads, 1)
           best.raise(ScopeImage::key(gains.at(q, e, token), weights.at(q, e, token)), token);
         }
       }
-      best = best_of_block(best, slots[pick & 1]);
+      best = best_of_block(best, slots);
       take(best.token);
     }
   }
@@ -361,7 +369,8 @@ int select(const Batch& batch, const WaveSize& size, int64_t channels, const Sel
   const auto run = [&](auto vectors) {
     constexpr int kTokens = kVector * vectors();
     const int needed = size.residual > 0 ? (size.residual + kTokens - 1) / kTokens : 1;
-    const auto threads = static_cast<int>(round_up(needed, kWarp));
+    // With many vectors, each of all threads has a list: few threads would mean more lists.
+    const auto threads = vectors() > 2 ? kScopeThreads : static_cast<int>(round_up(needed, kWarp));
     const int64_t shared = round_up(words(size.tokens) * 4, 16) +
                            int64_t{kVector} * threads * static_cast<int64_t>(sizeof(Change));
     return launch_dependent<scope_kernel<vectors()>>(size.images, threads, static_cast<int>(shared),

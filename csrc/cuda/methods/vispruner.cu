@@ -14,8 +14,8 @@
 // If a bucket is crowded because many redundancies agree to the last bits, A is ranked by counting
 // or merging.
 //
-// What a step knows of a token of A is in its thread's registers for the next step, if the block
-// has a thread for each of them, else in memory.
+// The data of a token of A stay in its thread's registers from step to step if the block has a
+// thread for each of them, and are in memory otherwise.
 //
 // The chain of dependent accesses to shared memory: the list entry, (ids, `where`) per group of
 // eight, the key, the bucket's count; the counts before it; the words of the bucket. Bytes: 192 R
@@ -78,7 +78,7 @@ VP_HD int64_t fixed_bytes(int tokens, int residual) {
   return round_up((keep_at<B>(residual) + words(tokens)) * 4, 16);
 }
 
-// What is known of a token of A.
+// The data of a token of A.
 struct alignas(16) Token {
   uint32_t entry;  // of the list
   uint32_t key;    // of its redundancy
@@ -674,8 +674,8 @@ int dedup_and_select(const Batch& batch, const WaveSize& size, int64_t channels,
   if (const int error = shared_memory_limit(stream.device, &limit)) return error;
   const plan::Plans asked = plan::current();
   plan::DedupBytes needed = shared_bytes(size);
-  // With its lists in shared memory, A has a thread for each token. Today's GPUs hold no longer
-  // lists.
+  // With its lists in shared memory, A has a thread for each token. No current GPU has room for
+  // longer ones.
   if (half_up(size.residual) > kMostNearThreads && needed.lists_shared <= limit) {
     needed.lists_shared = int64_t{limit} + 1;
   }

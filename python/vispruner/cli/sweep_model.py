@@ -115,7 +115,7 @@ def settings_of(options: argparse.Namespace, served: Served | None) -> list[Budg
         name, _, rest = str(error).partition(" ")
         raise CommandError(f"argument --{name}: {rest}") from error
     if len(set(found)) < len(found):
-        raise CommandError("argument --k, --ratio or --method: a setting is there twice")
+        raise CommandError("argument --k, --ratio or --method: a setting occurs twice")
     return found
 
 

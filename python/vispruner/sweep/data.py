@@ -74,7 +74,7 @@ def read(source: str | None, question: str | None, limit: int | None = None) -> 
         items = _dataset(source, question)
     else:
         raise DataError(
-            f"{source} is no file or directory; for a Hugging Face dataset, pip install datasets"
+            f"{source} is not a file or directory; for a Hugging Face dataset, pip install datasets"
         )
     count = 0
     for item in items:

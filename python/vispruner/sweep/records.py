@@ -39,7 +39,7 @@ class Records:
                 self._found[key] = Measurement(**entry)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path}: line {len(self._found) + 1} is no measurement: move the file away"
+                f"{path}: line {len(self._found) + 1} is not a measurement: move the file away"
             ) from error
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._end = whole

@@ -28,7 +28,7 @@ bool is_specific(std::string_view text) {
 }  // namespace
 
 std::vector<FatEntry> read_fat_binary(const uint8_t* data) {
-  if (field<uint32_t>(data, 0) != kMagic) throw Error("this is no fat binary");
+  if (field<uint32_t>(data, 0) != kMagic) throw Error("not a fat binary");
   const auto header_bytes = field<uint16_t>(data, 6);
   const uint8_t* entry = data + header_bytes;
   const uint8_t* const end = entry + field<uint64_t>(data, 8);
