@@ -443,6 +443,14 @@ def load(results: Callable[[str], Any]) -> str:
     )
 
 
+def host(results: Callable[[str], Any]) -> str:
+    """Calls with almost no work."""
+    data = results("host")
+    rows = [[f"`{r['call']}`", f"{r['us']:.1f} us", _times(r["ratio"])] for r in data["calls"]]
+    head = ["call", "median", "of the first row"]
+    return f"{table(head, rows)}\nOne image with 8 tokens and 8 channels. {_where(data)}\n"
+
+
 def loop_counts(results: Callable[[str], Any]) -> str:
     """Scans and chains in the dedup loop."""
     data = results("loop_counts")
@@ -459,6 +467,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-speed-summary": cpu_speed_summary,
     "cpu-methods": cpu_methods,
     "cpu-memory": cpu_memory,
+    "host": host,
     "rounding-sensitivity": rounding_sensitivity,
     "loop-counts": loop_counts,
     "method-counts": method_counts,
