@@ -69,7 +69,7 @@ def _prune(kernels: Kernels, problem: Problem) -> bool:
 
 
 def _ragged(kernels: Kernels, method: str) -> bool:
-    """Images of which all tokens, some, or none are retained."""
+    """Images of which all tokens or some are retained, and one without tokens."""
     feats, attn = Problem(1, 150, 9, 3, 5, features="clustered").tensors()
     packing = ([0, 30, 30, 31, 90, 150], [40, 3, 1, 1, 20])
     got = kernels.prune_varlen(feats[0], attn[0], *packing, method=method)
