@@ -151,6 +151,28 @@ def method_counts(results: Callable[[str], Any]) -> str:
     )
 
 
+def occupancy(results: Callable[[str], Any]) -> str:
+    """Blocks of every kernel that a multiprocessor holds, and registers per thread."""
+    data = results("occupancy")
+    archs = list(data["limits"])
+
+    def cell(on: Any) -> str:
+        return f"{on['blocks']} ({on['registers']})" if on else ""
+
+    rows = [
+        [
+            f"`{row['kernel']}`",
+            str(row["threads"]),
+            f"{max(on['shared'] for on in row['on'].values()) / 1000:.1f} KB",
+            *(cell(row["on"].get(arch)) for arch in archs),
+        ]
+        for row in sorted(data["rows"], key=lambda row: (row["kernel"], row["threads"]))
+    ]
+    head = ["kernel", "threads", "shared memory", *archs]
+    tree = data["csrc_tree"][:12]
+    return f"{table(head, rows)}\nBlocks (registers per thread), csrc tree `{tree}`.\n"
+
+
 def cpu_memory(results: Callable[[str], Any]) -> str:
     """Extra memory of one call."""
     data = results("cpu")
@@ -471,6 +493,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "rounding-sensitivity": rounding_sensitivity,
     "loop-counts": loop_counts,
     "method-counts": method_counts,
+    "occupancy": occupancy,
     "gpu-status": gpu_status,
     "compiled-kernels": compiled_kernels,
     "gpu-goals": gpu_goals,
