@@ -256,7 +256,7 @@ def test_one_module_serves_all_devices(module, device, ptx):
 @pytest.mark.parametrize(
     ("device", "error"),
     [
-        ({"driver": 12080}, "CUDA driver version is insufficient for CUDA runtime version"),
+        ({"driver": 11080}, "CUDA driver version is insufficient for CUDA runtime version"),
         ({"major": 7, "minor": 5}, "no kernel image is available for execution on the device"),
     ],
 )

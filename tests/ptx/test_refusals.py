@@ -108,9 +108,9 @@ def test_instructions(executor, instruction, message):
         ("int main() { return 0; }", "this is not PTX"),
         ("\x7fELF\x02\x01", "this is not PTX: a character of code 127"),
         (".version nine", "bad .version nine"),
-        (".version 9.1\n.target sm_90", "PTX .version 9.1 is newer than 9.0, the newest that the "
+        (".version 9.6\n.target sm_90", "PTX .version 9.6 is newer than 9.5, the newest that the "
          "executor has been tested with"),
-        (".version 10.0\n.target sm_90", ".version 10.0 is newer than 9.0"),
+        (".version 10.0\n.target sm_90", ".version 10.0 is newer than 9.5"),
         (".version 8.0\n.target compute_80", "unknown .target compute_80"),
         (".version 8.0\n.target sm_80\n.address_size 32", "only .address_size 64"),
         (HEADER + ".global .align 4 .b8 table[4];", "PTX line 4: unknown directive .global"),

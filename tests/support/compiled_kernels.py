@@ -217,9 +217,8 @@ class Kernels:
             "minor": self.device.minor,
             "shared_bytes": self.device.shared_bytes,
             "newest_ptx": self.device.newest_ptx,
+            "driver": self.device.driver,
         }
-        if self.device.driver is not None:
-            properties["driver"] = self.device.driver
         self.module.set_device(**properties)
         self.module.configure(**self.options)
         self.module.take_findings()

@@ -56,9 +56,9 @@ void configure(const py::kwargs& given) {
   machine().options = options;
 }
 
-void choose_device(int major, int minor, int shared_bytes, int driver,
+void choose_device(int major, int minor, int shared_bytes, std::optional<int> driver,
                    std::optional<int> newest_ptx) {
-  set_device({major, minor, shared_bytes, driver, newest_ptx.value_or(0)});
+  set_device({major, minor, shared_bytes, driver.value_or(0), newest_ptx.value_or(0)});
 }
 
 // ---- memory
@@ -257,7 +257,7 @@ std::vector<std::string> lines(const std::string& name) {
 void bind_executor(py::module_& m) {
   m.def("configure", &configure);
   m.def("set_device", &choose_device, py::arg("major") = 9, py::arg("minor") = 0,
-        py::arg("shared_bytes") = 227 * 1024, py::arg("driver") = 13000,
+        py::arg("shared_bytes") = 227 * 1024, py::arg("driver") = py::none(),
         py::arg("newest_ptx") = py::none());
 
   m.def("load_ptx", &load_ptx, py::arg("text"));

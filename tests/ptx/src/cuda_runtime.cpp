@@ -60,10 +60,13 @@ cudaError_t result(cudaError_t error) {
 }
 cudaError_t result(int error) { return result(static_cast<cudaError_t>(error)); }
 
-// Records a call. False: it needs a newer driver.
+int driver_version() { return ptx::device().driver ? ptx::device().driver : CUDART_VERSION; }
+
+// Records a call. False: it needs a newer driver. A runtime works with every driver of its major
+// version (minor version compatibility, CUDA compatibility guide).
 bool enter(const char* name) {
   ++log().runtime_calls[name];
-  if (ptx::device().driver >= CUDART_VERSION) return true;
+  if (driver_version() / 1000 >= CUDART_VERSION / 1000) return true;
   result(cudaErrorInsufficientDriver);
   return false;
 }
@@ -201,7 +204,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
 // ---- devices
 cudaError_t cudaDriverGetVersion(int* version) {
   ++log().runtime_calls["cudaDriverGetVersion"];
-  *version = ptx::device().driver;
+  *version = driver_version();
   return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {

@@ -17,7 +17,7 @@ namespace ptx {
 namespace {
 
 // The newest PTX that the project's kernels have been run from.
-constexpr uint64_t kNewestMajor = 9, kNewestMinor = 0;
+constexpr uint64_t kNewestMajor = 9, kNewestMinor = 5;
 
 // A readable form of a mangled name: without "void", namespaces of the project and parameters.
 std::string pretty_name(const std::string& mangled) {
