@@ -33,7 +33,7 @@ rm -f "$out/vispruner_verify.json"  # an earlier run's report must not be read a
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 # On a busy machine, threads would mostly wait for each other.
 [ -z "$dry" ] || export OMP_NUM_THREADS=1
-export PATH=$PATH:/usr/local/cuda/bin  # may contain compute-sanitizer
+export PATH=$PATH${CUDA_HOME:+:$CUDA_HOME/bin}:/usr/local/cuda/bin  # nvcc and compute-sanitizer
 
 tools=(memcheck racecheck initcheck synccheck)
 closing=6 # seconds reserved for the last report
@@ -106,8 +106,7 @@ build() {
     cmake --build build/gpu_check --parallel &&
     rm -f vispruner_cuda/libvispruner.so &&
     cp build/gpu_check/libvispruner.so vispruner_cuda/ &&
-    nvcc -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/verify/sanitizer_probe.cu &&
-    "$python" -m vispruner_cuda
+    "${CUDACXX:-nvcc}" -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/verify/sanitizer_probe.cu
 }
 
 describe() {
@@ -117,15 +116,21 @@ json.dump(provenance.describe(), open(sys.argv[1], "w"))' "$logs/provenance.json
 
 sanitizer() {  # sanitizer TOOL COMMAND...
   local options=(--tool "$1" --error-exitcode 9 --print-limit 20)
+  case $1 in # tools that run at the same time need ports of their own
+    racecheck) options+=(--port 49172) ;;
+    initcheck) options+=(--port 49192) ;;
+    synccheck) options+=(--port 49212) ;;
+  esac
   # Only the kernels of this library: torch's take long, and their errors are not ours.
-  options+=(--kernel-regex kns=vispruner)
+  options+=(--kernel-name kns=vispruner)
   # Failing CUDA calls are not invalid accesses: torch probes features with them.
   [ "$1" != memcheck ] || options+=(--leak-check no --report-api-errors no)
   compute-sanitizer "${options[@]}" "${@:2}"
 }
 
 # compute-sanitizer is missing in some installations and cannot trace processes in some containers
-# (gVisor). It works if it finds the error of a faulty program.
+# (gVisor). It works if it finds the error of a faulty program. The tools of one that does not are
+# unavailable, and the run can be clean; if this step does not finish, it is not.
 sanitizer_works() {
   if ! command -v compute-sanitizer; then
     echo 'there is no compute-sanitizer'
@@ -145,24 +150,28 @@ export -f build describe sanitizer sanitizer_works sanitize
 
 step build 200 build || { cat "$logs/build.log"; exit 1; }
 step provenance 30 describe
+step probe 40 "$python" -m vispruner_cuda  # not a condition of the next steps: they say what is wrong
 
-step verify 70 "$python" -m vispruner_cuda --verify -o "$out/vispruner_verify.json" \
+step verify 150 "$python" -m vispruner_cuda --verify -o "$out/vispruner_verify.json" \
   --device $([ -n "$dry" ] && echo cpu --quick || echo cuda)
 
 # In parallel: none of these is timed, and all of them mostly wait for a processor.
 if step sanitizer_works 40 sanitizer_works; then
   for tool in "${tools[@]}"; do start "$tool" 170 sanitize "$tool"; done
 else
+  without=$(cat "$logs/sanitizer_works.status")
+  [ "$without" != 1 ] || without=unavailable
   for tool in "${tools[@]}"; do
-    echo unavailable >"$logs/$tool.status"
+    echo "$without" >"$logs/$tool.status"
     tail -n 1 "$logs/sanitizer_works.log" >"$logs/$tool.log"
   done
 fi
-# The random cases are divided among the tests; each costs a GPU call of about a millisecond. Tests of
+# The random cases are divided among the tests; each costs a GPU call of some milliseconds, as the
+# sanitizers use the GPU in turns with the tests. Tests of
 # the CPU's instruction sets and of the compiled kernels on the host are skipped.
 export VISPRUNER_TEST_COMPILED_KERNELS=0
-export VISPRUNER_RANDOM_CASES=${VISPRUNER_RANDOM_CASES:-$([ -n "$dry" ] && echo 100 || echo 2000)}
-step tests 170 "$python" -m pytest tests/ops -q -p no:cacheprovider \
+export VISPRUNER_RANDOM_CASES=${VISPRUNER_RANDOM_CASES:-$([ -n "$dry" ] && echo 100 || echo 1000)}
+step tests 250 "$python" -m pytest tests/ops -q -p no:cacheprovider \
   --ignore tests/ops/test_instruction_sets.py ${dry:+-m 'not slow'}
 for tool in "${tools[@]}"; do finish "$tool"; done
 

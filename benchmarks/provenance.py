@@ -21,7 +21,11 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

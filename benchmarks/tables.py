@@ -239,7 +239,7 @@ def rounding_sensitivity(results: Callable[[str], Any]) -> str:
 def gpu_status(results: Callable[[str], Any]) -> str:
     """GPU runs, from gpu_verified.json, which gpu_check.sh writes."""
     data = results("gpu_verified")
-    head = ["GPU", "date", "torch, driver", "tests passed", "failed", "csrc tree"]
+    head = ["GPU", "date", "torch, driver", "result", "tests passed", "failed", "csrc tree"]
     if data is None:
         return "GPU-tested: not yet. No kernel of this project has run on a GPU.\n"
     runs = data if isinstance(data, list) else [data]
@@ -248,9 +248,10 @@ def gpu_status(results: Callable[[str], Any]) -> str:
             str(run["device"]),
             str(run["date"]),
             f"{run['torch']}, {run['driver']}",
+            "clean" if run["clean"] else "**NOT CLEAN**",
             str(run["tests"]["passed"]),
             str(run["tests"]["failed"]),
-            f"`{run['csrc_tree'][:12]}`",
+            f"`{(run['csrc_tree'] or 'unknown')[:12]}`",
         ]
         for run in runs
     ]

@@ -1,6 +1,9 @@
 """A small but complete set of calls for compute-sanitizer: all kernels, plans, dtypes, odd sizes.
 
 compute-sanitizer --tool memcheck python benchmarks/verify/sanitize.py
+
+Inputs are computed on the CPU: gpu_check.sh has the tools watch the kernels of this library only,
+and what another kernel wrote would be uninitialized memory to initcheck. It knows of copies.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    return torch.randn(shape).to(dtype).cuda()
 
 
 def main() -> None:
@@ -26,10 +29,10 @@ def main() -> None:
         vispruner_cuda.dedup(feats, 65, step=3)
         vispruner_cuda.pairwise_cosine(feats)
         vispruner_cuda.topk(attn, 9)
-        vispruner_cuda.cls_attention(feats[:, :2], feats.unsqueeze(1).repeat(1, 2, 1, 1), 0.2)
+        vispruner_cuda.cls_attention(feats[:, :2], random(3, 2, 131, 33, dtype=dtype), 0.2)
         packed = random(150, 3, 72, dtype=dtype)
         vispruner_cuda.received_attention(packed, packed, 0.1, [0, 70, 70, 150])
-        vispruner_cuda.received_attention(packed, packed, 0.1, lse=torch.zeros(3, 150).cuda() + 5)
+        vispruner_cuda.received_attention(packed, packed, 0.1, lse=torch.full((3, 150), 5.0).cuda())
     vispruner_cuda.prune_varlen(
         random(400, 64), random(4, 400), [0, 1, 200, 200, 329, 400], [3, 20, 1, 128, 99]
     )

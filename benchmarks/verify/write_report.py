@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 #: Steps that decide whether a run is clean. Benchmarks do not.
-DECISIVE = ("build", "verify", "tests", "stress")
+DECISIVE = ("build", "probe", "verify", "tests", "stress")
 #: Also decisive, where compute-sanitizer can run.
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 UNAVAILABLE = "unavailable"

@@ -350,7 +350,8 @@ __global__ void __launch_bounds__(kThreads, kTokens == 8 || sizeof(T) == 4 ? 2 :
   rank_tokens<T, kTokens, true>(batch, feats, attention, {}, topk, workspace);
 }
 
-// The same for the orders of other methods.
+// The same for the orders of other methods. A second block per multiprocessor would need spills on
+// sm_90 and sm_100.
 template <typename T, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     order_kernel(Batch batch, FeatureView feats, AttentionView attention, Ranking ranking,

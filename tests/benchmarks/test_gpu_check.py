@@ -42,6 +42,7 @@ case "$*" in
     echo '{{"complete": false, "results": []}}' >"$5"
     pretend verify ;;
   "-m pytest "*) echo '... [ 50%]'; pretend tests ;;
+  "-m vispruner_cuda") pretend probe ;;
   *stress.py*) echo '{{"repeats": {{}}, "differed": []}}'; pretend stress ;;
   *operators.gpu*) echo '{{}}' >"${{@: -1}}/kernels.json"; pretend benchmarks ;;
   *sanitize.py*) pretend sanitize ;;
@@ -55,7 +56,7 @@ pretend build
 """
 SANITIZER = """#!/usr/bin/env bash
 echo "sanitizer $*" >>"$CALLS"
-case "$*" in *sanitizer_probe*) exit "${STATUS_probe:-9}" ;; esac
+case "$*" in *sanitizer_probe*) sleep "${SLEEP_faulty:-0}"; exit "${STATUS_faulty:-9}" ;; esac
 while [[ "$1" == --* ]]; do shift 2; done
 "$@" || exit 9
 echo "========= ERROR SUMMARY: 0 errors"
@@ -151,7 +152,10 @@ def test_sanitizers_check_only_kernels_of_this_library(tree: Path) -> None:
     run(tree)
     calls = [c for c in (tree / "calls").read_text().splitlines() if c.startswith("sanitizer ")]
     assert len(calls) == 5
-    assert all("--kernel-regex kns=vispruner " in call for call in calls)
+    assert all("--kernel-name kns=vispruner " in call for call in calls)
+    ports = [call.split("--port ")[1].split()[0] for call in calls if "--port" in call]
+    assert len(set(ports)) == len(ports) == 3  # the fourth tool has the default, 49152
+    assert all(int(port) % 20 == 12 for port in ports)
     (memcheck,) = [call for call in calls if "memcheck" in call and "sanitize.py" in call]
     assert "--report-api-errors no" in memcheck
 
@@ -162,7 +166,7 @@ def test_sanitizers_that_are_missing_or_do_not_work(tree: Path, missing: bool) -
         (tree / "bin" / "compute-sanitizer").unlink()
         if shutil.which("compute-sanitizer"):
             pytest.skip("this machine has a compute-sanitizer")
-    status, output, found = run(tree, STATUS_probe=0)
+    status, output, found = run(tree, STATUS_faulty=0)
     assert status == 0, output
     assert found["clean"]
     memcheck = found["sanitizers"]["memcheck"]
@@ -170,7 +174,15 @@ def test_sanitizers_that_are_missing_or_do_not_work(tree: Path, missing: bool) -
     assert ("there is no" if missing else "does not find the fault") in memcheck["summary"]
 
 
-@pytest.mark.parametrize("step", ["verify", "tests", "stress", "sanitize"])
+def test_a_sanitizer_that_does_not_answer_leaves_no_clean_run(tree: Path) -> None:
+    """It is not known to be unavailable."""
+    status, output, found = run(tree, SLEEP_faulty=100, TIME_LIMIT=20)
+    assert status == 1, output
+    assert found["sanitizers"]["memcheck"]["status"] == 124
+    assert not found["clean"]
+
+
+@pytest.mark.parametrize("step", ["probe", "verify", "tests", "stress", "sanitize"])
 def test_a_step_that_fails(tree: Path, step: str) -> None:
     status, output, found = run(tree, **{f"STATUS_{step}": 3})
     assert status == 1, output

@@ -33,7 +33,7 @@ def logs(tmp_path: Path) -> Path:
     logs, out = tmp_path / "logs", tmp_path / "out"
     logs.mkdir()
     out.mkdir()
-    for step in ("build", "verify", "tests", "stress", "benchmarks", *TOOLS):
+    for step in ("build", "probe", "verify", "tests", "stress", "benchmarks", *TOOLS):
         (logs / f"{step}.status").write_text("0\n")
         (logs / f"{step}.seconds").write_text("12\n")
     gpu = {"name": "Imagined", "driver": "580.1"}
@@ -75,7 +75,7 @@ def test_all_clean(report: ModuleType, logs: Path) -> None:
     assert found["steps"]["tests"] == {"status": 0, "seconds": 12}
 
 
-@pytest.mark.parametrize("step", ["build", "verify", "tests", "stress", *TOOLS])
+@pytest.mark.parametrize("step", ["build", "probe", "verify", "tests", "stress", *TOOLS])
 @pytest.mark.parametrize("status", ["1", "124", "137", "stopped", "not run", None])
 def test_steps_that_decide(report: ModuleType, logs: Path, step: str, status: str | None) -> None:
     """A failure, a time limit, an interrupted script, and a step that did not start."""

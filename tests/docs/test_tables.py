@@ -50,8 +50,12 @@ def test_gpu_status_without_a_tested_gpu(tables: ModuleType) -> None:
         "driver": "1",
         "tests": {"passed": 7, "failed": 0},
         "csrc_tree": "0123456789abcdef",
+        "clean": True,
     }
-    assert "| GPU | 2000-01-01 | 2.10, 1 | 7 | 0 |" in tables.gpu_status(lambda name: run)
+    assert "| GPU | 2000-01-01 | 2.10, 1 | clean | 7 | 0 |" in tables.gpu_status(lambda name: run)
+    run.update(clean=False, csrc_tree=None)
+    shown = tables.gpu_status(lambda name: run)
+    assert "| GPU | 2000-01-01 | 2.10, 1 | **NOT CLEAN** | 7 | 0 | `unknown` |" in shown
 
 
 DOCUMENTS = ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]

@@ -153,6 +153,8 @@ def test_threads_do_not_affect_each_other(device: str) -> None:
     problems = [inputs(device, seed) for seed in range(4)]
     expected = [reference.prune(*p, 10).indices for p in problems]
     wrong: list[int] = []
+    if device == "cuda":
+        torch.cuda.synchronize()  # the threads' streams do not wait for the expected indices
 
     def work(i: int) -> None:
         stream = torch.cuda.Stream() if device == "cuda" else None
@@ -231,11 +233,12 @@ assert torch.equal(kept.indices, reference.prune(feats, attn, 26).indices)
 
 @needs_cuda
 def test_no_host_synchronization() -> None:
+    todo = calls("cuda").values()  # before the mode: copies to the device wait for it
     feats, attn = inputs("cuda")
     vispruner_cuda.prune(feats, attn, 10)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for op, args in calls("cuda").values():
+        for op, args in todo:
             op(*args)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,21 @@ def multiply(runner, instruction: str, a, b, c, accumulator: type, in_place: boo
     return product
 
 
+def tensor_core(row: torch.Tensor, column: torch.Tensor, accumulator: torch.Tensor) -> float:
+    """A row times a column as tensor cores of compute capability 8.x add it."""
+    total = Fraction(accumulator.item())
+    for first in (0, 8):
+        block = slice(first, first + 8)
+        products = zip(row[block].tolist(), column[block].tolist(), strict=True)
+        terms = [total, *(Fraction(x) * Fraction(y) for x, y in products)]
+        top = max(math.frexp(term)[1] for term in map(float, terms) if term)
+        unit = Fraction(2) ** (top - 25)  # 24 bits below the leading one
+        total = sum(math.trunc(term / unit) for term in terms) * unit
+        unit = Fraction(2) ** (math.frexp(float(total))[1] - 24)
+        total = math.trunc(total / unit) * unit
+    return float(total)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_int8(runner, in_place):
     a = RNG.integers(-128, 128, (16, 32)).astype(np.int8)
@@ -79,8 +97,39 @@ def test_16_bits(runner, kind, dtype):
     name = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
     raw = [x.view(torch.int16).numpy().view(np.uint16) for x in (a, b)]
     got = multiply(runner, name, *raw, c.numpy(), np.float32, True)
-    want = (a.double() @ b.double() + c.double()).float().numpy()
-    np.testing.assert_array_equal(got, want)
+    want = [[tensor_core(a[i], b[:, j], c[i, j]) for j in range(8)] for i in range(16)]
+    np.testing.assert_array_equal(got, np.array(want, dtype=np.float32))
+    exact = (a.double() @ b.double() + c.double()).numpy()
+    np.testing.assert_allclose(got, exact, rtol=0, atol=2e-6)
+    assert not np.array_equal(got, exact.astype(np.float32))  # not rounded once
+
+
+@pytest.mark.parametrize(
+    ("terms", "accumulator", "want"),
+    [
+        # below the largest term by more than 24 bits: lost, though their sum is not
+        ([2.0**-13] * 8 + [0.0] * 8, 2.0**12, 2.0**12),
+        # the same in the second block: the first one is added without loss
+        ([2.0**-13] * 16, 0.0, 2.0**-9),
+        # cut off, not rounded, of both signs
+        ([1.0, 0.75] + [0.0] * 14, 2.0**24, 2.0**24),
+        ([-1.0, -0.75] + [0.0] * 14, -(2.0**24), -(2.0**24)),
+        ([0.0] * 16, 0.0, 0.0),
+        ([float("inf")] + [1.0] * 15, 1.0, float("inf")),
+        ([float("inf"), float("-inf")] + [1.0] * 14, 1.0, float("nan")),
+    ],
+)
+def test_sums_of_16_bit_products(runner, terms, accumulator, want):
+    """Products with 1: the terms are added to the accumulator in two blocks of eight."""
+    a, b = torch.zeros(16, 16, dtype=torch.bfloat16), torch.ones(16, 8, dtype=torch.bfloat16)
+    a[3] = torch.tensor(terms)
+    c = np.zeros((16, 8), dtype=np.float32)
+    c[3] = accumulator
+    name = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    raw = [x.view(torch.int16).numpy().view(np.uint16) for x in (a, b)]
+    got = multiply(runner, name, *raw, c, np.float32, True)
+    np.testing.assert_array_equal(got[3], np.full(8, want, dtype=np.float32))
+    np.testing.assert_array_equal(got[4], np.zeros(8, dtype=np.float32))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

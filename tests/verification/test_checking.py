@@ -23,7 +23,7 @@ from vispruner_cuda.verification import (
     settings,
     verify,
 )
-from vispruner_cuda.verification.checking import MOST_DIFFERENCES, MOST_ERRORS
+from vispruner_cuda.verification.checking import MOST_DIFFERENCES, MOST_ERRORS, Result
 from vispruner_cuda.verification.known_answers import KnownAnswer
 
 SMALL = {
@@ -365,7 +365,7 @@ def test_threads_are_as_before() -> None:
     verify(
         Backend("cpu", operators),
         [SMALL["topk"]],
-        progress=lambda done, total: others.append(torch.get_num_threads()),
+        progress=lambda done, total, result: others.append(torch.get_num_threads()),
     )
     assert used == [before]
     assert others == [1]  # inputs, references, comparisons
@@ -373,9 +373,15 @@ def test_threads_are_as_before() -> None:
 
 
 def test_progress_and_counts() -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
     backend = Backend("cpu", machine.operators("cpu"))
-    result = verify(backend, SMALL.values(), progress=lambda *now: seen.append(now))
-    assert seen == [(i, len(SMALL)) for i in range(1, len(SMALL) + 1)]
+
+    def progress(done: int, total: int, unfinished: Result) -> None:
+        cases = sum(counts["cases"] for counts in unfinished["operators"].values())
+        seen.append((done, total, cases))
+        assert not unfinished["equal"]
+
+    result = verify(backend, SMALL.values(), progress=progress)
+    assert seen == [(i, len(SMALL), i) for i in range(1, len(SMALL) + 1)]
     assert list(result["operators"]) == list(OPERATORS)
     assert result["seconds"] >= sum(c["seconds"] for c in result["operators"].values())

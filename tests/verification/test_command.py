@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,44 @@ def test_an_operator_that_raises(
     arguments = ["--verify", "--quick", "--device", "cpu", "-o", str(tmp_path / "out.json")]
     assert main_module.main(arguments) == 1
     assert "  RuntimeError: vispruner: invalid argument\n" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_leaves_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of the backend that it was interrupted in, at most some seconds old."""
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vispruner_cuda, "dedup", interrupted)
+    monkeypatch.setattr(command, "cases", lambda: cases(["topk", "dedup"]))
+    monkeypatch.setattr(command, "_SECONDS_BETWEEN_SAVES", -1.0)
+    output = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        main_module.main(["--verify", "--quick", "--device", "cpu", "-o", str(output)])
+    data = json.loads(output.read_text())
+    assert not data["complete"]
+    reference, cpu = data["results"]
+    assert reference["equal"]
+    assert not cpu["equal"]
+    assert cpu["operators"]["topk"]["cases"] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_file_behind_a_link_and_one_that_is_no_regular_file(tmp_path: Path) -> None:
+    link, target, pipe = (tmp_path / name for name in ("link", "target", "pipe"))
+    target.write_text("old")
+    link.symlink_to(target)
+    command._save(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    command._save(pipe, {"b": 2})
+    assert json.loads(os.read(reader, 100)) == {"b": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("target", ["missing/out.json", ".", "/proc/out.json"])

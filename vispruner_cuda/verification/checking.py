@@ -172,7 +172,7 @@ def verify(
     *,
     plans: str = "combined",
     expectations: Expectations | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, Result], None] | None = None,
 ) -> Result:
     """Runs the cases, then the known answers, under every plan that fits, and compares.
 
@@ -187,7 +187,8 @@ def verify(
             the cases in COMBINED under all combinations; "turns" runs a case under the default and
             one other plan, the one tried least so far, for slow backends.
         expectations: shared by the backends of a machine.
-        progress: called after each case with the numbers of cases done and to do.
+        progress: called after each case with the numbers of cases done and to do, and the result
+            so far, in which "equal" is False.
 
     Returns:
         Counts and first differences. An exception counts as a difference, unless it is the
@@ -238,7 +239,7 @@ class _Verification:
         self,
         of: list[Case],
         known: list[KnownAnswer],
-        progress: Callable[[int, int], None] | None,
+        progress: Callable[[int, int, Result], None] | None,
     ) -> Result:
         began = time.perf_counter()
         result = self.result
@@ -254,7 +255,7 @@ class _Verification:
             self._run_case(case, arguments, want, counts)
             counts["seconds"] += time.perf_counter() - start
             if progress:
-                progress(done, len(todo))
+                progress(done, len(todo), result)
             if self.errors_in_a_row >= MOST_ERRORS:
                 result["problems"].append(
                     f"skipped {len(todo) - done} cases after {MOST_ERRORS} failed in a row"

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ from .machine import backends, reference_backend, wrong_instruction_set
 _MOST_COST_OF_CPU = 8000.0
 _MOST_COST_OF_REFERENCE = 500.0
 _COLUMNS = 6  # devices per table
+_SECONDS_BETWEEN_SAVES = 5.0
 
 
 class Progress:
@@ -111,7 +112,14 @@ def describe(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # /dev/stdout
+        path.write_text(text)
+        return
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(text)
+    os.replace(written, path)  # so that an interrupted run leaves no partial file
 
 
 def run(
@@ -127,7 +135,7 @@ def run(
         report: of `python -m vispruner_cuda`.
         devices: names from `device_names(report)`.
         quick: a subset of the cases.
-        output: the JSON file, which is rewritten after each backend.
+        output: the JSON file, which is rewritten after each backend and every few seconds.
         as_json: print its content instead of the table.
 
     Returns:
@@ -139,13 +147,25 @@ def run(
     data: dict[str, Any] = {**describe(report), "quick": quick, "complete": False}
     results: list[Result] = []
     data["results"] = results
+    saved = began
+
+    def save(*unfinished: Result) -> None:
+        nonlocal saved
+        saved = time.perf_counter()
+        data["reference_seconds"] = expectations.seconds
+        data["seconds"] = saved - began
+        _save(output, {**data, "results": [*results, *unfinished]})
+
+    def update(done: int, total: int, unfinished: Result) -> None:
+        progress.update(done, total)
+        if time.perf_counter() - saved > _SECONDS_BETWEEN_SAVES:
+            save(unfinished)
+
     for backend in [reference_backend(), *backends(devices, report)]:
         progress.begin(backend.name)
-        results.append(_verify(backend, quick, expectations, progress))
+        results.append(_verify(backend, quick, expectations, update))
         progress.end(results[-1])
-        data["reference_seconds"] = expectations.seconds
-        data["seconds"] = time.perf_counter() - began
-        _save(output, data)
+        save()
     equal = all(result["equal"] for result in results)
     data.update(complete=True, equal=equal)
     _save(output, data)
@@ -162,7 +182,10 @@ def run(
 
 
 def _verify(
-    backend: Backend, quick: bool, expectations: Expectations, progress: Progress
+    backend: Backend,
+    quick: bool,
+    expectations: Expectations,
+    progress: Callable[[int, int, Result], None],
 ) -> Result:
     most = float("inf")
     if backend.name.startswith("cpu"):
@@ -177,7 +200,7 @@ def _verify(
         known,
         plans="each" if quick else "combined",
         expectations=expectations,
-        progress=progress.update,
+        progress=progress,
     )
     if problem := wrong_instruction_set(backend):
         result["problems"].append(problem)

@@ -8,7 +8,7 @@ struct Device {
   int major = 9, minor = 0;       // compute capability
   int shared_bytes = 227 * 1024;  // maximum per block
   int driver = 0;                 // CUDA version of the driver; 0: that of the runtime
-  int newest_ptx = 0;  // newer PTX is hidden, as in an old library; 0: none is
+  int newest_ptx = 0;             // newer PTX is hidden, as in an old library; 0: none is
 
   int capability() const { return 10 * major + minor; }
 };
