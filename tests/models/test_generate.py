@@ -183,8 +183,22 @@ def test_chunked_prefill(tiny: Tiny) -> None:
             with pytest.raises(ValueError, match="prefill_chunk_size"):
                 generate(model, inputs, prefill_chunk_size=7)
             return
-        expected = generate(model, inputs)
+        turn = generate(model, inputs, return_dict_in_generate=True)
+        expected = turn.sequences
         assert torch.equal(generate(model, inputs, prefill_chunk_size=7), expected)
+        # a later turn
+        ids = torch.cat([expected, torch.tensor([[30, 31, 32], [33, 34, 35]])], 1)
+        call = without_pixels(whole(tiny, inputs, ids))
+        cached = {"past_key_values": turn.past_key_values, "prefill_chunk_size": 2}
+        if hasattr(model.model, "rope_deltas"):
+            with pytest.raises(
+                ValueError, match="prefill_chunk_size=2 cannot be used behind a cache"
+            ):
+                generate(model, call, **cached)
+        else:
+            assert torch.equal(
+                generate(model, call, **cached), generate(model, whole(tiny, inputs, ids))
+            )
 
 
 @pytest.mark.parametrize("beams", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
@@ -387,8 +401,6 @@ def test_an_image_after_a_cached_text(tiny: Tiny) -> None:
     with vispruner.apply(model, k=K), torch.no_grad():
         expected = generate(model, inputs)
         cache = model(input_ids=inputs["input_ids"][:, :4], use_cache=True).past_key_values
-        if hasattr(model.model, "rope_deltas"):
-            model.model.rope_deltas = None  # of the prompt before
         assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
 
 

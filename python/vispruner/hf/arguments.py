@@ -17,8 +17,15 @@ def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     """A call's arguments under the names of `releases.canonical`, without None values."""
     if not args:
         return releases.canonical(kwargs)
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    parameters = inspect.signature(function).parameters.values()
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [one.name for one in parameters if one.name != "self" and one.kind in places]
     if len(args) > len(names):
+        if any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters):
+            raise TypeError(
+                f"{len(args)} positional arguments were given to a function whose signature names "
+                f"{len(names)}: pass them by name, so that images can be pruned"
+            )
         raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
     return releases.canonical(dict(zip(names, args, strict=False)) | dict(kwargs))
 
@@ -48,6 +55,50 @@ def mask_of(call: Mapping[str, Any]) -> Tensor | None:
             f"{mask.dtype}: pass the mask that the processor made"
         )
     return attended
+
+
+def expanded(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+    """The call with one row of masks and positions for each row of the prompt.
+
+    Args:
+        call: the arguments; ids: (B, L) input_ids.
+
+    Raises:
+        ValueError: the shape of input_ids or position_ids is wrong.
+    """
+    if ids.dim() != 2 or not ids.shape[1]:
+        raise ValueError(f"input_ids must have shape (B, L), L > 0, got {tuple(ids.shape)}")
+    expanded = dict(call)
+    batch, length = ids.shape
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == 1 < batch:
+        expanded["attention_mask"] = mask.expand(batch, -1)
+    positions: Tensor | None = call.get("position_ids")
+    if positions is None:
+        return expanded
+    if positions.dim() in (2, 3) and positions.shape[-2] == 1 < batch:
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+    if positions.dim() not in (2, 3) or positions.shape[-2:] != (batch, length):
+        raise ValueError(
+            f"position_ids must have shape ({batch}, {length}), as input_ids, got "
+            f"{tuple(call['position_ids'].shape)}"
+        )
+    return expanded | {"position_ids": positions}
+
+
+_PACKED_LENGTHS = (
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+)  # fmt: skip
+
+
+def check_packed_lengths(call: Mapping[str, Any]) -> None:
+    """Raises ValueError if the call has the lengths of packed prompts that pruning shortens."""
+    for name in _PACKED_LENGTHS:
+        if call.get(name) is not None:
+            raise ValueError(
+                f"{name} describes the prompt before images are pruned: omit it (position_ids that "
+                "begin at 0 separate packed prompts), or pass the prompts as rows of a batch"
+            )
 
 
 def check_pixels(family: Family, modality: str, inputs: Mapping[str, Any]) -> None:

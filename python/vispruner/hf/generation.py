@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import releases
 from ..clock import Clock, Prefill
+from ..models import Family
+from .cache import layout_of
 
 
 class PromptStreamer:
@@ -94,3 +97,27 @@ def shift_lengths(model: Any, call: dict[str, Any], shift: int) -> None:
         explicit = call.get(name) is not None or length not in (None, default)
         if explicit and length is not None:
             call[name] = max(0, int(length) + shift)
+
+
+def check_chunks(model: Any, family: Family, call: Mapping[str, Any], *, pictures: bool) -> None:
+    """Checks prefill in chunks.
+
+    Args:
+        model: the model; family: its family; call: the arguments; pictures: whether it has any.
+
+    Raises:
+        ValueError: transformers would compute wrong answers.
+    """
+    size = setting(model, call, "prefill_chunk_size")
+    if size is None:
+        return
+    if pictures and not releases.takes_chunked_images():
+        raise ValueError("prefill_chunk_size with images needs transformers 5.23 or newer")
+    cache = call.get("cache")
+    rewritten = pictures or layout_of(cache) is not None
+    if rewritten and family.has_grid_positions and releases.cached_columns(cache):
+        raise ValueError(
+            f"prefill_chunk_size={size} cannot be used behind a cache with "
+            f"{model.config.model_type}, whose positions transformers would take from the "
+            "beginning of the prompt: omit it"
+        )

@@ -79,6 +79,15 @@ class Columns:
         return x[rows, places.gather(1, rank)]
 
 
+def check_kept(columns: Columns, keep: int) -> None:
+    """Raises ValueError if some of the last `keep` columns of the prompt were dropped."""
+    if bool(columns.dropped[:, -keep:].any()):
+        raise ValueError(
+            f"logits_to_keep={keep} reaches into the images, some of whose tokens are dropped: "
+            "pass logits='prompt' to vispruner.apply for all columns, or a smaller number"
+        )
+
+
 def with_restored_logits(output: Any, columns: Columns, keep: int) -> Any:
     """An output of `forward` with the logits in the columns of the full prompt."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Layout:
         next_position: (B,) int64, the position after the prompt, for models whose positions are not
             consecutive; otherwise None.
         padded: whether a column may be padding (known without reading the mask).
+        behind: (B,) int64, how far the position of the next token is below the number of columns,
+            where positions count columns; None if it is not.
     """
 
     index: Tensor
@@ -29,6 +32,7 @@ class Layout:
     dropped: Tensor
     next_position: Tensor | None = None
     padded: bool = True
+    behind: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -45,16 +49,17 @@ class Layout:
         index = self.index.to(x.device).expand(*x.shape[:-1], -1)
         return x.gather(-1, index)
 
-    def select(self, rows: Tensor) -> Layout:
+    def select(self, rows: Tensor | Sequence[int]) -> Layout:
         """The layout of a batch of some of the rows: rows (B',) int64."""
-        picked = rows.to(self.index.device)
-        after = self.next_position
+        picked = torch.as_tensor(rows, device=self.index.device)
+        after, behind = self.next_position, self.behind
         return replace(
             self,
             index=self.index[picked],
             mask=self.mask[picked],
             dropped=self.dropped[picked],
             next_position=None if after is None else after[picked],
+            behind=None if behind is None else behind[picked],
         )
 
     def repeat(self, times: int) -> Layout:
@@ -75,7 +80,12 @@ class Layout:
             dropped=self.dropped + other.dropped,
             next_position=other.next_position,
             padded=self.padded or other.padded,
+            behind=_sum(self.behind, other.behind),
         )
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def whole_prompt(mask: Tensor) -> Layout:
@@ -85,22 +95,84 @@ def whole_prompt(mask: Tensor) -> Layout:
     return Layout(index, mask, mask.shape[1], none)
 
 
+@dataclass(frozen=True)
+class Padding:
+    """The caller's padding at the ends of the rows, and the side to which pruning adds more.
+
+    Columns at the other end and holes are not touched, so that columns counted from there keep
+    their meaning. A prompt without dropped columns is unchanged.
+
+    Attributes:
+        before, after: padding columns before the first and after the last token of each row.
+        left: the side.
+    """
+
+    before: list[int]
+    after: list[int]
+    left: bool
+
+    @property
+    def removable(self) -> list[int]:
+        """Padding columns of each row on that side."""
+        return self.before if self.left else self.after
+
+    def width(self, columns: int, dropped: Sequence[int]) -> int:
+        """Columns of the shortened prompt.
+
+        Args:
+            columns: of the prompt; dropped: of each row.
+        """
+        needed = (columns - r - d for r, d in zip(self.removable, dropped, strict=True))
+        return max(needed) + min(self.removable)
+
+
+def padding_at_ends(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,), (B,): columns before the first and after the last True of mask (B, L)."""
+    before = (mask.long().cumsum(1) == 0).sum(1)
+    return before, (mask.flip(1).long().cumsum(1) == 0).sum(1)
+
+
 def shorten(mask: Tensor, dropped: Tensor, columns: int, *, left: bool) -> Layout:
     """Removes columns from a padded batch.
 
     Args:
         mask: (B, L) bool, False for padding.
-        dropped: (B, L) bool, placeholders to remove; at most `columns` others remain per row.
-        columns: width of the result.
-        left: whether padding goes to the left; the order of the columns does not change. A prompt
-            without dropped columns is unchanged.
+        dropped: (B, L) bool, placeholders to remove.
+        columns: width of the result, as from `Padding.width`.
+        left: the side at which columns of dropped tokens and of the caller's padding fill rows up.
     """
-    keep = mask & ~dropped
+    seen = (mask if left else mask.flip(1)).long().cumsum(1)
+    end = (seen if left else seen.flip(1)) == 0
+    free = end | (mask & dropped)
     if left:
-        index = torch.argsort(keep.int(), dim=1, stable=True)[:, keep.shape[1] - columns :]
+        index = torch.argsort((~free).int(), dim=1, stable=True)[:, free.shape[1] - columns :]
     else:
-        index = torch.argsort((~keep).int(), dim=1, stable=True)[:, :columns]
+        index = torch.argsort(free.int(), dim=1, stable=True)[:, :columns]
+    keep = mask & ~dropped
     return Layout(index, keep.gather(1, index), keep.shape[1], (mask & dropped).sum(1))
+
+
+def check_filled(config: Any, filled: Sequence[int], columns: int) -> None:
+    """Checks the padding that pruning adds between the turns of a conversation.
+
+    Args:
+        config: of the model; filled: columns added to each row, negative if removed.
+        columns: of the cache and the new turn.
+
+    Raises:
+        ValueError: the model would read it.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    window = getattr(text, "sliding_window", None)
+    sliding = "sliding_attention" in kinds if kinds else window is not None
+    if max(filled) <= 0:
+        return
+    if "linear_attention" in kinds or (sliding and columns > (window or 0)):
+        raise ValueError(
+            "new images retain different numbers of tokens per row, and this model reads the "
+            "padding behind a cache: pass one row per call, or the conversation without cache"
+        )
 
 
 def rows_of_items(counts: Sequence[int], placeholders: Sequence[int], modality: str) -> list[int]:

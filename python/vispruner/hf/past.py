@@ -90,6 +90,9 @@ class Past:
                 "prompt already: pass the whole conversation, or the new tokens and a mask of all"
             )
         short = mask is not None and mask.shape[1] == cached + length and not full
+        if mask is not None and short and layout.padded and layout.columns == layout.width:
+            # The conversation is as wide as the cache, whose columns are in another order.
+            short = torch.equal(mask[:, : layout.columns], layout.mask.to(mask.device))
         if mask is not None and mask.shape[1] != total and not short:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns, expected {total}: those of the "
@@ -132,4 +135,21 @@ class Past:
         return self.layout.next_position + self.mask[:, self.layout.columns :].sum(1)
 
 
-__all__ = ["Past"]
+@dataclass(frozen=True)
+class SplitCall:
+    """A call, split into cached and new columns.
+
+    Attributes:
+        call: arguments by their canonical names.
+        whole: input_ids may include the cached part (generate).
+        visual: modality to the arguments of its encoder.
+        past: the cached part.
+        ids, mask: (B, S) of the new columns, int64 and bool.
+    """
+
+    call: dict[str, Any]
+    whole: bool
+    visual: dict[str, dict[str, Any]]
+    past: Past
+    ids: Tensor
+    mask: Tensor

@@ -93,6 +93,26 @@ def _ahead(own: Tensor, past: Past, mask: Tensor) -> Tensor:
     )
 
 
+def _columns(past: Past, count: int, filled: Tensor | None) -> Tensor | None:
+    """(B, count): positions of new columns for a model that counts columns.
+
+    Args:
+        filled: (B,) columns before the new ones that pruning added.
+
+    Returns:
+        The positions that the tokens have in a batch of their own; None if these are the numbers of
+        the columns.
+    """
+    behind = past.layout.behind
+    if not past.columns or (behind is None and filled is None):
+        return None
+    rows, cached = past.mask.shape
+    start = torch.full((rows,), cached, device=past.mask.device)
+    for less in (behind, filled):
+        start = start if less is None else start - less.to(start.device)
+    return (start[:, None] + torch.arange(count, device=start.device)).clamp(min=0)
+
+
 def step_positions(
     family: Family, call: Mapping[str, Any], past: Past, mask: Tensor
 ) -> Tensor | None:
@@ -106,6 +126,8 @@ def step_positions(
         positions are renumbered; None if no change is needed.
     """
     given: Tensor | None = call.get("position_ids")
+    if given is None and not family.has_grid_positions:
+        return _columns(past, mask.shape[1], None)
     start = past.next_position() if family.has_grid_positions else None
     if given is None and start is not None:
         held = past.mask.sum(1, keepdim=True)
@@ -125,6 +147,9 @@ def shortened_positions(
     ids: Tensor,
     mask: Tensor,
     dropped: Tensor,
+    *,
+    left: bool,
+    whole: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Position ids of the shortened prompt's new columns, and the position after them.
 
@@ -134,13 +159,18 @@ def shortened_positions(
     Args:
         call: the caller's arguments, with those of the encoded pictures.
         ids, mask, dropped: (B, L) of the new columns of the unpruned prompt.
+        left: whether pruning fills rows up at the left.
+        whole: the model counts positions itself, by the mask (generate).
     """
     given: Tensor | None = call.get("position_ids")
     if given is not None and given.dim() == 2 and not family.has_grid_positions:
         return _counted(given, past, new, dropped, mask), None
     found = family.positions(ids, mask.long(), call)
+    if found is None and given is not None:
+        return new.take(past.new(given)), None
     if found is None:
-        return (new.take(past.new(given)), None) if given is not None else None
+        columns = None if whole else _columns(past, new.columns, new.behind if left else None)
+        return None if columns is None else (columns, None)
     positions, following, rope_end = found
     start = past.next_position()
     if start is not None:

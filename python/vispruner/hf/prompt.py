@@ -7,7 +7,6 @@ dropped tokens from all arguments that have the prompt's columns.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,13 +18,15 @@ from .. import releases
 from ..clock import Clock
 from ..models import Encoded, Family
 from ..report import Kept, Report
-from . import arguments, labels
+from . import arguments
+from .arranged import Arranger
 from .cache import layout_of
 from .encoder_outputs import Counts
 from .labels import Columns
-from .layout import Layout, rows_of_items, shorten
-from .past import Past
+from .layout import Layout, Padding, check_filled, padding_at_ends, rows_of_items, shorten
+from .past import Past, SplitCall
 from .positions import check_packing, shortened_positions, step_positions
+from .rope_delta import RopeDeltas
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,6 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _SplitCall:
-    """A call, split into cached and new columns.
-
-    Attributes:
-        call: arguments by their canonical names.
-        whole: input_ids may include the cached part (generate).
-        visual: modality to the arguments of its encoder.
-        past: the cached part.
-        ids, mask: (B, S) of the new columns, int64 and bool.
-    """
-
-    call: dict[str, Any]
-    whole: bool
-    visual: dict[str, dict[str, Any]]
-    past: Past
-    ids: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
 class _Placed:
     """The places of the new pictures in the new columns.
 
@@ -83,14 +64,14 @@ class _Placed:
         slots: modality to (B, S) bool, its placeholders.
         rows: modality to the row of each new picture.
         valid: tokens of each row, without padding.
-        left: whether no row ends with padding.
+        padding: the padding at the ends of the rows.
     """
 
     visual: dict[str, dict[str, Any]]
     slots: dict[str, Tensor]
     rows: dict[str, list[int]]
     valid: list[int]
-    left: bool
+    padding: Padding
 
 
 class Rewriter:
@@ -102,7 +83,8 @@ class Rewriter:
 
     def __init__(self, model: Any, family: Family) -> None:
         self._model, self._family = model, family
-        self._warned_of_count = False
+        self.rope_deltas = RopeDeltas(family)
+        self._arranger = Arranger(model, family)
 
     def rewrite(self, call: dict[str, Any], *, whole: bool) -> Prepared | None:
         """Encodes the images of a call and shortens its prompt; None if there is nothing to do.
@@ -129,43 +111,64 @@ class Rewriter:
             return self._shorten(turn, placed, encoded, clock)
 
     # ---------------------------------------------------------------------- 1. cached, new columns
-    def _read(self, call: dict[str, Any], *, whole: bool) -> _SplitCall | None:
+    def _read(self, call: dict[str, Any], *, whole: bool) -> SplitCall | None:
         visual = arguments.visual_inputs(self._family, call)
         ids: Tensor | None = call.get("input_ids")
-        if ids is None:
-            return None
         cache = call.get("cache")
         if not visual and (layout_of(cache) is None or not releases.cached_columns(cache)):
-            if not releases.cached_columns(cache):
+            if ids is not None and not releases.cached_columns(cache):
                 arguments.check_no_placeholders(self._family, ids)
             return None
+        if ids is None:  # text after a pruned prompt
+            ids = self._stand_in(call, whole=whole)
+        if ids is None:
+            return None
+        call = arguments.expanded(call, ids)
+        if visual:
+            arguments.check_packed_lengths(call)
         mask = arguments.mask_of(call)
-        past = Past.of(cache, ids, mask, whole=whole, rope_delta=self._family.rope_delta())
-        return _SplitCall(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
+        delta = self.rope_deltas.of(cache, ids, mask, whole=whole)
+        past = Past.of(cache, ids, mask, whole=whole, rope_delta=delta)
+        return SplitCall(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
+
+    def _stand_in(self, call: Mapping[str, Any], *, whole: bool) -> Tensor | None:
+        """Token ids in the place of inputs_embeds; None if there are none either.
+
+        Raises:
+            ValueError: for generate, which may or may not repeat the cached part.
+        """
+        embeds: Tensor | None = call.get("inputs_embeds")
+        if embeds is None:
+            return None
+        if whole:
+            raise ValueError(
+                "generate cannot continue a pruned prompt with inputs_embeds: pass input_ids"
+            )
+        return torch.full(embeds.shape[:2], self._arranger.pad_id(), device=embeds.device)
 
     @staticmethod
-    def _mask_matches_cache(turn: _SplitCall) -> bool:
+    def _mask_matches_cache(turn: SplitCall) -> bool:
         """Whether it is a step of a custom decoding loop whose mask, if any, matches the cache."""
         if turn.call.get("attention_mask") is not None:
             return turn.past.mask_is_short
         return not turn.past.layout.padded
 
-    def _step(self, turn: _SplitCall) -> Prepared | None:
+    def _step(self, turn: SplitCall) -> Prepared | None:
         positions = step_positions(self._family, turn.call, turn.past, turn.mask)
         if positions is None:
             return None
         return Prepared(turn.call | {"position_ids": positions}, Clock(self._model.device))
 
     # ------------------------------------------------------------------------ 2. pictures and rows
-    def _place(self, turn: _SplitCall) -> _Placed:
+    def _place(self, turn: SplitCall) -> _Placed:
         family, modalities = self._family, list(self._family.encoders)
         slots = {m: turn.ids == family.token_id(m) for m in modalities}
-        old_ids = turn.past.old(turn.call["input_ids"])
-        stats = [turn.mask.sum(1), turn.mask[:, -1].long()]
+        old_ids = turn.past.old(turn.call.get("input_ids", turn.ids))
+        stats = [turn.mask.sum(1), *padding_at_ends(turn.mask)]
         for m in modalities:
             hidden = (slots[m] & ~turn.mask).sum(1)
             stats += [slots[m].sum(1), (old_ids == family.token_id(m)).sum(1), hidden]
-        valid, last, *found = torch.stack(stats).tolist()  # the only synchronization
+        valid, first, last, *found = torch.stack(stats).tolist()  # the only synchronization
         visual, rows = {}, {}
         for i, modality in enumerate(modalities):
             here, before, hidden = found[3 * i : 3 * i + 3]
@@ -187,7 +190,9 @@ class Rewriter:
                     f"the prompt has {sum(here)} {modality} placeholders but no {modality}s "
                     "were passed"
                 )
-        return _Placed(visual, slots, rows, valid, left=all(last))
+        # On the right only if all padding is there, and no columns are counted from the end.
+        left = not any(last) or any(first) or bool(turn.call.get("logits_to_keep"))
+        return _Placed(visual, slots, rows, valid, Padding(first, last, left))
 
     def _assign(
         self, modality: str, inputs: dict[str, Any], here: list[int], before: list[int]
@@ -218,27 +223,45 @@ class Rewriter:
 
     # ------------------------------------------------------------------- 4. the remaining columns
     def _shorten(
-        self, turn: _SplitCall, placed: _Placed, encoded: Mapping[str, Encoded], clock: Clock
+        self, turn: SplitCall, placed: _Placed, encoded: Mapping[str, Encoded], clock: Clock
     ) -> Prepared:
         past = turn.past
         dropped = torch.zeros_like(turn.ids, dtype=torch.bool)
-        remaining = list(placed.valid)
+        lost = [0] * len(placed.valid)
         for modality, part in encoded.items():
             away = ~part.keep.to(turn.ids.device)
             dropped |= torch.zeros_like(dropped).masked_scatter_(placed.slots[modality], away)
             for item, row in zip(part.items, placed.rows[modality], strict=True):
-                remaining[row] -= item.before - item.after
-        width = max(remaining) + turn.ids.shape[1] - max(placed.valid)
-        new = shorten(turn.mask, dropped, width, left=placed.left)
+                lost[row] += item.before - item.after
+        length, left = turn.ids.shape[1], placed.padding.left
+        width = placed.padding.width(length, lost)
+        new = shorten(turn.mask, dropped, width, left=left)
+        remaining = (valid - less for valid, less in zip(placed.valid, lost, strict=True))
         new = replace(new, padded=min(remaining) < width)
+        # Columns that pruning added to a row, or removed.
+        filled = [width - (length - less) for less in lost]
+        if any(filled) and past.columns:
+            check_filled(self._family.config, filled, past.mask.shape[1] + width)
+        if any(filled) and not turn.whole and (past.columns or not left):
+            new = replace(new, behind=torch.tensor(filled, device=turn.ids.device))
         check_packing(turn.call, new)
         columns = Columns(new, turn.mask, dropped)
-        inputs = self._arranged(turn, columns)
+        inputs = self._arranger.arranged(turn, columns)
         own = self._family.arguments
         shown = {name: value for name, value in turn.call.items() if name not in own}
         for encoder_inputs in placed.visual.values():
             shown |= encoder_inputs
-        found = shortened_positions(self._family, shown, past, new, turn.ids, turn.mask, dropped)
+        found = shortened_positions(
+            self._family,
+            shown,
+            past,
+            new,
+            turn.ids,
+            turn.mask,
+            dropped,
+            left=left,
+            whole=turn.whole,
+        )
         layout = past.layout.append(new, past.gap) if past.columns else new
         if found is not None:
             inputs["position_ids"], following = found
@@ -260,67 +283,6 @@ class Rewriter:
             if items
             else None,
         )
-
-    def _arranged(self, turn: _SplitCall, columns: Columns) -> dict[str, Any]:
-        """The call's arguments without the dropped columns."""
-        call, past, new, dropped = turn.call, turn.past, columns.layout, columns.dropped
-        inputs, pad = dict(call), self._pad_id()
-        continued = turn.whole and past.full_ids
-        short = new.take(turn.ids.masked_fill(dropped, pad))
-        if continued:
-            old = past.old(call["input_ids"])
-            for modality in self._family.encoders:
-                # They are cached, and the model would fill a placeholder.
-                old = old.masked_fill(old == self._family.token_id(modality), pad)
-            short = torch.cat([past.shorten(old), short], 1)
-        inputs["input_ids"] = short
-        whole_mask = torch.cat([past.mask, new.mask], 1)
-        if call.get("attention_mask") is not None:
-            inputs["attention_mask"] = whole_mask.to(call["attention_mask"].dtype)
-        elif turn.whole or past.columns or new.padded:
-            inputs["attention_mask"] = whole_mask.long()
-        for name in ("mm_token_type_ids", "token_type_ids"):
-            value = call.get(name)
-            if value is not None:
-                taken = new.take(past.new(value).masked_fill(dropped, 0))
-                parts = [past.shorten(past.old(value))] if continued else []
-                inputs[name] = torch.cat([*parts, taken], 1)
-        self._arrange_labels(inputs, columns)
-        return inputs
-
-    def _arrange_labels(self, inputs: dict[str, Any], columns: Columns) -> None:
-        """Shortens labels, and scales a trainer's count of them in the whole batch."""
-        counted = None
-        for name, shorter in (("labels", columns.labels), ("shift_labels", columns.shift_labels)):
-            value = inputs.get(name)
-            if value is None:
-                continue
-            if value.shape != columns.mask.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, the new part of the prompt "
-                    f"{tuple(columns.mask.shape)}"
-                )
-            inputs[name] = shorter(value)
-            counted = labels.share_of_labels(value, inputs[name], shifted=name == "shift_labels")
-        count = inputs.get("num_items_in_batch")
-        if count is None or counted is None:
-            return
-        if not self._warned_of_count and bool(counted < 1):
-            self._warned_of_count = True
-            warnings.warn(
-                "num_items_in_batch counts labels of dropped tokens: it is scaled by the share of "
-                "this batch's labels that remain; it is exact if image placeholders have the label "
-                f"{labels.IGNORED}",
-                stacklevel=2,
-            )
-        device = count.device if isinstance(count, Tensor) else counted.device
-        inputs["num_items_in_batch"] = count * counted.to(device)
-
-    def _pad_id(self) -> int:
-        taken = {self._family.token_id(modality) for modality in self._family.encoders}
-        pad = getattr(self._model.generation_config, "pad_token_id", None)
-        candidates = [pad] if isinstance(pad, int) else []
-        return next(token for token in [*candidates, *range(len(taken) + 1)] if token not in taken)
 
 
 def _fresh_items(sizes: list[int], rows: list[int], cached: list[int]) -> list[int]:

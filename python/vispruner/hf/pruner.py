@@ -24,7 +24,7 @@ from . import arguments, generation
 from .cache import forget, layout_of, remember
 from .encoder_outputs import EncoderOutputs
 from .generation import Generation, PromptStreamer
-from .labels import Columns, with_restored_logits
+from .labels import Columns, check_kept, with_restored_logits
 from .prompt import Prepared, Rewriter
 from .threads import PerThread
 
@@ -61,11 +61,12 @@ class Pruner:
         if check:
             check_scores(family)
         self.model = model
-        self.budget = budget
+        self._budget = budget
         self.last: Report | None = None
         self._logits = logits
         self._family: Family = family
         self._rewriter = Rewriter(model, family)
+        self._noted = self._rewriter.rope_deltas.noted
         self._outputs = EncoderOutputs(model, family)
         self._generation: PerThread[Generation] = PerThread()
         self._columns: PerThread[Columns] = PerThread()
@@ -79,6 +80,17 @@ class Pruner:
         self._generate, self._forward, _ = (one.__wrapped__ for one in self._replacements)
         self._outputs.install()
         setattr(model, MODEL_ATTRIBUTE, self)
+
+    @property
+    def budget(self) -> Budget:
+        """The number of tokens to retain; `apply` again to change it."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: Any) -> None:
+        raise AttributeError(
+            f"budget cannot be set, got {value!r}: call remove() and vispruner.apply again"
+        )
 
     def remove(self) -> None:
         """Restores the model. Further calls have no effect."""
@@ -201,27 +213,34 @@ class Pruner:
         if call.get("mm_encoder_outputs"):
             self._warn_of_encoder_outputs()
             self._note(None)
-            return self._forward(*args, **kwargs)
+            return self._noted(call, lambda: self._forward(*args, **kwargs))
+        kept = call.get("logits_to_keep")
+        if self._logits == "prompt" and isinstance(kept, int):
+            del call["logits_to_keep"]  # taken from the restored logits
         prepared = self._rewrite(call, whole=False)
         if prepared is None:
-            if not torch.compiler.is_compiling():
-                self._note(None)
-            return self._forward(*args, **kwargs)
-        keep = int(call.get("logits_to_keep") or 0)
+            if torch.compiler.is_compiling():
+                return self._forward(*args, **kwargs)
+            self._note(None)
+            return self._noted(call, lambda: self._forward(*args, **kwargs))
+        keep = int(kept or 0)
+        if keep > 1 and self._logits is None and prepared.columns is not None:
+            check_kept(prepared.columns, keep)
         in_prompt = self._logits_in_prompt(call, keep, pruned=prepared.report is not None)
         restored = in_prompt and prepared.columns is not None
         self._note(prepared)
         if restored:
             self._columns.value = None  # labels match without conversion
         inputs = prepared.inputs
-        if restored and keep:
-            inputs = inputs | {"logits_to_keep": 0}
+        if keep:
+            inputs = inputs | {"logits_to_keep": 0 if restored else keep}
         with self._outputs.given(prepared.outputs, prepared.encoder_inputs) as given:
             output = self._forward(**releases.spelled(inputs, self._forward), **given)
         cache = call.get("cache")
         cache = releases.cache_in(output) if cache is None else cache
         if cache is not None and prepared.layout is not None:
             remember(cache, prepared.layout)
+            self._rewriter.rope_deltas.note(call, cache)
         if restored:
             assert prepared.columns is not None
             return with_restored_logits(output, prepared.columns, keep)
@@ -262,7 +281,7 @@ class Pruner:
             prepared = self._prepare_generate(call)
         if prepared is None:
             with self._outputs.withheld(), self._generation.set(Generation(None, 0, pixels=False)):
-                return self._generate(*args, **kwargs)
+                return self._noted(call, lambda: self._generate(*args, **kwargs))
         ids, cache = call["input_ids"], call.get("cache")
         ready = dict(prepared.inputs)
         columns = ready["input_ids"].shape[1]
@@ -290,22 +309,24 @@ class Pruner:
                 remember(cache, before)
             raise
         self._note(prepared)
-        return self._with_full_prompt(output, ids, columns, prepared, cache)
+        return self._with_full_prompt(output, ids, columns, prepared, call)
 
     def _prepare_generate(self, call: dict[str, Any]) -> Prepared | None:
         generation.infer_mask(self.model, call)
         if call.get("mm_encoder_outputs"):
             self._warn_of_encoder_outputs()
             return None
-        chunk = generation.setting(self.model, call, "prefill_chunk_size")
-        prepared_inputs = arguments.visual_inputs(self._family, call)
-        if chunk is not None and prepared_inputs and not releases.takes_chunked_images():
-            raise ValueError("prefill_chunk_size with images needs transformers 5.23 or newer")
+        pictures = bool(arguments.visual_inputs(self._family, call))
+        generation.check_chunks(self.model, self._family, call, pictures=pictures)
         return self._rewrite(call, whole=True)
 
-    @staticmethod
     def _with_full_prompt(
-        output: Any, ids: Tensor, columns: int, prepared: Prepared, cache: Any
+        self,
+        output: Any,
+        ids: Tensor,
+        columns: int,
+        prepared: Prepared,
+        call: Mapping[str, Any],
     ) -> Any:
         """The output of generate, with sequences that begin with the full prompt."""
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -314,9 +335,10 @@ class Pruner:
         # Callers cut off the prompt by the length of their input.
         whole = torch.cat([prompt, sequences[:, columns:]], 1)
         filled = releases.cache_in(output)
-        filled = cache if filled is None else filled
+        filled = call.get("cache") if filled is None else filled
         if filled is not None and prepared.layout is not None:
             remember(filled, prepared.layout.repeat(times))
+            self._rewriter.rope_deltas.note(call, filled)
         if isinstance(output, Tensor):
             return whole
         output.sequences = whole

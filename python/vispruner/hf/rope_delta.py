@@ -1,0 +1,93 @@
+"""The RoPE delta of a cache that was not pruned.
+
+A model holds the RoPE delta of its latest prompt with pictures, for whatever cache it continues
+with. A new picture after another cache would get wrong positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import releases
+from ..models import Family
+from .cache import layout_of
+
+_ORIGIN = "_vispruner_origin"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The prompt that a cache was filled with; an attribute of the cache.
+
+    Attributes:
+        prompt: its number since `apply`.
+        text: it had no pictures.
+    """
+
+    prompt: int
+    text: bool
+
+
+class RopeDeltas:
+    """Follows which prompt filled which cache.
+
+    Args:
+        family: of the model.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._prompts = 0
+
+    def note(self, call: Mapping[str, Any], cache: Any) -> None:
+        """Notes the origin of a cache that a call has filled from its beginning."""
+        if not self._family.has_grid_positions or cache is None or torch.compiler.is_compiling():
+            return
+        self._prompts += 1
+        pictures = any(self._family.pixels_name(m, call) for m in self._family.encoders)
+        text = not pictures and "input_ids" in call and not call.get("mm_encoder_outputs")
+        setattr(cache, _ORIGIN, _Origin(self._prompts, text))
+
+    def noted(self, call: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        """Runs an unpruned call, and notes it if it began without cached columns."""
+        cache = call.get("cache")
+        begins = not releases.cached_columns(cache)
+        output = run()
+        if begins:
+            self.note(call, releases.cache_in(output) if cache is None else cache)
+        return output
+
+    def of(self, cache: Any, ids: Tensor, mask: Tensor | None, *, whole: bool) -> Tensor | None:
+        """(B, 1), the RoPE delta of a cache that was not pruned; None without one.
+
+        Args:
+            cache: or None; ids: (B, L) input_ids; mask: (B, M) attention mask of the call.
+            whole: input_ids may include the cached part (generate).
+
+        Raises:
+            ValueError: it is not known.
+        """
+        delta = self._family.rope_delta()
+        cached = releases.cached_columns(cache)
+        if delta is None or not cached or layout_of(cache) is not None:
+            return None
+        origin: _Origin | None = getattr(cache, _ORIGIN, None)
+        if origin is not None and origin.text:
+            return None
+        if whole and (mask is None or mask.shape[1] == ids.shape[1]):
+            old = ids[:, :cached]
+            tokens = [self._family.token_id(modality) for modality in self._family.encoders]
+            if not any(bool((old == token).any()) for token in tokens):
+                return None
+        if self._prompts != (0 if origin is None else origin.prompt):
+            raise ValueError(
+                "the cache was not filled by the latest prompt, whose RoPE delta the model holds, "
+                "so the positions of its tokens are unknown: start a new conversation, or fill the "
+                "cache again"
+            )
+        return delta
