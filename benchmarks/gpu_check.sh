@@ -177,6 +177,6 @@ for tool in "${tools[@]}"; do finish "$tool"; done
 
 step stress 80 "$python" benchmarks/verify/stress.py ${dry:+--help}
 
-step benchmarks 300 "$python" -m operators.gpu --goals --quick --compile-limit 25 \
+step benchmarks 300 "$python" -m operators.gpu --goals --quick --compile-limit 60 \
   ${dry:+--device cpu} -o "$out"
 exit 0

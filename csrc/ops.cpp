@@ -230,7 +230,8 @@ void check_heads(const Tensor& q, const Tensor& k) {
 }
 
 void check_scale(double scale) {
-  STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
+  STD_TORCH_CHECK(std::isfinite(static_cast<float>(scale)), "scale must be finite in float32, got ",
+                  scale);
 }
 
 ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double scale) {

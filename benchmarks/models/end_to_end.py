@@ -16,7 +16,7 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +119,17 @@ class Case:
             ready = vispruner.prepare(self.model, self.call)
         names = ("inputs_embeds", "attention_mask")
         prompt = {name: ready[name].clone() for name in names}
-        family = vispruner.models.family_of(self.model)
-        encode = getattr(self.model.base_model, family.encoders["image"])
+        encoder = vispruner.models.family_of(self.model).encoders["image"]
         pixels = {
             name: value for name, value in self.call.items() if name.startswith(("pixel", "image_"))
         }
 
         def run() -> dict[str, float]:
-            start = _now(self.model.device)
-            with torch.no_grad():
-                encode(**pixels)
-            seen = _now(self.model.device)
-            self._generate(**prompt)
-            end = _now(self.model.device)
-            return {"vision": 1e3 * (seen - start), "prefill and decode": 1e3 * (end - seen)}
+            with unpruned(self.model) as clock:  # timed as the other ways are
+                with torch.no_grad():
+                    getattr(self.model.base_model, encoder)(**pixels)
+                self._generate(**prompt)
+                return clock.milliseconds()
 
         return run
 
@@ -196,11 +193,10 @@ def first_token(phases: dict[str, float]) -> float:
     return sum(value for name, value in phases.items() if name != "decode")
 
 
-def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[str, Any]]:
-    """The rows of one model."""
+def measure(name: str, options: argparse.Namespace, bar: Progress) -> Iterator[dict[str, Any]]:
+    """The rows of one model, batch by batch."""
     device = torch.device(options.device)
     model = build(name, device, DTYPES[options.dtype], small=options.small)
-    rows = []
     for batch in options.batch:
         call, visual = prompt(model, batch, options.image_size, options.text_tokens)
         if batch * visual > options.most_tokens:
@@ -218,6 +214,7 @@ def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[
             for way, run in ways.items():
                 spent = run()
                 bar.advance(runs)
+                bar.refresh()  # not from a thread, which would run during the measurements
                 if repeat:  # the first one warms up
                     times[way].append(spent)
         bar.remove_task(runs)
@@ -230,19 +227,18 @@ def measure(name: str, options: argparse.Namespace, bar: Progress) -> list[dict[
             row = {
                 "model": name, "batch": batch, "way": way, "k": k, "visual_tokens": visual,
                 "milliseconds": {phase: round(value, 3) for phase, value in median.items()},
-                "first_token_ms": round(
-                    statistics.median(first_token(spent) for spent in times[way]), 3
-                ),
                 "peak_bytes": peak_bytes(device, run),
             }  # fmt: skip
+            if "prefill" in median:
+                first = statistics.median(first_token(spent) for spent in times[way])
+                row["first_token_ms"] = round(first, 3)
             if way == "unpruned" or way.startswith("k="):
                 row["flops"] = operations(model, call, k)
-            rows.append(row)
+            yield row
     del model
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rows
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
@@ -256,7 +252,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         table.add_row(
             row["model"], str(row["batch"]), row["way"],
             *(f"{cell:.2f}" if cell else "" for cell in cells),
-            f"{row['first_token_ms']:.1f}" if "prefill" in ms else "", flops,
+            f"{row['first_token_ms']:.1f}" if "first_token_ms" in row else "", flops,
         )  # fmt: skip
     console.print(table)
 
@@ -297,11 +293,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="shrink the models, but not the number of visual tokens",
     )
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N")
-    add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32", help="of the model")
+    add("--dtype", choices=DTYPES, help="of the model (bfloat16 on a GPU, float32 on a CPU)")
     add("-o", "--output", type=Path, metavar="JSON",
-        default=provenance.RESULTS / f"end_to_end_{'gpu' if cuda else 'cpu'}.json",
-        help="results file")  # fmt: skip
+        help="results file (end_to_end_gpu.json or end_to_end_cpu.json in results/)")  # fmt: skip
     options = parser.parse_args(arguments)
+    on_gpu = torch.device(options.device).type == "cuda"
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    name = f"end_to_end_{'gpu' if on_gpu else 'cpu'}.json"
+    options.output = options.output or provenance.RESULTS / name
 
     import transformers
 
@@ -311,15 +310,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     console = Console()
     rows: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, auto_refresh=False) as bar:
         for name in bar.track(options.models, description="models"):
-            rows += measure(name, options, bar)
-            # After each model, so that an interrupted run leaves a file.
-            provenance.write(
-                options.output.stem,
-                {"setup": {**setup, "transformers": transformers.__version__}, "rows": rows},
-                options.output.resolve().parent,
-            )
+            for row in measure(name, options, bar):
+                rows.append(row)
+                # After each row, so that an interrupted run leaves a file.
+                provenance.write(
+                    options.output.stem,
+                    {"setup": {**setup, "transformers": transformers.__version__}, "rows": rows},
+                    options.output.resolve().parent,
+                )
     show(rows, console)
     return 0
 

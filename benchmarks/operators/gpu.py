@@ -4,10 +4,11 @@
     python -m operators.gpu --goals --quick     the speed goals only
     python -m operators.gpu --device cpu --quick -o /tmp/x      a dry run of this script
 
-Run in benchmarks/. Times are medians over many replays of captured CUDA graphs, measured with
-events; inputs rotate through more memory than the L2 cache holds. Baselines get the same tensors in
-the same run; those that compile run in a separate process with a time limit. Times per stage come
-from the profiler.
+Run in benchmarks/. Times are medians over many replays of one captured CUDA graph, measured with
+events. The graph holds one call after the other, so that the times are not those of launching
+graphs. Its calls have inputs of their own, together larger than the L2 cache (top-k: of 64 calls).
+Baselines get the same tensors in the same run; those that compile run in a separate process with
+a time limit. Times per stage come from the profiler.
 """
 
 from __future__ import annotations
@@ -133,15 +134,18 @@ def cpu_time(calls: Sequence[Call], seconds: float) -> float:
     return 1e6 * statistics.median(times)
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls, one after the other."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        call()
-        call()
+        for call in calls:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        call()
+        for call in calls:
+            call()
     return graph
 
 
@@ -182,7 +186,18 @@ def gpu_or_cpu_time(
         return cpu_time(calls, seconds)
     if not graph:
         return event_time(calls, seconds)
-    return event_time([captured(c).replay for c in calls], seconds)
+    return event_time([captured(calls).replay], seconds) / len(calls)
+
+
+def warm_up(device: str) -> None:
+    """Keeps the GPU busy for a second, so that its clocks have risen."""
+    if device == "cpu":
+        return
+    square = torch.ones(4096, 4096, device=device, dtype=torch.float16)
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:
+        square @ square
+        torch.cuda.synchronize()
 
 
 def host_time(case: Case, device: str) -> float:
@@ -219,10 +234,10 @@ def stage_times(case: Case) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------- compiled baselines
 COMPILED = {
+    "eager loop in a CUDA graph": None,  # compiles nothing
     "torch.compile": {},
     "torch.compile reduce-overhead": {"mode": "reduce-overhead"},
     "torch.compile max-autotune": {"mode": "max-autotune"},
-    "eager loop in a CUDA graph": None,
 }
 
 
@@ -237,8 +252,10 @@ def compiled_baseline(name: str, case: Case, device: str, seconds: float) -> flo
     return gpu_or_cpu_time([compiled], device, seconds, graph=False)
 
 
-def compiled_baselines(arguments: argparse.Namespace) -> Iterator[tuple[str, float | None]]:
-    """Each in a separate process; None where the time limit came first."""
+def compiled_baselines(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[str, float | None, str]]:
+    """Each in a separate process: name, time or None, and the reason of None."""
     for name in COMPILED:
         say(f"compiled baseline: {name}")
         command = [sys.executable, "-m", "operators.gpu", "--baseline", name]
@@ -256,10 +273,13 @@ def compiled_baselines(arguments: argparse.Namespace) -> Iterator[tuple[str, flo
         try:
             output, errors = process.communicate(timeout=arguments.compile_limit)
             if process.returncode:
-                say(f"{name}: {errors.strip().splitlines()[-1:]}")
-            yield name, float(output.split()[-1]) if process.returncode == 0 else None
+                reason = "".join(errors.strip().splitlines()[-1:]) or f"exit {process.returncode}"
+                say(f"{name}: {reason}")
+                yield name, None, reason
+            else:
+                yield name, float(output.split()[-1]), ""
         except subprocess.TimeoutExpired:
-            yield name, None
+            yield name, None, f"no result in {arguments.compile_limit:g} s"
         finally:
             # Together with the compilers it started, which would keep its pipes open.
             with contextlib.suppress(ProcessLookupError):
@@ -306,9 +326,7 @@ def shrunk(goal: Goal) -> Goal:
     return replace(goal, case=small)
 
 
-def measure(
-    goal: Goal, arguments: argparse.Namespace, with_baselines: bool, with_stages: bool = False
-) -> dict[str, Any]:
+def measure(goal: Goal, arguments: argparse.Namespace, with_baselines: bool) -> dict[str, Any]:
     device, seconds = arguments.device, arguments.seconds
     case = goal.case
     sets = input_sets(case, device)
@@ -323,12 +341,13 @@ def measure(
     }
     if with_baselines:
         result["baselines_us"] = {}
-        for name, baseline in simple_baselines(case, sets[0]).items():
+        every = [simple_baselines(case, x) for x in sets]
+        for name in every[0]:
             # Eager loops run as users run them; most are too long to capture.
             graph = not name.startswith("eager loop")
-            result["baselines_us"][name] = gpu_or_cpu_time([baseline], device, seconds, graph=graph)
-    if with_stages and device != "cpu":
-        result["stages_us"] = stage_times(case)
+            result["baselines_us"][name] = gpu_or_cpu_time(
+                [calls[name] for calls in every], device, seconds, graph=graph
+            )
     return result
 
 
@@ -360,16 +379,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that baselines end as well
-    data: dict[str, Any] = {"dry_run": dry, "rows": [], "curves": {}}
+    data: dict[str, Any] = {
+        "dry_run": dry,
+        "complete": False,  # all that was asked for
+        "seconds": arguments.seconds,
+        "goals_only": arguments.goals,
+        "rows": [],
+        "curves": {},
+        "no_baseline": {},  # name to reason
+    }
 
     def save() -> Path:
         """After each part, so that a time limit from outside loses only the rest."""
         name = "kernels_dry_run" if dry else "kernels"
         return provenance.write(name, data, arguments.output)
 
+    warm_up(arguments.device)
     data["host_us"] = host_time(first, arguments.device)
     for goal in goals:
-        row = measure(goal, arguments, with_baselines=True, with_stages=True)
+        row = measure(goal, arguments, with_baselines=True)
         if goal.name in PLANNED_GOALS:
             row["plans"] = plan_times(goal.case, arguments.device, arguments.seconds)
         data["rows"].append(row)
@@ -384,10 +412,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             say(f"curve over {name}")
             path = save()
+    if not dry:  # after the times, because the profiler slows calls down
+        for goal, row in zip(goals, data["rows"], strict=True):
+            row["stages_us"] = stage_times(goal.case)
+        path = save()
     if not arguments.no_compile:
-        for baseline, time_ in compiled_baselines(arguments):
+        for baseline, time_, reason in compiled_baselines(arguments):
             data["rows"][0]["baselines_us"][baseline] = time_
+            if time_ is None:
+                data["no_baseline"][baseline] = reason
             path = save()
+    data["complete"] = True
+    path = save()
     print(path)
     print(json.dumps({row["name"]: round(row["us"], 2) for row in data["rows"]}))
     return 0

@@ -37,7 +37,9 @@ def unpruned(model: Any) -> Iterator[Clock]:
         return output
 
     def generate(original: Any, *args: Any, **kwargs: Any) -> Any:
-        prefill.append(Prefill(clock, kwargs["input_ids"].shape[1]))
+        ids = kwargs.get("input_ids")
+        prompt = kwargs["inputs_embeds"] if ids is None else ids
+        prefill.append(Prefill(clock, prompt.shape[1]))
         with clock("prefill"):
             return original(*args, **kwargs)
 

@@ -52,6 +52,13 @@ def test_rows_and_table(end_to_end: Any, tmp_path: Path) -> None:
         ways[row["model"], row["batch"]].append(row["way"])
         assert row["visual_tokens"] == (576 if "llava" in row["model"] else 100)
         assert all(value >= 0 for value in row["milliseconds"].values())
+        phases = dict(row["milliseconds"])
+        assert ("first_token_ms" in row) == ("prefill" in phases) == ("plain" not in row["way"])
+        if "free" in row["way"]:  # the same phases as the unpruned model
+            assert phases.keys() == {"vision", "prefill", "decode"}
+        if "first_token_ms" in row:
+            phases.pop("decode")
+            assert row["first_token_ms"] == pytest.approx(sum(phases.values()), abs=0.01)
     common = ["unpruned", "k=64", "k=8", "free k=8"]
     assert ways == {
         (model, batch): common + (["plain k=8"] if "llava" in model else [])

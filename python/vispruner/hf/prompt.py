@@ -104,8 +104,9 @@ class Rewriter:
             return self._step(turn)
         if isinstance(call.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep must be an int when images are pruned, got a tensor")
-        placed = self._place(turn)
         clock = Clock(self._model.device)
+        with clock("rewrite"):
+            placed = self._place(turn)
         encoded = self._encode(placed, clock)
         with clock("rewrite"):
             return self._shorten(turn, placed, encoded, clock)

@@ -22,7 +22,7 @@ from ..report import Kept
 from ..selection import Budget
 from ..taps import RotaryTap
 from . import costs
-from .base import Encoded, Family, PromptPositions, UnsupportedModelError, keep_rows
+from .base import Encoded, Family, PromptPositions, UnsupportedModelError, keep_rows, taken
 
 _VIDEO_SECONDS = "second_per_grid_ts"  # for the positions of videos, not for their encoder
 
@@ -106,6 +106,11 @@ class QwenVL(Family):
         grid = inputs.get(f"{modality}_grid_thw")
         if grid is None:
             raise ValueError(f"{modality}_grid_thw must come with the pixels of {modality}s")
+        if not isinstance(grid, Tensor):
+            raise ValueError(
+                f"{modality}_grid_thw must be a tensor of shape (items, 3), got a "
+                f"{type(grid).__name__}: pass what the processor returns with return_tensors='pt'"
+            )
         return [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
 
     def placeholders(self, modality: str, inputs: Mapping[str, Any]) -> list[int]:
@@ -127,15 +132,12 @@ class QwenVL(Family):
     ) -> dict[str, Any]:
         name = str(self.pixels_name(modality, inputs))
         patches = [t * h * w for t, h, w in self._grids(modality, inputs)]
-        taken = dict(inputs)
         parts = inputs[name].split(patches)
-        taken[name] = torch.cat([parts[item] for item in items]) if items else inputs[name][:0]
+        fewer = {name: torch.cat([parts[item] for item in items]) if items else inputs[name][:0]}
         for other in (f"{modality}_grid_thw", _VIDEO_SECONDS):
-            if other in taken:
-                value = taken[other]
-                picked = [value[item] for item in items]
-                taken[other] = value[list(items)] if isinstance(value, Tensor) else picked
-        return taken
+            if other in inputs:
+                fewer[other] = taken(inputs[other], items)
+        return {**inputs, **fewer}
 
     def encode(self, modality: str, inputs: Mapping[str, Any], clock: Clock) -> Encoded:
         grids = self._grids(modality, inputs)
@@ -199,13 +201,14 @@ class QwenVL(Family):
     def _keep_deepstack(output: Any, rows: Tensor, after: list[int]) -> None:
         """Qwen3-VL's features of earlier blocks: a tensor per layer, since 5.18 one per image."""
         layers = getattr(output, "deepstack_features", None)
-        if layers is not None:
-            output.deepstack_features = [
-                layer[rows]
-                if isinstance(layer, Tensor)
-                else torch.cat(list(layer))[rows].split(after)
-                for layer in layers
-            ]
+        if layers is None:
+            return
+        kept = []
+        for layer in layers:
+            whole = layer if isinstance(layer, Tensor) else torch.cat(list(layer))
+            own = whole[rows.to(whole.device)]  # the merger may be on another GPU
+            kept.append(own if isinstance(layer, Tensor) else own.split(after))
+        output.deepstack_features = kept
 
     # ------------------------------------------------------------------------------ the positions
     def positions(self, ids: Tensor, mask: Tensor, call: Mapping[str, Any]) -> PromptPositions:
