@@ -9,9 +9,8 @@ docs/numerics.md).
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +24,31 @@ MAX_CHANNELS = 2**18 - 1
 #: Channels of an attention head: a tile of them must fit shared memory.
 MAX_HEAD_DIM = 256
 
+#: The largest int of the operators.
+MAX_INT = 2**63 - 1
+
+_MAX_FLOAT = torch.finfo(torch.float32).max  # of the kernels
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPE_NAMES = "torch.float16, torch.bfloat16 or torch.float32"
 
 
+def shown(value: object, form: Callable[[object], str] = str) -> str:
+    """A value in one short line."""
+    try:
+        text = " ".join(form(value).split())
+    except ValueError:  # Python does not print ints of thousands of digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def describe(value: object) -> str:
+    """A value and its type in one short line."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    kind, shape = type(value), getattr(value, "shape", ())
+    if shape:  # an array, whose elements say little
+        return f"{kind.__module__}.{kind.__name__} of shape {shape}"
+    return f"{shown(value, repr)} ({kind.__name__})"
 
 
 def _tensor(name: str, value: object) -> None:
@@ -44,15 +60,15 @@ def _tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {value.dtype}")
 
 
-def integer(name: str, value: object, minimum: int, maximum: float | None = None) -> None:
+def integer(name: str, value: object, minimum: int, maximum: int = MAX_INT) -> None:
     # The usual type first: abstract base classes are slow.
     integral = type(value) is int or isinstance(value, (numbers.Integral, torch.SymInt))
     if not integral or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < minimum:  # type: ignore[operator]
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if maximum is not None and value > maximum:  # type: ignore[operator]
-        raise ValueError(f"{name} must be at most {maximum}, got {value}")
+        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
+    if value > maximum:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at most {maximum}, got {shown(value)}")
 
 
 def number(name: str, value: object, low: float, high: float, step: float | None = None) -> None:
@@ -60,9 +76,9 @@ def number(name: str, value: object, low: float, high: float, step: float | None
     if not real or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {describe(value)}")
     if not low <= value <= high:  # type: ignore[operator]  # also false for NaN
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        raise ValueError(f"{name} must be in [{low}, {high}], got {shown(value)}")
     if step is not None and value % step != 0:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a multiple of {step}, got {value}")
+        raise ValueError(f"{name} must be a multiple of {step}, got {shown(value)}")
 
 
 def _tokens(name: str, n: int) -> None:
@@ -210,11 +226,16 @@ def prune_varlen(
     return bounds, ks
 
 
-def _scale(scale: object) -> None:
-    if not isinstance(scale, (numbers.Real, torch.SymFloat)) or isinstance(scale, bool):
+def check_scale(scale: object) -> None:
+    real = type(scale) is float or isinstance(scale, (numbers.Real, torch.SymFloat))
+    if not real or isinstance(scale, bool):
         raise TypeError(f"scale must be a float, got {describe(scale)}")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    try:
+        finite = abs(float(scale)) <= _MAX_FLOAT  # type: ignore[arg-type]  # false for NaN
+    except OverflowError:  # of an int or a fraction
+        finite = False
+    if not finite:
+        raise ValueError(f"scale must be finite in float32, got {shown(scale)}")
 
 
 def _same_kind(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
@@ -239,7 +260,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> None:
         )
     _tokens("k", k.shape[2] - 1)
     _same_kind("k", k, "q_cls", q_cls)
-    _scale(scale)
+    check_scale(scale)
 
 
 def received_attention(
@@ -255,7 +276,7 @@ def received_attention(
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {describe(k)}")
     _same_kind("k", k, "q", q)
-    _scale(scale)
+    check_scale(scale)
     bounds = [0, q.shape[0]] if cu_seqlens is None else _bounds(cu_seqlens, "q", q.shape[0])
     if lse is not None:
         if not isinstance(lse, Tensor):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import _checks, methods
@@ -23,6 +24,20 @@ _prune_by = torch.ops.vispruner.prune_by.default
 _prune_varlen_by = torch.ops.vispruner.prune_varlen_by.default
 _cls_attention = torch.ops.vispruner.cls_attention.default
 _received_attention = torch.ops.vispruner.received_attention.default
+
+
+def differentiated(feats: Tensor) -> bool:
+    """Whether a derivative may pass through feats, in reverse or forward mode.
+
+    The operators have no derivatives: rows of feats must then be taken by torch's own gather.
+    """
+    return (
+        (feats.requires_grad and torch.is_grad_enabled())
+        # The level and not the tangent: inside nested transforms feats hides that of an outer one.
+        or forward_ad._current_level >= 0
+        # A traced torch.func.grad or jvp does not show in feats.
+        or is_compiling()
+    )
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -181,8 +196,8 @@ def prune(
 
     Returns:
         PruneResult: `feats` (B, min(k, N), C) in the dtype of the input and `indices`
-        (B, min(k, N)) int64, ascending. If feats requires grad, so do the returned features (an
-        ordinary gather); the choice of tokens is not differentiable.
+        (B, min(k, N)) int64, ascending. The returned features are differentiable in feats (an
+        ordinary gather), in reverse and in forward mode; the choice of tokens is not.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -210,7 +225,7 @@ def prune(
         kept, indices = _prune_by(
             _detached(feats), _detached(cls_attn), int(k), method, _parameter(values)
         )
-    if feats.requires_grad and torch.is_grad_enabled():
+    if differentiated(feats):
         kept = gather_tokens(feats, indices)
     return PruneResult(kept, indices)
 
@@ -260,7 +275,7 @@ def prune_varlen(
         kept, indices = _prune_varlen(*packed, ratio, rounds)
     else:
         kept, indices = _prune_varlen_by(*packed, method, _parameter(values))
-    if feats.requires_grad and torch.is_grad_enabled():
+    if differentiated(feats):
         kept = feats[indices]
     kept_bounds = [0]
     for start, end, k_image in zip(bounds[:-1], bounds[1:], ks, strict=True):

@@ -19,7 +19,7 @@ class Parameter:
     Attributes:
         name: of the keyword argument.
         default: used if it is not given.
-        low, high: bounds, both inclusive; None: unbounded.
+        low, high: bounds, both inclusive.
         step: values are multiples of it; 1: an int; None: any number.
         help: one line for users.
     """
@@ -27,7 +27,7 @@ class Parameter:
     name: str
     default: float
     low: int
-    high: int | None
+    high: int
     step: float | None
     help: str
 
@@ -36,7 +36,6 @@ class Parameter:
         if self.step == 1:
             _checks.integer(self.name, value, self.low, self.high)
         else:
-            assert self.high is not None
             _checks.number(self.name, value, self.low, self.high, self.step)
 
 
@@ -58,7 +57,7 @@ class Method:
 
 
 IMPORTANT_RATIO = Parameter("important_ratio", 0.5, 0, 1, None, "share of k kept by score")
-STEP = Parameter("step", 8, 1, None, 1, "tokens dropped per round of the loop")
+STEP = Parameter("step", 8, 1, _checks.MAX_INT, 1, "tokens dropped per round of the loop")
 SEED = Parameter("seed", 0, 0, 2**32 - 1, 1, "seed of the random order")
 SCOPE_ALPHA = Parameter("scope_alpha", 1.0, 0, 4, 0.25, "exponent of the importance")
 MMR_LAMBDA = Parameter("mmr_lambda", 1.0, 0, 100, None, "weight of the redundancy")

@@ -331,7 +331,7 @@ def prune_varlen(
 def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
     """See :func:`vispruner_cuda.cls_attention`."""
     _checks.cls_attention(q_cls, k, scale)
-    logits = torch.einsum("bhd,bhtd->bht", q_cls.float(), k.float()) * scale
+    logits = torch.einsum("bhd,bhtd->bht", q_cls.float(), k.float()) * float(scale)
     return logits.softmax(dim=-1)[..., 1:].mean(dim=1)
 
 
@@ -347,7 +347,7 @@ def received_attention(
     parts = []
     for start, end in itertools.pairwise(bounds):
         q_image, k_image = q[start:end].float(), k[start:end].float()
-        logits = torch.einsum("qhd,khd->hqk", q_image, k_image) * scale
+        logits = torch.einsum("qhd,khd->hqk", q_image, k_image) * float(scale)
         if lse is None:
             weights = logits.softmax(dim=-1)
         else:

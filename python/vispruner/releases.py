@@ -63,13 +63,29 @@ def cache_in(output: Any) -> Any:
     return None
 
 
+def _packs_requests(cache: Any) -> bool:
+    """Whether it is a paged cache (`generate_batch`), whose one row holds several prompts."""
+    return cache is not None and not hasattr(cache, "get_seq_length")
+
+
 def cached_columns(cache: Any) -> int:
-    """Number of cached columns."""
+    """Number of cached columns; 1 for a paged cache, which is not empty in general."""
+    if _packs_requests(cache):
+        return 1
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def cached_rows(cache: Any) -> int | None:
-    """Number of cached rows, None if unknown."""
+    """Number of cached rows, None if unknown.
+
+    Raises:
+        ValueError: a paged cache: the row is not one prompt.
+    """
+    if _packs_requests(cache):
+        raise ValueError(
+            f"a {type(cache).__name__} packs several prompts into one row, whose images cannot be "
+            "pruned: call generate, or remove() the pruner"
+        )
     for layer in getattr(cache, "layers", ()):
         keys = getattr(layer, "keys", None)
         if keys is not None and keys.dim() == 4:

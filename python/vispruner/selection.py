@@ -17,6 +17,8 @@ from torch import Tensor
 
 import vispruner_cuda
 from vispruner_cuda import methods
+from vispruner_cuda._checks import describe, shown
+from vispruner_cuda.functional import differentiated
 
 
 def _computable(x: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ class Budget:
             _computable(feats), scores.to(feats.device), count, **self.parameters
         )
         counts = [count] * pictures
-        if feats.dtype != torch.float64 and not feats.requires_grad:
+        if feats.dtype != torch.float64 and not differentiated(feats):
             return kept.feats, kept.indices, counts
         return _rows(feats, kept.indices), kept.indices, counts
 
@@ -237,7 +239,7 @@ class Budget:
             list(counts),
             **self.parameters,
         )
-        if feats.dtype != torch.float64 and not feats.requires_grad:
+        if feats.dtype != torch.float64 and not differentiated(feats):
             return kept.feats, kept.indices
         return feats[kept.indices], kept.indices
 
@@ -256,13 +258,13 @@ def _tokens_with_mass(scores: Tensor, mass: float) -> Tensor:
 
 def _check_count(name: str, value: object, also: str = "") -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int{also}, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an int{also}, got {describe(value)}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"{name} must be at least 1, got {shown(value)}")
 
 
 def _check_share(name: str, value: object) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a float, got {value!r} ({type(value).__name__})")
-    if not 0 < float(value) <= 1:  # false for NaN as well
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
+        raise TypeError(f"{name} must be a float, got {describe(value)}")
+    if not 0 < value <= 1:  # type: ignore[operator]  # false for NaN as well
+        raise ValueError(f"{name} must be in (0, 1], got {shown(value)}")

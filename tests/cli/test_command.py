@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vispruner import cli, shapes
-from vispruner.cli import common
+from vispruner.cli import common, numeric
 from vispruner_cuda import methods
 
 
@@ -84,6 +84,14 @@ def test_methods_are_those_of_the_operators() -> None:
         (["flops", "--k", "3", "--ratio", "0.5"], "--ratio: not allowed with --k"),
         (["flops", "--image-size", "large"], "must be WIDTHxHEIGHT in pixels, got 'large'"),
         (["flops", "--image-size", "9999x3", "--model", "qwen2-vl-7b"], "aspect ratio"),
+        (["flops", "--images", "1" + "0" * 20], "--images: must be at most 2147483647, got 1000"),
+        (["flops", "--text-tokens", "9999999999"], "--text-tokens: must be at most 2147483647"),
+        (["flops", "--new-tokens", "9999999999"], "--new-tokens: must be at most 2147483647"),
+        (["flops", "--image-size", "9999999999x3"], "--image-size: must be at most 2147483647 pix"),
+        (["flops", "--ratio", "nan"], "--ratio: must be in (0, 1], got nan"),
+        (["ask", "--max-new-tokens", "9999999999"], "--max-new-tokens: must be at most 21474836"),
+        (["show", "--step", "1" + "0" * 20], "--step: must be at most 9223372036854775807"),
+        (["web", "--port", "70000"], "--port: must be at most 65535, got 70000"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: COMMAND"),
     ],
@@ -176,6 +184,14 @@ def test_flops_of_llava_at_64_tokens(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     assert "-89.2 %" in said  # visual tokens only, by the papers' formula
     assert "-80.0 %" in said  # cache of 64 + 64 instead of 576 + 64 tokens
+
+
+def test_flops_of_the_largest_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    most = str(numeric.MOST)
+    arguments = ["--images", most, "--text-tokens", most, "--new-tokens", most]
+    arguments += ["--image-size", f"{most}x{most}", "--k", "1" + "0" * 20]
+    assert _status(["flops", *arguments]) == 0
+    assert str(576 * numeric.MOST)[:6] in capsys.readouterr().out
 
 
 def test_flops_of_a_checkpoint(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from support.tiny_models import (
     FAMILIES,
     Llava,
     LlavaNext,
+    LlavaNextVideo,
     LlavaOnevision,
     Qwen3,
     Qwen25,
@@ -26,6 +27,9 @@ from support.tiny_models import (
 from torch import Tensor, nn
 
 import vispruner
+from vispruner.clock import Clock
+from vispruner.models import family_of
+from vispruner.models.base import flat_features
 from vispruner_cuda import reference
 from vispruner_cuda.methods import METHODS
 
@@ -247,6 +251,94 @@ def test_weights_that_accelerate_offloads(family: Tiny) -> None:
             assert torch.equal(generate(model, inputs), answer)
             again = vispruner.prepare(model, inputs)
             close(again["inputs_embeds"], ready["inputs_embeds"])
+
+
+# ---------------------------------------------------------------- arguments with an entry per item
+def as_list(call: dict[str, Any]) -> dict[str, Any]:
+    return {"image_sizes": [tuple(size) for size in call["image_sizes"].tolist()]}
+
+
+def as_tiles(call: dict[str, Any]) -> dict[str, Any]:
+    """The tiles of all images, one after the other, instead of padded to the most of an image."""
+    tiny = LlavaNext()
+    counts = [tiny.tiles(image(n)) for n in range(4)]
+    sizes = [tuple(tiny.size(image(n))) for n in range(4)]
+    number = [counts[sizes.index(tuple(size))] for size in call["image_sizes"].tolist()]
+    pixels = zip(call["pixel_values"], number, strict=True)
+    return {"pixel_values": torch.cat([own[:count] for own, count in pixels])}
+
+
+def in_groups(*counts: int) -> Any:
+    return lambda call: {"batch_num_images": torch.tensor(counts)}
+
+
+TILED = (LlavaNext(), LlavaNextVideo(), LlavaOnevision())
+PARTS: list[tuple[Tiny, Any]] = [
+    *((family, lambda call: {}) for family in FAMILIES),
+    *((family, change) for family in TILED for change in (as_list, as_tiles)),
+    *((LlavaOnevision(), in_groups(*counts)) for counts in ((4,), (2, 2), (1, 3), (1, 1, 2))),
+]
+
+
+@pytest.mark.parametrize(("family", "change"), PARTS)
+def test_a_part_of_the_items_is_encoded_as_among_all(family: Tiny, change: Any) -> None:
+    model = family.build()
+    pruning = family_of(model)(model, vispruner.Budget(k=K), **family.options)
+    for kind, make in (("image", image), ("video", video)):
+        if kind not in pruning.encoders:
+            continue
+        call = family.media([make(n) for n in range(4)])
+        call |= change(call) if kind == "image" else {}
+        inputs = pruning.inputs_of(kind, call)
+        assert inputs is not None
+
+        def features(inputs: dict[str, Any], kind: str = kind) -> list[Tensor]:
+            found = pruning.encode(kind, inputs, Clock(torch.device("cpu")))
+            counts = [item.after for item in found.items]
+            return list(flat_features(found.output.pooler_output)[: sum(counts)].split(counts))
+
+        with torch.no_grad():
+            every = features(inputs)
+            for items in ([0], [1, 3], [2, 3], [0, 2], [3]):
+                some = pruning.take(kind, inputs, items)
+                sizes = pruning.placeholders(kind, inputs)
+                assert pruning.placeholders(kind, some) == [sizes[item] for item in items]
+                for found, item in zip(features(some), items, strict=True):
+                    close(found, every[item])
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [(family, change) for family in TILED for change in (as_list, as_tiles)]
+    + [(LlavaOnevision(), lambda call: {"batch_num_images": [len(call["image_sizes"])]})],
+)
+def test_a_new_image_in_the_second_turn(family: Tiny, change: Any) -> None:
+    model = family.build()
+    alone = "batch_num_images" in change(family.media([image(0)]))
+    picture = [image(2)] if not alone else [199] * 37  # an image among others is not cut into tiles
+
+    def call(row: list[Any], count: int) -> dict[str, Any]:
+        inputs = family.inputs([row]) | family.media([image(2)] * count)
+        return inputs | change(inputs)
+
+    first = [1, *picture, 20, *picture, 22]
+    with vispruner.apply(model, k=K, **family.options) as pruner:
+        output = generate(model, call(first, 2), return_dict_in_generate=True)
+        answer = output.sequences[0, -4:].tolist()
+        again = call([*first, *answer, 30, *picture, 31], 3)
+        want = generate(model, again)
+        assert torch.equal(generate(model, again, past_key_values=output.past_key_values), want)
+        assert pruner.last is not None
+        assert len(pruner.last.items) == 1
+
+
+def test_numbers_of_images_that_do_not_match() -> None:
+    family = LlavaOnevision()
+    model = family.build()
+    call = family.inputs([TWO]) | {"batch_num_images": torch.tensor([3])}
+    complaint = "batch_num_images has 3 images, image_sizes 2: pass what"
+    with vispruner.apply(model, k=K), pytest.raises(ValueError, match=complaint):
+        model(**call)
 
 
 # -------------------------------------------------------------------------------- budgets, checks

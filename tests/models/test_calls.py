@@ -232,3 +232,39 @@ def test_encoder_outputs_passed_by_the_caller() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 model(**call)
+
+
+# ------------------------------------------------------------------------------ continuous batching
+@pytest.mark.parametrize("family", [Llava(), Qwen25()], ids=lambda family: family.name)
+def test_continuous_batching_is_not_pruned(family: Tiny) -> None:
+    model = family.build(torch.float32)
+    placeholder = family.ids([image(0)])[-1]
+    prompts = [[1, 5, 6, 7], [1, 8, 9], [1, placeholder, 9]]
+    settings = {
+        "generation_config": transformers.GenerationConfig(
+            max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0
+        ),
+        "progress_bar": False,
+    }
+
+    def answers() -> list[Any]:
+        found = model.generate_batch(prompts, **settings)
+        return [(found[name].generated_tokens, found[name].error) for name in sorted(found)]
+
+    want = answers()
+    assert [error for _, error in want] == [None] * 3
+    with vispruner.apply(model, k=K):
+        assert answers() == want
+
+
+def test_images_in_a_paged_cache() -> None:
+    class PagedAttentionCache:
+        """Of generate_batch, which does not pass pixels; it cannot be made without a model."""
+
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([TWO])
+    with (
+        vispruner.apply(model, k=K),
+        pytest.raises(ValueError, match="PagedAttentionCache packs"),
+    ):
+        model(**inputs, **{CACHE: PagedAttentionCache()})

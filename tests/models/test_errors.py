@@ -58,6 +58,9 @@ def untouched(model: Any) -> None:
         ({"ratio": "all"}, TypeError, "ratio must be a float"),
         ({"k": 5, "important_ratio": 1.5}, ValueError, "important_ratio"),
         ({"k": 5, "step": 0}, ValueError, "step must be at least 1"),
+        ({"k": 5, "step": 2**63}, ValueError, "step must be at most 9223372036854775807, got 92"),
+        ({"ratio": 10**400}, ValueError, r"ratio must be in \(0, 1\], got 1000"),
+        ({"k": torch.ones(2, 2).numpy()}, TypeError, r"k must be .* got numpy.ndarray of shape"),
         ({"k": 5, "method": "divprune"}, ValueError, "method must be one of vispruner, topk"),
         ({"k": 5, "method": None}, TypeError, "method must be a str"),
         ({"k": 5, "method": "mmr", "step": 4}, ValueError, "step is a parameter of method vispr"),
@@ -69,8 +72,9 @@ def untouched(model: Any) -> None:
 )
 def test_bad_settings(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     model = Llava().build()
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         vispruner.apply(model, **arguments)
+    assert "\n" not in str(raised.value)
     untouched(model)
 
 
@@ -92,6 +96,37 @@ def test_twice() -> None:
     assert model._vispruner_pruner is pruner
     pruner.remove()
     untouched(model)
+
+
+def test_a_budget_that_is_set_later() -> None:
+    """It would be ignored."""
+    model = Llava().build()
+    with vispruner.apply(model, k=5) as pruner:
+        with pytest.raises(AttributeError, match=r"budget cannot be set, .* call remove\(\)"):
+            pruner.budget = vispruner.Budget(k=20)
+        with pytest.raises(AttributeError):
+            pruner.budget.k = 20  # type: ignore[misc]
+        assert pruner.budget.k == 5
+    untouched(model)
+
+
+@pytest.mark.parametrize("family", [Llava(), LlavaNext(), Qwen25()], ids=lambda one: one.name)
+def test_scores_without_weights_cannot_be_checked(family: Tiny) -> None:
+    model = family.build().to("meta")
+    with pytest.raises(vispruner.UnsupportedModelError, match=r"check=True .* omit check=True"):
+        vispruner.apply(model, k=5, check=True)
+    untouched(model)
+
+
+def test_grids_in_a_list() -> None:
+    tiny = Qwen25()
+    model, inputs = tiny.build(), tiny.inputs([ROW])
+    inputs["image_grid_thw"] = inputs["image_grid_thw"].tolist()
+    with (
+        vispruner.apply(model, k=5),
+        pytest.raises(ValueError, match="image_grid_thw must be a te"),
+    ):
+        model(**inputs)
 
 
 def test_unknown_models_and_parts_of_models() -> None:

@@ -103,6 +103,18 @@ def test_paper_accounting_of_llava() -> None:
     assert share[53] == pytest.approx(0.09, abs=1e-3)
 
 
+def test_long_answers_are_summed_over_their_tokens() -> None:
+    config = shapes.config_of("llava-1.5-7b")
+    inputs = shapes.picture(config, 336, 336)
+
+    def decode(prompt: int, new: int) -> int:
+        return flops.cost(config, inputs, [prompt], text=1, new=new).decode
+
+    assert decode(576, 1) == 0
+    assert decode(576, 9) == sum(decode(576 + n, 2) for n in range(8))
+    assert decode(576, 2**31) > 2**31 * decode(576, 2)  # at once, not token by token
+
+
 def test_names_and_types_that_are_not_known() -> None:
     with pytest.raises(ValueError, match=r"no model named 'gpt', there are: llava-1\.5-7b"):
         shapes.config_of("gpt")

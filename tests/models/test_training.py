@@ -276,3 +276,23 @@ def test_every_family_trains_in_every_mode() -> None:
             output = model(**inputs, labels=labels)
             assert output.logits.shape[:2] == labels.shape
             output.loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_forward_mode_equals_reverse_mode(tiny: Tiny, dtype: torch.dtype) -> None:
+    model, inputs = tiny.build(dtype, attention="eager"), tiny.inputs([TWO])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    pixels = inputs.pop("pixel_values").to(dtype)
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def loss(pixels: Tensor) -> Tensor:
+        return model(**inputs, pixel_values=pixels, use_cache=False).logits.sum()
+
+    with vispruner.apply(model, k=K):
+        forward = torch.func.jvp(loss, (pixels,), (direction,))[1]
+        pixels.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(pixels), pixels)
+    reverse = (gradient * direction).sum()
+    assert reverse != 0
+    torch.testing.assert_close(forward, reverse, rtol=1e-3, atol=0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from vispruner_cuda import _checks, reference
 F, A = torch.randn(2, 10, 4), torch.rand(2, 3, 10)
 PF, PA = torch.randn(10, 4), torch.rand(3, 10)
 WRONG_INTS = [("3", TypeError), (2.0, TypeError), (True, TypeError), (None, TypeError)]
+# more than the operators take, and more than Python prints
+WRONG_INTS += [(2**63, ValueError), (np.uint64(2**63), ValueError), (10**5000, ValueError)]
 
 BAD: list[tuple[str, str, tuple[Any, ...], dict[str, Any], type[Exception]]] = []
 
@@ -22,7 +26,8 @@ def bad(function: str, argument: str, error: type[Exception], *args: Any, **keyw
     BAD.append((function, argument, args, keywords, error))
 
 
-for wrong in ([[1.0]], None, 3):
+ARRAY = np.ones((2, 10, 4))  # its repr has many lines
+for wrong in ([[1.0]], None, 3, ARRAY):
     bad("prune", "feats", TypeError, wrong, A, 3)
     bad("prune", "cls_attn", TypeError, F, wrong, 3)
     bad("topk", "cls_attn", TypeError, wrong, 3)
@@ -68,6 +73,8 @@ for ratio, error in [
     (float("inf"), ValueError),
     ("0.5", TypeError),
     (True, TypeError),
+    (ARRAY, TypeError),
+    (10**5000, ValueError),
 ]:
     bad("prune", "important_ratio", error, F, A, 3, important_ratio=ratio)
     bad("prune_varlen", "important_ratio", error, PF, PA, [0, 10], 3, important_ratio=ratio)
@@ -133,7 +140,20 @@ bad("received_attention", "cu_seqlens", TypeError, Q, Q, 0.5, 2)
 bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=3.0)
 bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=torch.ones(3, 2).half())
 bad("received_attention", "lse", ValueError, Q, Q, 0.5, lse=torch.ones(2, 3))
-for scale, error in [("1", TypeError), (None, TypeError), (float("nan"), ValueError)]:
+for scale, error in [
+    ("1", TypeError),
+    (None, TypeError),
+    (True, TypeError),
+    (ARRAY, TypeError),
+    (float("nan"), ValueError),
+    (np.float32("inf"), ValueError),
+    (np.float64("nan"), ValueError),
+    (1e39, ValueError),  # infinite in float32
+    (-1e300, ValueError),
+    (10**400, ValueError),  # not a float
+    (10**5000, ValueError),
+    (Fraction(10**400), ValueError),
+]:
     bad("cls_attention", "scale", error, Q, K, scale)
     bad("received_attention", "scale", error, Q, Q, scale)
 LONG = _checks.MAX_TOKENS + 1
@@ -170,13 +190,29 @@ def test_message_names_value_and_expectation() -> None:
         vispruner_cuda.prune(F.double(), A, 3)
     with pytest.raises(ValueError, match=r"cls_attn .*\(2, 10\).*got .* \(2, 3, 9\)"):
         vispruner_cuda.prune(F, A[..., :9], 3)
+    with pytest.raises(TypeError, match=r"feats .* torch.Tensor, got numpy.ndarray of shape \(2, "):
+        vispruner_cuda.prune(ARRAY, A, 3)
+    with pytest.raises(ValueError, match=r"k must be at most 9223372036854775807, got 922337"):
+        vispruner_cuda.prune(F, A, 2**63)
+    with pytest.raises(ValueError, match=r"scale must be finite in float32, got 1e\+300"):
+        vispruner_cuda.cls_attention(Q, K, 1e300)
+    with pytest.raises(TypeError) as raised:
+        vispruner_cuda.prune([[1.0] * 999], A, 3)
+    assert len(str(raised.value)) < 200
 
 
 def test_numpy_ints_are_ints() -> None:
-    import numpy as np
-
     kept = vispruner_cuda.prune(F, A, np.int64(3), step=np.int32(8))
     assert torch.equal(kept.indices, reference.prune(F, A, 3).indices)
+
+
+def test_the_largest_ints_and_scales_of_other_types() -> None:
+    kept = vispruner_cuda.prune(F, A, 2**63 - 1, step=2**63 - 1)
+    assert torch.equal(kept.feats, F)
+    for scale in (np.float32(0.5), np.float16(0.5), Fraction(1, 2)):
+        for module in (vispruner_cuda, reference):
+            found = module.cls_attention(Q, K, scale)
+            assert torch.equal(found, module.cls_attention(Q, K, 0.5))
 
 
 # The operators themselves check arguments that could cause out-of-bounds accesses.
@@ -215,8 +251,10 @@ DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("prune_varlen", (PF, PA, [0, 10], [0], 0.5, 8)),
     ("cls_attention", (Q, K[:1], 0.5)),
     ("cls_attention", (Q, K.half(), 0.5)),
+    ("cls_attention", (Q, K, 1e300)),
     ("received_attention", (Q, Q[:1], 0.5, [0, 2], None)),
     ("received_attention", (Q, Q, 0.5, [0, 3], None)),
+    ("received_attention", (Q, Q, -1e300, [0, 2], None)),
     ("received_attention", (Q, Q, 0.5, [0, 2], torch.ones(2, 3))),
 ]
 

@@ -13,6 +13,7 @@ from support import environment
 from support.problems import Problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import vispruner_cuda
 from vispruner_cuda import methods, reference
@@ -132,6 +133,73 @@ def test_features_are_an_ordinary_differentiable_gather(device: str) -> None:
         assert not vispruner_cuda.prune(feats, attn, 10).feats.requires_grad
     with torch.inference_mode():
         assert torch.equal(vispruner_cuda.prune(feats, attn, 10).indices, kept.indices)
+
+
+@pytest.mark.parametrize("method", ["vispruner", "topk"])  # of two operators
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_mode(device: str, packed: bool, method: str) -> None:
+    """The tangent of the retained features is that of torch's gather, in every transform."""
+    feats, attn = inputs(device)
+    feats, attn = feats.float(), attn[:, 0].contiguous()
+    weight = torch.arange(2 * 10 * 24.0, device=device).view(2, 10, 24)
+
+    def kept(module: Any, x: Tensor) -> Tensor:
+        if not packed:
+            return module.prune(x, attn, 10, method=method).feats
+        found = module.prune_varlen(x.flatten(0, 1), attn.flatten(), [0, 40, 80], 10, method=method)
+        return found.feats.view(2, 10, 24)
+
+    def dual(f: Any) -> Tensor:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(feats, feats.cos()))).tangent
+            assert tangent is not None
+            return tangent
+
+    def jvp(f: Any) -> Tensor:
+        return torch.func.jvp(f, (feats,), (feats.cos(),))[1]
+
+    transforms: dict[str, Any] = {
+        "dual numbers": dual,
+        "jvp": jvp,
+        "jacfwd": lambda f: torch.func.jacfwd(lambda x: f(x * feats).sum((1, 2)))(feats[:1]),
+        "jvp without gradients": lambda f: jvp(torch.no_grad()(f)),
+        # the inner transform hides the outer tangent
+        "jvp of grad": lambda f: jvp(
+            lambda x: torch.func.grad(lambda y: (f(x) ** 2 * y**2).sum())(weight)
+        ),
+        "jvp of jvp": lambda f: jvp(
+            lambda x: torch.func.jvp(lambda y: f(x) ** 2 * y**2, (weight,), (weight,))[1]
+        ),
+        "hessian": lambda f: torch.func.hessian(lambda a: (f(a * feats) ** 3).sum())(
+            torch.ones((), device=device)
+        ),
+    }
+    for name, transform in transforms.items():
+        found = transform(lambda x: kept(vispruner_cuda, x))
+        want = transform(lambda x: kept(reference, x))
+        assert want.abs().sum() > 0, name
+        torch.testing.assert_close(found, want, msg=name)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_derivatives_inside_a_compiled_function(transform: str) -> None:
+    feats, attn = inputs()
+    feats = feats.float()
+
+    def derivative(x: Tensor) -> Tensor:
+        def f(x: Tensor) -> Tensor:
+            return (vispruner_cuda.prune(x, attn, 10).feats ** 2).sum()
+
+        if transform == "grad":
+            return torch.func.grad(f)(x)
+        return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+    torch._dynamo.reset()
+    found = torch.compile(derivative, backend="eager", fullgraph=True)(feats)
+    want = derivative(feats)
+    assert want.abs().sum() > 0
+    torch.testing.assert_close(found, want)
 
 
 def test_attention_that_requires_grad_is_fine() -> None:

@@ -125,6 +125,15 @@ def test_json_lines(tmp_path: Path) -> None:
     assert len(list(sweep.read(str(path), None, limit=1))) == 1
 
 
+def test_line_separators_of_unicode_inside_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    questions = ["one\u2028two", "one\u2029two", "one\x85two"]
+    entries = [{"image": "a.png", "question": question} for question in questions]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert [item.question for item in sweep.read(str(path), None)] == questions
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -515,7 +524,9 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--ratio", "1.5"], "--ratio: must be in (0, 1]"),
         (["--k", "8", "--ratio", "0.5"], "not allowed with argument"),
         (["--method", "divprune"], "--method: must be one of vispruner, topk"),
-        (["--tolerance", "-1"], "--tolerance: must be at least 0"),
+        (["--tolerance", "-1"], "--tolerance: must be a finite number of at least 0, got -1"),
+        (["--tolerance", "nan"], "--tolerance: must be a finite number of at least 0, got nan"),
+        (["--tolerance", "inf"], "--tolerance: must be a finite number of at least 0, got inf"),
         (["--limit", "0"], "--limit"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--batch-size", "2.5"], "--batch-size: invalid whole number value: '2.5'"),

@@ -24,9 +24,9 @@ from .common import (
     load_model,
     model_inputs,
     one_line,
-    positive,
     read_image,
 )
+from .numeric import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

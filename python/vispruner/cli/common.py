@@ -29,17 +29,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def positive(text: str) -> int:
-    """An argument that is an int of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-positive.__name__ = "whole number"  # argparse uses it in its error for "3.5"
-
-
 def _k(text: str) -> int | str:
     return text if text == "auto" else int(text)
 

@@ -11,7 +11,8 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from .common import METHODS, PARAMETERS, CommandError, budget_of, one_line, positive
+from .common import METHODS, PARAMETERS, CommandError, budget_of, one_line
+from .numeric import MOST, positive
 
 if TYPE_CHECKING:
     from ..selection import Budget
@@ -21,7 +22,10 @@ def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None or not (int(match[1]) and int(match[2])):
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, got {text!r}")
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if max(width, height) > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST} pixels a side, got {text!r}")
+    return width, height
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         return flops.cost(
             config,
             inputs,
-            [visual] * options.images,
+            [visual * options.images],  # only the sum counts, and they may be many
             text=options.text_tokens,
             new=options.new_tokens,
             element=options.cache_bytes,

@@ -8,6 +8,7 @@ directory continues where this one stopped.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,8 +20,8 @@ from .common import (
     add_model,
     device_of,
     one_line,
-    positive,
 )
+from .numeric import positive, whole
 from .sweep_model import SHARES, Model, local, served_model, settings_of
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--timeout",
-        type=positive,
+        type=whole(1, 10**6),  # a socket takes less than 2**31 milliseconds
         default=300,
         metavar="SECONDS",
         help="how long to wait for the server",
@@ -128,8 +129,10 @@ def run(options: argparse.Namespace) -> int:
     from .. import sweep
     from ..sweep import report
 
-    if options.tolerance < 0:
-        raise CommandError(f"argument --tolerance: must be at least 0, got {options.tolerance}")
+    if not 0 <= options.tolerance < math.inf:  # false for NaN as well
+        raise CommandError(
+            f"argument --tolerance: must be a finite number of at least 0, got {options.tolerance}"
+        )
     console = Console()
     if options.server is None:
         settings, device = settings_of(options, None), device_of(options)

@@ -24,9 +24,9 @@ from .common import (
     load_model,
     model_inputs,
     one_line,
-    positive,
     read_image,
 )
+from .numeric import positive, whole
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ SLIDERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines")
-    add("--port", type=positive, default=7860)
+    add("--port", type=whole(1, 65535), default=7860)
     add("--max-upload", type=positive, default=20, metavar="MB", help="largest image file")
     add("--max-new-tokens", type=positive, default=64, help="longest answer, in tokens")
     add_model(parser)

@@ -164,7 +164,9 @@ class Family(ABC):
         assert name is not None
         count = len(inputs[name])
         return {
-            name: value[list(items)] if isinstance(value, Tensor) and len(value) == count else value
+            name: taken(value, items)
+            if isinstance(value, (Tensor, list, tuple)) and len(value) == count
+            else value
             for name, value in inputs.items()
         }
 
@@ -288,6 +290,11 @@ class Family(ABC):
             slots = (ids == self.token_id(modality)).unsqueeze(-1).to(embeds.device)
             embeds = embeds.masked_scatter(slots, features)
         return {"inputs_embeds": embeds}
+
+
+def taken(values: Any, items: Sequence[int]) -> Any:
+    """Some entries of a tensor, list or tuple with one entry per item."""
+    return values[list(items)] if isinstance(values, Tensor) else [values[item] for item in items]
 
 
 def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:

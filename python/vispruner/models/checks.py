@@ -116,6 +116,11 @@ def check_scores(family: Family) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     inputs = family.sample(_SIDE, _SIDE)
+    if any(value.is_meta for value in inputs.values()):
+        raise UnsupportedModelError(
+            "check=True computes scores, and the weights of this model are on the meta device: "
+            "load the weights first, or omit check=True"
+        )
     eager = _Eager(ALL_ATTENTION_FUNCTIONS["sdpa"])
     config = family.attention_config()
     with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from ..clock import Clock
 from ..report import Kept
 from ..selection import Budget
 from ..taps import in_this_thread
-from .base import Encoded, UnsupportedModelError, packed
+from .base import Encoded, UnsupportedModelError, packed, taken
 from .towers import TowerFamily
 
 
@@ -60,6 +60,20 @@ class TiledFamily(TowerFamily):
             )
             for size in sizes
         ]
+
+    def take(
+        self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]
+    ) -> dict[str, Any]:
+        if modality != "image":
+            return super().take(modality, inputs, items)
+        pixels = inputs["pixel_values"]
+        if pixels.dim() == 5:
+            pixels = pixels[list(items)]
+        else:  # the tiles of all images, one after the other
+            parts = pixels.split(self.tiles(inputs))
+            pixels = torch.cat(taken(parts, items))
+        sizes = taken(inputs["image_sizes"], items)
+        return {**inputs, "pixel_values": pixels, "image_sizes": sizes}
 
     def check_pixels(self, pixels: Tensor, tiles: list[int]) -> None:
         """Raises ValueError unless the pixels have the tiles that the image sizes require."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,24 @@ from ..clock import Clock
 from ..report import Kept
 from .base import VIDEO_PIXELS, Encoded, keep_rows
 from .llava_next import TiledFamily
+
+
+class _OneOfSeveral(int):
+    """A number of images in a sample that counts one image and does not equal 1.
+
+    The model cuts an image into tiles if the number of its sample equals 1. The others of the
+    sample may be in the cache, so that only this one is encoded.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+def _alone(groups: Any) -> list[bool]:
+    """Whether each image is the only one of its sample, by the numbers of images in samples."""
+    return [bool(count == 1) for count in groups for _ in range(count)]
 
 
 class LlavaOnevision(TiledFamily):
@@ -39,8 +57,23 @@ class LlavaOnevision(TiledFamily):
         groups = inputs.get("batch_num_images")
         if groups is None:
             return tiles
-        alone = [int(count) == 1 for count in groups for _ in range(int(count))]
+        alone = _alone(groups)
+        if len(alone) != len(tiles):
+            raise ValueError(
+                f"batch_num_images has {len(alone)} images, image_sizes {len(tiles)}: pass what "
+                "the processor returns"
+            )
         return [count if one else 1 for count, one in zip(tiles, alone, strict=True)]
+
+    def take(
+        self, modality: str, inputs: Mapping[str, Any], items: Sequence[int]
+    ) -> dict[str, Any]:
+        fewer = super().take(modality, inputs, items)
+        groups = inputs.get("batch_num_images")
+        if modality == "image" and groups is not None:
+            alone = _alone(groups)
+            fewer["batch_num_images"] = [1 if alone[item] else _OneOfSeveral(1) for item in items]
+        return fewer
 
     def pack(
         self, channels: list[Tensor], inputs: Mapping[str, Any], line_end: Tensor

@@ -97,7 +97,8 @@ def _lines(path: Path, question: str | None) -> Iterator[Item]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): a JSON string may hold the other line separators of Unicode.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
