@@ -117,6 +117,26 @@ def test_a_step_after_a_batch_padded_on_the_right(tiny: Tiny, k: int) -> None:
         close(found.logits[0, -1], expected)
 
 
+@pytest.mark.parametrize("tiny", [*COUNTING, *GRID], ids=lambda tiny: tiny.name)
+def test_a_step_after_generate(tiny: Tiny) -> None:
+    """The rows have no padding before pruning; generate counts positions by the mask."""
+    model = tiny.build()
+    rows = [PICTURE, text(len(tiny.ids(PICTURE)))]
+    with vispruner.apply(model, k=K), torch.no_grad():
+        output = generate(model, tiny.inputs(rows), return_dict_in_generate=True)
+        answers = output.sequences[:, -STEPS:].tolist()
+        cache = output.past_key_values
+        # the last token of an answer is not in the cache
+        found = model(input_ids=output.sequences[:, -1:], past_key_values=copy.deepcopy(cache))
+        mask = torch.ones_like(output.sequences)
+        token = output.sequences[:, -1:]
+        masked = model(input_ids=token, attention_mask=mask, past_key_values=cache)
+        for row in (0, 1):
+            alone = model(**tiny.inputs([[*rows[row], *answers[row]]])).logits[0, -1]
+            close(masked.logits[row, -1], alone)
+            close(found.logits[row, -1], alone)
+
+
 @pytest.mark.parametrize("tiny", COUNTING, ids=lambda tiny: tiny.name)
 def test_a_later_turn_in_which_one_row_has_an_image(tiny: Tiny) -> None:
     """Without position ids, the padding that pruning adds between the turns does not count."""

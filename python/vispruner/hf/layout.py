@@ -22,8 +22,8 @@ class Layout:
         next_position: (B,) int64, the position after the prompt, for models whose positions are not
             consecutive; otherwise None.
         padded: whether a column may be padding (known without reading the mask).
-        behind: (B,) int64, how far the position of the next token is below the number of columns,
-            where positions count columns; None if it is not.
+        behind: (B,) int64, how much less the next position is than the number of columns: the
+            columns that pruning added to a row, less the padding that it removed. None if zero.
     """
 
     index: Tensor

@@ -96,15 +96,17 @@ def _ahead(own: Tensor, past: Past, mask: Tensor) -> Tensor:
 def _columns(past: Past, count: int, filled: Tensor | None) -> Tensor | None:
     """(B, count): positions of new columns for a model that counts columns.
 
+    They are those of the unpruned prompt less the dropped tokens before. So it does not matter
+    whether a turn was read by `forward`, or by `generate`, which counts tokens by the mask.
+
     Args:
-        filled: (B,) columns before the new ones that pruning added.
+        filled: (B,) columns before the new tokens that pruning added.
 
     Returns:
-        The positions that the tokens have in a batch of their own; None if these are the numbers of
-        the columns.
+        The positions; None if they are the numbers of the columns.
     """
     behind = past.layout.behind
-    if not past.columns or (behind is None and filled is None):
+    if behind is None and filled is None:
         return None
     rows, cached = past.mask.shape
     start = torch.full((rows,), cached, device=past.mask.device)

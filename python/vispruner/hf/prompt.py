@@ -111,6 +111,18 @@ class Rewriter:
         with clock("rewrite"):
             return self._shorten(turn, placed, encoded, clock)
 
+    def prepare(self, call: dict[str, Any]) -> Prepared | None:
+        """`rewrite` of a new prompt for callers who continue with the language model.
+
+        Their steps count positions by columns or by the mask, so the prompt must do so as well.
+        """
+        done = self.rewrite(call, whole=False)
+        own = self._family.has_grid_positions or call.get("position_ids") is not None
+        if done is None or done.layout is None or own or releases.cached_columns(call.get("cache")):
+            return done
+        inputs = {name: value for name, value in done.inputs.items() if name != "position_ids"}
+        return replace(done, inputs=inputs, layout=replace(done.layout, behind=None))
+
     # ---------------------------------------------------------------------- 1. cached, new columns
     def _read(self, call: dict[str, Any], *, whole: bool) -> SplitCall | None:
         visual = arguments.visual_inputs(self._family, call)
@@ -243,7 +255,7 @@ class Rewriter:
         filled = [width - (length - less) for less in lost]
         if any(filled) and past.columns:
             check_filled(self._family.config, filled, past.mask.shape[1] + width)
-        if any(filled) and not turn.whole and (past.columns or not left):
+        if any(filled):
             new = replace(new, behind=torch.tensor(filled, device=turn.ids.device))
         check_packing(turn.call, new)
         columns = Columns(new, turn.mask, dropped)

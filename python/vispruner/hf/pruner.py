@@ -131,13 +131,14 @@ class Pruner:
                 f"the inputs of a {self.model.config.model_type} cannot be prepared, "
                 f"{self._family.not_prepared}: call the model"
             )
-        prepared = self._rewrite(releases.canonical(inputs), whole=False)
+        with self._outputs.withheld():
+            prepared = self._rewriter.prepare(releases.canonical(inputs))
         if prepared is None:
             raise ValueError("inputs hold no images: there is nothing to prune")
         self._note(prepared)
-        ready = dict(prepared.inputs)
-        if ready.get("cache") is not None and prepared.layout is not None:
-            remember(ready["cache"], prepared.layout)
+        ready, cache = dict(prepared.inputs), prepared.inputs.get("cache")
+        if cache is not None and prepared.layout is not None:
+            remember(cache, prepared.layout)
         ids = ready.pop("input_ids")
         for name in ("mm_token_type_ids", "token_type_ids"):  # the language model takes neither
             ready.pop(name, None)
