@@ -177,7 +177,8 @@ def test_prepare_feeds_the_language_model(tiny: Tiny) -> None:
         expected = model(**inputs).logits
         ready = vispruner.prepare(model, inputs)
         hidden = tiny.reader(model)(**ready).last_hidden_state
-    torch.testing.assert_close(model.lm_head(hidden), expected, atol=tiny.tolerance, rtol=0)
+    # The positions of a row may differ by a constant, which RoPE rounds to float32.
+    torch.testing.assert_close(model.lm_head(hidden), expected, atol=3 * tiny.tolerance, rtol=0)
 
 
 def test_remove_restores_the_model(tiny: Tiny) -> None:

@@ -48,11 +48,17 @@ class TiledFamily(TowerFamily):
                 "'default'"
             )
 
-    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Tiles of each image, the overview included."""
+    @staticmethod
+    def sizes(inputs: Mapping[str, Any]) -> list[Any]:
+        """Height and width of each image, on the host: each number read from a GPU is a wait."""
         sizes = inputs.get("image_sizes")
         if sizes is None:
             raise ValueError("image_sizes must come with pixel_values")
+        return sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
+
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Tiles of each image, the overview included."""
+        sizes = self.sizes(inputs)
         self._refuse_cls(inputs)
         return [
             self.modeling.image_size_to_num_patches(
@@ -99,7 +105,7 @@ class TiledFamily(TowerFamily):
         """Packs channels (tiles, N, c) of each image like its features, to (T, c)."""
         packed, _ = self.base.pack_image_features(
             channels,
-            inputs["image_sizes"],
+            self.sizes(inputs),
             vision_feature_select_strategy=self.setting("vision_feature_select_strategy", inputs),
             image_newline=line_end,
         )
@@ -220,33 +226,38 @@ class LlavaNext(TiledFamily):
         # Two channels, packed like the features: 1 for a selected patch, and 1 + its index.
         chosen = torch.zeros((len(indices), patches), dtype=torch.float64, device=indices.device)
         chosen.scatter_(1, indices, 1.0)
+        numbers = torch.arange(
+            1, max(tiles) * patches + 1, device=chosen.device, dtype=chosen.dtype
+        )
         channels = [
-            torch.stack([own, torch.arange(1, own.numel() + 1).to(own).view_as(own)], -1)
+            torch.stack([own, numbers[: own.numel()].view_as(own)], -1)
             for own in chosen.split(tiles)
         ]
         line_end = torch.tensor([1.0, 0.0], dtype=torch.float64, device=chosen.device)
         features, keep, items = [], [], []
         remaining = iter(counts)
         tiled = [list(itertools.islice(remaining, count)) for count in tiles]
+        marked = self.pack(channels, inputs, line_end)
         whole = zip(
             output.pooler_output,
-            self.pack(channels, inputs, line_end),
+            marked,
             channels,
             projected.split(tiles),
             scores.split(tiles),
             tiled,
+            self._remaining(marked),
             strict=True,
         )
-        for image, marks, own, alone, score, own_counts in whole:
-            stays = marks[:, 0] > 0.5
+        for image, marks, own, alone, score, own_counts, (tokens, ends) in whole:
             if self.chosen["tiles"] == "all":
                 features.append(packed(alone, own_counts))
-                where = own[..., 0].flatten().nonzero()[:, 0]
-                stays = torch.arange(len(stays), device=stays.device) < len(features[-1])
+                where = _true(own[..., 0].flatten() > 0.5, sum(own_counts))
+                stays = torch.arange(len(marks), device=marks.device) < len(features[-1])
             else:
-                features.append(image[stays.to(image.device)])
-                where = marks[stays, 1]
-                where = where[where > 0].long().sort().values - 1
+                stays = marks[:, 0] > 0.5
+                rows = _true(stays, tokens)
+                features.append(image[rows.to(image.device)])
+                where = marks[rows, 1].long().sort().values[ends:] - 1
             keep.append(stays)
             items.append(
                 Kept(
@@ -262,3 +273,17 @@ class LlavaNext(TiledFamily):
             )
         output.pooler_output = features
         return Encoded(output, torch.cat(keep), tuple(items))
+
+    @staticmethod
+    def _remaining(marked: list[Tensor]) -> list[tuple[int, int]]:
+        """Remaining tokens of each image, and those of them that end a line: one wait for all."""
+        counts = [
+            torch.stack([(own[:, 0] > 0.5).sum(), ((own[:, 0] > 0.5) & (own[:, 1] < 0.5)).sum()])
+            for own in marked
+        ]
+        return [(tokens, ends) for tokens, ends in torch.stack(counts).tolist()]
+
+
+def _true(mask: Tensor, count: int) -> Tensor:
+    """The indices of the `count` True elements of a mask; unlike nonzero without a wait."""
+    return (~mask).int().argsort(stable=True)[:count]

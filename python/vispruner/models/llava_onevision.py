@@ -80,7 +80,7 @@ class LlavaOnevision(TiledFamily):
     ) -> list[Tensor]:
         packed, _ = self.base.pack_image_features(
             channels,
-            inputs["image_sizes"],
+            self.sizes(inputs),
             image_newline=line_end,
             vision_aspect_ratio=self.setting("vision_aspect_ratio", inputs),
         )
@@ -141,9 +141,11 @@ class LlavaOnevision(TiledFamily):
         line_end = torch.tensor([0.0, 1.0], device=scores.device)
         features, keep, items = [], [], []
         packed = self.pack(channels, inputs, line_end)
-        for image, marks, count in zip(output.pooler_output, packed, tiles, strict=True):
-            ends = (marks[:, 1] > 0.5).nonzero()[:, 0]
-            tokens = (marks[:, 1] <= 0.5).nonzero()[:, 0]
+        whole = zip(output.pooler_output, packed, tiles, self.line_ends(tiles, inputs), strict=True)
+        for image, marks, count, lines in whole:
+            # Tokens, then line ends; nonzero would wait for the device.
+            order = (marks[:, 1] > 0.5).int().argsort(stable=True)
+            tokens, ends = order[: len(order) - lines], order[len(order) - lines :]
             own = marks[tokens, 0]
             lengths, pictures = self._parts(len(tokens), count)
             budgets = self.budget.counts(own, lengths, pictures)
