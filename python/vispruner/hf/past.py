@@ -90,7 +90,7 @@ class Past:
                 "prompt already: pass the whole conversation, or the new tokens and a mask of all"
             )
         short = mask is not None and mask.shape[1] == cached + length and not full
-        if mask is not None and short and layout.padded and layout.columns == layout.width:
+        if mask is not None and short and layout.padded and layout.columns == layout.width > 0:
             # The conversation is as wide as the cache, whose columns are in another order.
             short = torch.equal(mask[:, : layout.columns], layout.mask.to(mask.device))
         if mask is not None and mask.shape[1] != total and not short:
