@@ -7,7 +7,7 @@ as an uninterrupted one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,16 +69,18 @@ class Batch:
     packed: Packed
 
     def to(self, device: torch.device) -> Batch:
-        def move(part: Patches | Packed) -> dict[str, Tensor]:
-            return {
-                field.name: getattr(part, field.name).to(device, non_blocking=True)
-                for field in dataclasses.fields(part)
-            }
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader, so that `to` need not wait."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        def parts(of: Patches | Packed) -> dict[str, Tensor]:
+            return {field.name: move(getattr(of, field.name)) for field in dataclasses.fields(of)}
 
         return Batch(
-            self.pixels.to(device, non_blocking=True),
-            Patches(**move(self.patches)),
-            Packed(**move(self.packed)),
+            move(self.pixels), Patches(**parts(self.patches)), Packed(**parts(self.packed))
         )
 
 

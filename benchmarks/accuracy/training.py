@@ -73,8 +73,9 @@ def checkpoint(directory: Path, stage: str) -> Path:
 
 def load(directory: Path, stage: str) -> dict[str, Any]:
     """The checkpoint of a stage; its entry `finished` is True at the end of the stage."""
+    # To the CPU: an optimizer's step counts stay where they are, and on a GPU each would be a wait.
     found: dict[str, Any] = torch.load(
-        checkpoint(directory, stage), map_location=device(), weights_only=True
+        checkpoint(directory, stage), map_location="cpu", weights_only=True
     )
     return found
 
@@ -91,16 +92,17 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self._count = 0
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, term in terms.items():
-            self._sums[name] += term.item()
+            # not item(), which would wait for the GPU in every step
+            self._sums[name] = self._sums[name].to(term.device) + term.detach().double()
         self._count += 1
 
     def write(self, **facts: Any) -> dict[str, Any]:
-        means = {name: round(total / self._count, 4) for name, total in self._sums.items()}
+        means = {name: round(total.item() / self._count, 4) for name, total in self._sums.items()}
         line = {**facts, "loss": means}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
