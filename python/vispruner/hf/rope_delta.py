@@ -55,6 +55,8 @@ class RopeDeltas:
 
     def noted(self, call: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """Runs an unpruned call, and notes it if it began without cached columns."""
+        if not self._family.has_grid_positions:
+            return run()
         cache = call.get("cache")
         begins = not releases.cached_columns(cache)
         output = run()
