@@ -102,7 +102,7 @@ class _Text:
 
     def decode(self, prompt: int, new: int) -> int:
         """The tokens of an answer after the first, each attending to all earlier tokens."""
-        further = new - 1
+        further = max(new - 1, 0)
         # The operations of a token grow linearly: their mean is that of the first and the last.
         twice = self.stack(1, prompt + 1) + self.stack(1, prompt + further)
         return further * twice // 2 + further * self.head()

@@ -244,6 +244,10 @@ def test_continuous_batching_is_not_pruned(family: Tiny) -> None:
         "generation_config": transformers.GenerationConfig(
             max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0
         ),
+        # by default the cache takes most of the machine's memory
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(
+            num_blocks=8, max_batch_tokens=64
+        ),
         "progress_bar": False,
     }
 

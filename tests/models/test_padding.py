@@ -28,6 +28,8 @@ from torch import Tensor
 
 import vispruner
 from vispruner import releases
+from vispruner.hf.labels import Columns
+from vispruner.hf.layout import shorten
 
 K = 5
 STEPS = 5
@@ -304,8 +306,8 @@ def test_an_image_after_a_turn_of_text_and_another_prompt(tiny: Tiny) -> None:
         assert torch.equal(found, generate(model, call))
 
 
-def test_a_cache_of_unknown_content_after_another_prompt_is_refused() -> None:
-    """It was filled before `apply`, with an image."""
+def test_a_new_image_after_a_cache_of_unknown_content_is_refused() -> None:
+    """It was filled before `apply`; the model may hold the delta of another prompt."""
     tiny = Qwen25()
     model = tiny.build()
     first = tiny.inputs([[1, image(0), 9]])
@@ -313,11 +315,46 @@ def test_a_cache_of_unknown_content_after_another_prompt_is_refused() -> None:
     with vispruner.apply(model, k=K), torch.no_grad():
         new = tiny.inputs([[30, image(1), 31]])
         mask = torch.ones(1, cache.get_seq_length() + new["input_ids"].shape[1]).long()
-        copied = copy.deepcopy(cache)
-        model(**new | {"attention_mask": mask}, past_key_values=copied)  # the model has its delta
-        generate(model, tiny.inputs([[1, image(2), 9]]))
         with pytest.raises(ValueError, match=r"RoPE delta .* start a new conversation"):
             model(**new | {"attention_mask": mask}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("tiny", [*COUNTING, *GRID], ids=lambda tiny: tiny.name)
+def test_generate_on_a_batch_padded_on_the_right(tiny: Tiny) -> None:
+    """The row without padding, as without pruning."""
+    model = tiny.build()
+    inputs = tiny.inputs([PICTURE, text(len(tiny.ids(PICTURE)) - 3)], "right")
+    with vispruner.apply(model, k=K):
+        expected = generate(model, tiny.inputs([PICTURE]))[0, -STEPS:]
+        assert torch.equal(generate(model, inputs)[0, -STEPS:], expected)
+
+
+def test_a_step_over_padding_that_the_model_reads_is_refused() -> None:
+    tiny = Qwen35()
+    model = tiny.build()
+    inputs = tiny.inputs([PICTURE, text(len(tiny.ids(PICTURE)) - 3)], "right")
+    with vispruner.apply(model, k=K), torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        call = {"past_key_values": output.past_key_values}
+        call["attention_mask"] = extended(inputs["attention_mask"])
+        with pytest.raises(ValueError, match="padded on the left"):
+            model(input_ids=NEXT, **call)
+
+
+def test_a_step_with_a_mask_of_the_cache_that_hides_more() -> None:
+    tiny = Llava()
+    model = tiny.build()
+    inputs = tiny.inputs([PICTURE, text(len(tiny.ids(PICTURE)) + 9)])
+    hidden = extended(inputs["attention_mask"])
+    hidden[1, 3] = 0
+    with vispruner.apply(model, k=K), torch.no_grad():
+        own = extended(vispruner.prepare(model, inputs)["attention_mask"])
+        own[1, 3] = 0  # the row drops no token, so the column is the same
+        cache = model(**inputs, use_cache=True).past_key_values
+        call = {"input_ids": NEXT, "past_key_values": copy.deepcopy(cache)}
+        expected = model(**call, attention_mask=hidden).logits
+        call["past_key_values"] = cache
+        close(model(**call, attention_mask=own).logits, expected)
 
 
 # --------------------------------------------------------------------- arguments with the columns
@@ -357,6 +394,8 @@ def test_shapes_that_do_not_match_are_refused() -> None:
     with vispruner.apply(model, k=K):
         with pytest.raises(ValueError, match=r"position_ids must have shape \(2, \d+\)"):
             model(**inputs, position_ids=torch.arange(length + 1)[None])
+        with pytest.raises(ValueError, match="attention_mask has 3 rows, input_ids 2"):
+            model(**inputs | {"attention_mask": torch.ones(3, length).long()})
         with pytest.raises(ValueError, match=r"input_ids must have shape \(B, L\)"):
             model(**inputs | {"input_ids": inputs["input_ids"][0]})
 
@@ -390,3 +429,16 @@ def test_types_of_tokens_behind_a_cache() -> None:
         with pytest.raises(ValueError, match="token_type_ids has 20 columns, expected 24"):
             model(**new, token_type_ids=types[:, 4:], past_key_values=cache)
         close(model(**new, token_type_ids=types, past_key_values=cache).logits[:, -1], want)
+
+
+def test_labels_behind_a_hole() -> None:
+    """A hole that comes to lie before a token, because the image between them was dropped."""
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1]]).bool()
+    dropped = torch.tensor([[0, 0, 1, 1, 0, 0]]).bool()
+    columns = Columns(shorten(mask, dropped, 4, left=True), mask, dropped)
+    assert columns.layout.index.tolist() == [[0, 1, 4, 5]]
+    labels = torch.tensor([[100, -100, 102, 103, 104, 105]])
+    assert columns.labels(labels).tolist() == [[100, -100, -100, 105]]
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1]]).bool()  # it was there before
+    columns = Columns(shorten(mask, dropped, 5, left=True), mask, dropped)
+    assert columns.labels(labels)[0, -2:].tolist() == [104, 105]

@@ -113,13 +113,15 @@ def describe(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _save(path: Path, data: Mapping[str, Any]) -> None:
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    path = path.resolve()
-    if path.exists() and not path.is_file():  # /dev/stdout
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout
         path.write_text(text)
         return
     written = path.with_name(f"{path.name}.new")
-    written.write_text(text)
-    os.replace(written, path)  # so that an interrupted run leaves no partial file
+    try:
+        written.write_text(text)
+        os.replace(written, path)  # so that an interrupted run leaves no partial file
+    except OSError:  # only the file itself may be written
+        path.write_text(text)
 
 
 def run(

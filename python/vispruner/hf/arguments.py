@@ -86,6 +86,14 @@ def expanded(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
     return expanded | {"position_ids": positions}
 
 
+def check_rows(mask: Tensor | None, ids: Tensor) -> None:
+    """Raises ValueError if attention_mask and input_ids differ in their numbers of rows."""
+    if mask is not None and len(mask) != len(ids):
+        raise ValueError(
+            f"attention_mask has {len(mask)} rows, input_ids {len(ids)}: pass one for each prompt"
+        )
+
+
 _PACKED_LENGTHS = (
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
 )  # fmt: skip

@@ -56,10 +56,11 @@ class Columns:
         return taken.scatter(1, end, torch.where(stayed, after, none))
 
     def _after_own_padding(self) -> Tensor:
-        """(B, W) bool: first tokens after padding that the full prompt does not have."""
+        """(B, W) bool: tokens behind padding, which in the full prompt are not behind padding."""
         mask, index = self.layout.mask, self.layout.index
-        first = mask & (mask.long().cumsum(1) == 1)
+        first = mask.clone()
         first[:, 0] = False
+        first[:, 1:] &= ~mask[:, :-1]
         before = self.mask.gather(1, (index - 1).clamp(min=0))
         return first & (before | (index == 0))
 

@@ -24,6 +24,7 @@ class Layout:
         padded: whether a column may be padding (known without reading the mask).
         behind: (B,) int64, how much less the next position is than the number of columns: the
             columns that pruning added to a row, less the padding that it removed. None if zero.
+        inside: some of them are followed by tokens of the same row, or will be.
     """
 
     index: Tensor
@@ -33,6 +34,7 @@ class Layout:
     next_position: Tensor | None = None
     padded: bool = True
     behind: Tensor | None = None
+    inside: bool = False
 
     @property
     def columns(self) -> int:
@@ -81,6 +83,7 @@ class Layout:
             next_position=other.next_position,
             padded=self.padded or other.padded,
             behind=_sum(self.behind, other.behind),
+            inside=self.inside or other.inside,
         )
 
 
@@ -152,12 +155,11 @@ def shorten(mask: Tensor, dropped: Tensor, columns: int, *, left: bool) -> Layou
     return Layout(index, keep.gather(1, index), keep.shape[1], (mask & dropped).sum(1))
 
 
-def check_filled(config: Any, filled: Sequence[int], columns: int) -> None:
-    """Checks the padding that pruning adds between the turns of a conversation.
+def check_inside(config: Any, columns: int) -> None:
+    """Checks padding that pruning added between the tokens of a row.
 
     Args:
-        config: of the model; filled: columns added to each row, negative if removed.
-        columns: of the cache and the new turn.
+        config: of the model; columns: up to the last one that is read or generated.
 
     Raises:
         ValueError: the model would read it.
@@ -166,12 +168,11 @@ def check_filled(config: Any, filled: Sequence[int], columns: int) -> None:
     kinds = getattr(text, "layer_types", None) or ()
     window = getattr(text, "sliding_window", None)
     sliding = "sliding_attention" in kinds if kinds else window is not None
-    if max(filled) <= 0:
-        return
     if "linear_attention" in kinds or (sliding and columns > (window or 0)):
         raise ValueError(
-            "new images retain different numbers of tokens per row, and this model reads the "
-            "padding behind a cache: pass one row per call, or the conversation without cache"
+            "the rows of this batch retain different numbers of tokens, and this model reads the "
+            "padding between them and what follows: pass one row per call, a first turn that is "
+            "padded on the left, or the conversation without cache"
         )
 
 

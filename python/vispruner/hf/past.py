@@ -92,7 +92,9 @@ class Past:
         short = mask is not None and mask.shape[1] == cached + length and not full
         if mask is not None and short and layout.padded and layout.columns == layout.width > 0:
             # The conversation is as wide as the cache, whose columns are in another order.
-            short = torch.equal(mask[:, : layout.columns], layout.mask.to(mask.device))
+            # A mask of the conversation attends columns that are padding here.
+            padding = ~layout.mask.to(mask.device)
+            short = not bool((mask[:, : layout.columns] & padding).any())
         if mask is not None and mask.shape[1] != total and not short:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns, expected {total}: those of the "

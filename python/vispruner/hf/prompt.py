@@ -18,12 +18,12 @@ from .. import releases
 from ..clock import Clock
 from ..models import Encoded, Family
 from ..report import Kept, Report
-from . import arguments
+from . import arguments, generation
 from .arranged import Arranger
 from .cache import layout_of
 from .encoder_outputs import Counts
 from .labels import Columns
-from .layout import Layout, Padding, check_filled, padding_at_ends, rows_of_items, shorten
+from .layout import Layout, Padding, check_inside, padding_at_ends, rows_of_items, shorten
 from .past import Past, SplitCall
 from .positions import check_packing, shortened_positions, step_positions
 from .rope_delta import RopeDeltas
@@ -140,9 +140,19 @@ class Rewriter:
         if visual:
             arguments.check_packed_lengths(call)
         mask = arguments.mask_of(call)
+        arguments.check_rows(mask, ids)
         delta = self.rope_deltas.of(cache, ids, mask, whole=whole)
         past = Past.of(cache, ids, mask, whole=whole, rope_delta=delta)
-        return SplitCall(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
+        turn = SplitCall(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
+        if past.layout.inside:
+            self._check_inside(turn, past.mask.shape[1] + turn.ids.shape[1])
+        return turn
+
+    def _check_inside(self, turn: SplitCall, columns: int) -> None:
+        """Checks padding between the tokens of a row, for a model that reads up to `columns`."""
+        if turn.whole:
+            columns += generation.setting(self._model, turn.call, "max_new_tokens") or 0
+        check_inside(self._family.config, columns)
 
     def _stand_in(self, call: Mapping[str, Any], *, whole: bool) -> Tensor | None:
         """Token ids in the place of inputs_embeds; None if there are none either.
@@ -203,8 +213,10 @@ class Rewriter:
                     f"the prompt has {sum(here)} {modality} placeholders but no {modality}s "
                     "were passed"
                 )
-        # On the right only if all padding is there, and no columns are counted from the end.
-        left = not any(last) or any(first) or bool(turn.call.get("logits_to_keep"))
+        # On the right only if all padding is there, and the last columns have no special meaning:
+        # generate continues them, and logits_to_keep counts from them.
+        ends = turn.whole or bool(turn.call.get("logits_to_keep"))
+        left = ends or not any(last) or any(first)
         return _Placed(visual, slots, rows, valid, Padding(first, last, left))
 
     def _assign(
@@ -253,10 +265,12 @@ class Rewriter:
         new = replace(new, padded=min(remaining) < width)
         # Columns that pruning added to a row, or removed.
         filled = [width - (length - less) for less in lost]
-        if any(filled) and past.columns:
-            check_filled(self._family.config, filled, past.mask.shape[1] + width)
         if any(filled):
-            new = replace(new, behind=torch.tensor(filled, device=turn.ids.device))
+            inside = max(filled) > 0 and (past.columns > 0 or not left)
+            behind = torch.tensor(filled, device=turn.ids.device)
+            new = replace(new, behind=behind, inside=inside)
+        if past.columns and new.inside:
+            self._check_inside(turn, past.mask.shape[1] + width)
         check_packing(turn.call, new)
         columns = Columns(new, turn.mask, dropped)
         inputs = self._arranger.arranged(turn, columns)

@@ -22,19 +22,17 @@ _ORIGIN = "_vispruner_origin"
 
 @dataclass(frozen=True)
 class _Origin:
-    """The prompt that a cache was filled with; an attribute of the cache.
+    """An attribute of a cache that a prompt has filled since `apply`.
 
     Attributes:
-        prompt: its number since `apply`.
-        text: it had no pictures.
+        delta: (B, 1), the RoPE delta of the prompt; None for text.
     """
 
-    prompt: int
-    text: bool
+    delta: Tensor | None
 
 
 class RopeDeltas:
-    """Follows which prompt filled which cache.
+    """Remembers the RoPE delta of each cache.
 
     Args:
         family: of the model.
@@ -42,16 +40,14 @@ class RopeDeltas:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._prompts = 0
 
     def note(self, call: Mapping[str, Any], cache: Any) -> None:
-        """Notes the origin of a cache that a call has filled from its beginning."""
+        """Notes the delta of a cache that a call has filled from its beginning."""
         if not self._family.has_grid_positions or cache is None or torch.compiler.is_compiling():
             return
-        self._prompts += 1
         pictures = any(self._family.pixels_name(m, call) for m in self._family.encoders)
         text = not pictures and "input_ids" in call and not call.get("mm_encoder_outputs")
-        setattr(cache, _ORIGIN, _Origin(self._prompts, text))
+        setattr(cache, _ORIGIN, _Origin(None if text else self._family.rope_delta()))
 
     def noted(self, call: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """Runs an unpruned call, and notes it if it began without cached columns."""
@@ -74,22 +70,21 @@ class RopeDeltas:
         Raises:
             ValueError: it is not known.
         """
-        delta = self._family.rope_delta()
+        current = self._family.rope_delta()
         cached = releases.cached_columns(cache)
-        if delta is None or not cached or layout_of(cache) is not None:
+        if current is None or not cached or layout_of(cache) is not None:
             return None
         origin: _Origin | None = getattr(cache, _ORIGIN, None)
-        if origin is not None and origin.text:
-            return None
-        if whole and (mask is None or mask.shape[1] == ids.shape[1]):
+        if origin is not None:
+            delta = origin.delta
+            if delta is None or len(ids) % len(delta) == 0:
+                return None if delta is None else delta.repeat_interleave(len(ids) // len(delta), 0)
+        elif whole and (mask is None or mask.shape[1] == ids.shape[1]):
             old = ids[:, :cached]
             tokens = [self._family.token_id(modality) for modality in self._family.encoders]
             if not any(bool((old == token).any()) for token in tokens):
                 return None
-        if self._prompts != (0 if origin is None else origin.prompt):
-            raise ValueError(
-                "the cache was not filled by the latest prompt, whose RoPE delta the model holds, "
-                "so the positions of its tokens are unknown: start a new conversation, or fill the "
-                "cache again"
-            )
-        return delta
+        raise ValueError(
+            "the RoPE delta of this cache is unknown, so the positions of its tokens are: fill it "
+            "after vispruner.apply, or start a new conversation"
+        )
