@@ -34,7 +34,8 @@ def differentiated(feats: Tensor) -> bool:
     return (
         (feats.requires_grad and torch.is_grad_enabled())
         # The level and not the tangent: inside nested transforms feats hides that of an outer one.
-        or forward_ad._current_level >= 0
+        # The name is private: without it every call gathers.
+        or getattr(forward_ad, "_current_level", 0) >= 0
         # A traced torch.func.grad or jvp does not show in feats.
         or is_compiling()
     )

@@ -6,7 +6,7 @@
 
 Run in benchmarks/. Times are medians over many replays of one captured CUDA graph, measured with
 events. The graph holds one call after the other, so that the times are not those of launching
-graphs. Its calls have inputs of their own, together larger than the L2 cache (top-k: of 64 calls).
+graphs. Its calls have inputs of their own, together larger than the L2 cache (except for top-k).
 Baselines get the same tensors in the same run; those that compile run in a separate process with
 a time limit. Times per stage come from the profiler.
 """

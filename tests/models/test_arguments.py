@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from support.generation import STEPS, close, generate
 from support.tiny_models import (
     FAMILIES,
     Llava,
@@ -41,15 +42,6 @@ GRID = ("qwen", "glm")  # families with grid positions
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return request.param
-
-
-def generate(model: Any, inputs: dict[str, Any], **changes: Any) -> Tensor:
-    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [198, 199]}
-    return model.generate(**inputs, **{**settings, **changes})
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # -------------------------------------------------------------------------------- positions, masks
@@ -327,7 +319,7 @@ def test_a_new_image_in_the_second_turn(family: Tiny, change: Any) -> None:
     first = [1, *picture, 20, *picture, 22]
     with vispruner.apply(model, k=K, **family.options) as pruner:
         output = generate(model, call(first, 2), return_dict_in_generate=True)
-        answer = output.sequences[0, -4:].tolist()
+        answer = output.sequences[0, -STEPS:].tolist()
         again = call([*first, *answer, 30, *picture, 31], 3)
         want = generate(model, again)
         assert torch.equal(generate(model, again, past_key_values=output.past_key_values), want)

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
+from support.generation import STEPS, close, generate
 from support.tiny_models import (
     Llava,
     LlavaNext,
@@ -27,7 +28,6 @@ from torch import Tensor
 import vispruner
 
 K = 5
-STEPS = 5
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 FAMILIES: tuple[Tiny, ...] = (Llava(), LlavaNext(), Qwen25(), Qwen3())
@@ -38,15 +38,6 @@ ROWS = [[1, image(0), 10, 11, 12], TWO]
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return request.param
-
-
-def generate(model: Any, inputs: dict[str, Any], **changes: Any) -> Any:
-    settings = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [198, 199]}
-    return model.generate(**inputs, **{**settings, **changes})
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------- the cache

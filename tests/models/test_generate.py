@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
+from support.generation import STEPS, generate
 from support.tiny_models import (
     IMAGE,
     Gemma3,
@@ -33,7 +34,6 @@ import vispruner
 from vispruner.phases import Clock, Prefill, unpruned
 
 K = 5
-STEPS = 5
 TOLERANCE = 1e-5
 FAMILIES: tuple[Tiny, ...] = (
     Llava(), LlavaNext(), Qwen25(), Qwen3(), VideoLlava(), Gemma3(), Idefics3(), InternVL(),
@@ -49,11 +49,6 @@ REPEATABLE = [ROWS[0], [1, 20, image(1), 24, 25]] if VERSION == (5, 18) else ROW
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return request.param
-
-
-def generate(model: Any, inputs: dict[str, Any], **changes: Any) -> Any:
-    settings = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [198, 199]}
-    return model.generate(**inputs, **{**settings, **changes})
 
 
 def test_repeated_rows_of_several_images_on_a_version_that_mixes_them_up() -> None:

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from support.generation import generate
 from support.imagined_gpu import ImaginedGpu, MixedDevicesError
 from support.tiny_models import FAMILIES, Tiny, image, video
 from torch import Tensor
@@ -20,8 +21,6 @@ from vispruner.models.qwen_vl import QwenVL
 K = 5
 #: waits that pruning adds to a forward, by a part of the family's name; 1 in the others
 MOST_WAITS = {
-    "next": 6,
-    "onevision": 6,
     "qwen2.5": 7,
     "qwen": 5,
     "glm": 3,
@@ -38,10 +37,6 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 def rows_of(tiny: Tiny) -> list[list[Any]]:
     rows: list[list[Any]] = [[1, image(0), 10, 11], [1, 20, image(1), 22, image(2), 24]]
     return [*rows, [1, 30, video(0), 32]] if "video" in tiny.kinds else rows
-
-
-def generate(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=[198, 199])
 
 
 def test_same_answer_and_few_waits(tiny: Tiny) -> None:

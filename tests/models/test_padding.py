@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
+from support.generation import STEPS, close, generate
 from support.tiny_models import (
     Gemma3,
     Glm4v,
@@ -28,11 +30,11 @@ from torch import Tensor
 
 import vispruner
 from vispruner import releases
+from vispruner.hf import rope_delta
 from vispruner.hf.labels import Columns
 from vispruner.hf.layout import shorten
 
 K = 5
-STEPS = 5
 EVERYTHING = 10**6
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 COUNTING = (Llava(), LlavaNext(), InternVL(), Idefics3(), Gemma3())  # positions count columns
@@ -40,15 +42,6 @@ GRID = (Qwen25(), Qwen3(), Glm4v())
 PICTURE = [1, image(1), 10, 11]
 TWO = [1, 20, image(1), 22, image(2), 24, 25]
 NEXT = torch.tensor([[30], [31]])
-
-
-def generate(model: Any, inputs: dict[str, Any], **changes: Any) -> Any:
-    settings = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [198, 199]}
-    return model.generate(**inputs, **{**settings, **changes})
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def text(length: int) -> list[int]:
@@ -161,6 +154,25 @@ def test_a_later_turn_in_which_one_row_has_an_image(tiny: Tiny) -> None:
         step = model(input_ids=NEXT, attention_mask=mask, past_key_values=cache)
         for row in (0, 1):
             close(step.logits[row, -1], step_alone(model, tiny, rows[row], NEXT[row]))
+
+
+@pytest.mark.parametrize("tiny", [*COUNTING[:-1], *GRID], ids=lambda tiny: tiny.name)
+def test_turns_in_which_different_rows_have_images(tiny: Tiny) -> None:
+    """What pruning adds to a row in one turn counts in the next ones as well."""
+    model = tiny.build()
+    new = [30, image(3), 31]
+    other = [32, *text(len(tiny.ids(new)) - 1)]
+    turns = [[new, other], [new, other], [other, new]]
+    with vispruner.apply(model, k=K), torch.no_grad():
+        rows: list[list[Any]] = [[], []]
+        cache = None
+        for turn in turns:
+            rows = [[*before, *more] for before, more in zip(rows, turn, strict=True)]
+            call = {n: v for n, v in tiny.inputs(turn).items() if n != "attention_mask"}
+            output = model(**call, use_cache=True, past_key_values=cache)
+            cache = output.past_key_values
+            for row in (0, 1):
+                close(output.logits[row, -1], model(**tiny.inputs([rows[row]])).logits[0, -1])
 
 
 @pytest.mark.parametrize("tiny", [*COUNTING, *GRID], ids=lambda tiny: tiny.name)
@@ -355,6 +367,34 @@ def test_a_step_with_a_mask_of_the_cache_that_hides_more() -> None:
         expected = model(**call, attention_mask=hidden).logits
         call["past_key_values"] = cache
         close(model(**call, attention_mask=own).logits, expected)
+
+
+def test_pictures_after_a_cached_text_make_its_delta_unknown() -> None:
+    """Those that are not pruned, as encoder outputs of the caller."""
+
+    class Cache:
+        columns = 0
+
+        def get_seq_length(self) -> int:
+            return self.columns
+
+    def fill() -> None:
+        cache.columns += 4
+
+    cache, ids = Cache(), torch.ones(1, 8).long()
+    family: Any = SimpleNamespace(
+        has_grid_positions=True,
+        encoders={"image": ""},
+        pixels_name=lambda modality, call: None,
+        rope_delta=lambda: torch.tensor([[-3]]),
+    )
+    text_call = {"input_ids": ids[:, :4], "cache": cache}
+    for _ in range(2):
+        rope_delta.noted(family, text_call, fill)
+        assert rope_delta.of_cache(family, cache, ids, None, whole=False) is None
+    rope_delta.noted(family, text_call | {"mm_encoder_outputs": {"image": ...}}, fill)
+    with pytest.raises(ValueError, match="RoPE delta of this cache is unknown"):
+        rope_delta.of_cache(family, cache, ids, None, whole=False)
 
 
 # --------------------------------------------------------------------- arguments with the columns

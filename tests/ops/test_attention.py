@@ -154,8 +154,7 @@ def test_received_attention_is_as_good_as_float32(
     """Also of 16-bit inputs and of large logits, whose exponentials the kernels approximate.
 
     Here plain PyTorch has float32 copies of the inputs. Tensor cores cut sums off instead of
-    rounding them (ptx/src/matrix.cpp): for bfloat16 the error is up to 2.9 times as large in six
-    draws.
+    rounding them (ptx/src/matrix.cpp), so for bfloat16 the error may be four times as large.
     """
     q = heads(150, 2, 80, dtype=dtype, seed=8, sharp=sharp)
     k = heads(150, 2, 80, dtype=dtype, seed=9)

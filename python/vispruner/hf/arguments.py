@@ -57,41 +57,35 @@ def mask_of(call: Mapping[str, Any]) -> Tensor | None:
     return attended
 
 
-def expanded(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+def in_rows(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
     """The call with one row of masks and positions for each row of the prompt.
 
     Args:
         call: the arguments; ids: (B, L) input_ids.
 
     Raises:
-        ValueError: the shape of input_ids or position_ids is wrong.
+        ValueError: the numbers of rows differ, or the shape of input_ids or position_ids is wrong.
     """
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(f"input_ids must have shape (B, L), L > 0, got {tuple(ids.shape)}")
-    expanded = dict(call)
     batch, length = ids.shape
+    expanded = dict(call)
     mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == 1 < batch:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) != batch:
+        if len(mask) != 1:
+            raise ValueError(
+                f"attention_mask has {len(mask)} rows, input_ids {batch}: pass one for each prompt"
+            )
         expanded["attention_mask"] = mask.expand(batch, -1)
-    positions: Tensor | None = call.get("position_ids")
-    if positions is None:
+    given: Tensor | None = call.get("position_ids")
+    if given is None:
         return expanded
-    if positions.dim() in (2, 3) and positions.shape[-2] == 1 < batch:
-        positions = positions.expand(*positions.shape[:-2], batch, -1)
-    if positions.dim() not in (2, 3) or positions.shape[-2:] != (batch, length):
+    if given.dim() not in (2, 3) or given.shape[-2] not in (1, batch) or given.shape[-1] != length:
         raise ValueError(
             f"position_ids must have shape ({batch}, {length}), as input_ids, got "
-            f"{tuple(call['position_ids'].shape)}"
+            f"{tuple(given.shape)}"
         )
-    return expanded | {"position_ids": positions}
-
-
-def check_rows(mask: Tensor | None, ids: Tensor) -> None:
-    """Raises ValueError if attention_mask and input_ids differ in their numbers of rows."""
-    if mask is not None and len(mask) != len(ids):
-        raise ValueError(
-            f"attention_mask has {len(mask)} rows, input_ids {len(ids)}: pass one for each prompt"
-        )
+    return expanded | {"position_ids": given.expand(*given.shape[:-2], batch, -1)}
 
 
 _PACKED_LENGTHS = (

@@ -18,7 +18,7 @@ from .. import releases
 from ..clock import Clock
 from ..models import Encoded, Family
 from ..report import Kept, Report
-from . import arguments, generation
+from . import arguments, generation, rope_delta
 from .arranged import Arranger
 from .cache import layout_of
 from .encoder_outputs import Counts
@@ -26,7 +26,6 @@ from .labels import Columns
 from .layout import Layout, Padding, check_inside, padding_at_ends, rows_of_items, shorten
 from .past import Past, SplitCall
 from .positions import check_packing, shortened_positions, step_positions
-from .rope_delta import RopeDeltas
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ class Rewriter:
 
     def __init__(self, model: Any, family: Family) -> None:
         self._model, self._family = model, family
-        self.rope_deltas = RopeDeltas(family)
         self._arranger = Arranger(model, family)
 
     def rewrite(self, call: dict[str, Any], *, whole: bool) -> Prepared | None:
@@ -136,12 +134,11 @@ class Rewriter:
             ids = self._stand_in(call, whole=whole)
         if ids is None:
             return None
-        call = arguments.expanded(call, ids)
+        call = arguments.in_rows(call, ids)
         if visual:
             arguments.check_packed_lengths(call)
         mask = arguments.mask_of(call)
-        arguments.check_rows(mask, ids)
-        delta = self.rope_deltas.of(cache, ids, mask, whole=whole)
+        delta = rope_delta.of_cache(self._family, cache, ids, mask, whole=whole)
         past = Past.of(cache, ids, mask, whole=whole, rope_delta=delta)
         turn = SplitCall(call, whole, visual, past, past.new(ids), past.new_mask(ids, mask))
         if past.layout.inside:

@@ -26,6 +26,7 @@ from .encoder_outputs import EncoderOutputs
 from .generation import Generation, PromptStreamer
 from .labels import Columns, check_kept, with_restored_logits
 from .prompt import Prepared, Rewriter
+from .rope_delta import noted
 from .threads import PerThread
 
 MODEL_ATTRIBUTE = "_vispruner_pruner"
@@ -66,7 +67,6 @@ class Pruner:
         self._logits = logits
         self._family: Family = family
         self._rewriter = Rewriter(model, family)
-        self._noted = self._rewriter.rope_deltas.noted
         self._outputs = EncoderOutputs(model, family)
         self._generation: PerThread[Generation] = PerThread()
         self._columns: PerThread[Columns] = PerThread()
@@ -214,16 +214,15 @@ class Pruner:
         if call.get("mm_encoder_outputs"):
             self._warn_of_encoder_outputs()
             self._note(None)
-            return self._noted(call, lambda: self._forward(*args, **kwargs))
+            return noted(self._family, call, lambda: self._forward(*args, **kwargs))
         kept = call.get("logits_to_keep")
         if self._logits == "prompt" and isinstance(kept, int):
             del call["logits_to_keep"]  # taken from the restored logits
         prepared = self._rewrite(call, whole=False)
         if prepared is None:
-            if torch.compiler.is_compiling():
-                return self._forward(*args, **kwargs)
-            self._note(None)
-            return self._noted(call, lambda: self._forward(*args, **kwargs))
+            if not torch.compiler.is_compiling():
+                self._note(None)
+            return noted(self._family, call, lambda: self._forward(*args, **kwargs))
         keep = int(kept or 0)
         if keep > 1 and self._logits is None and prepared.columns is not None:
             check_kept(prepared.columns, keep)
@@ -241,7 +240,6 @@ class Pruner:
         cache = releases.cache_in(output) if cache is None else cache
         if cache is not None and prepared.layout is not None:
             remember(cache, prepared.layout)
-            self._rewriter.rope_deltas.note(call, cache)
         if restored:
             assert prepared.columns is not None
             return with_restored_logits(output, prepared.columns, keep)
@@ -282,7 +280,7 @@ class Pruner:
             prepared = self._prepare_generate(call)
         if prepared is None:
             with self._outputs.withheld(), self._generation.set(Generation(None, 0, pixels=False)):
-                return self._noted(call, lambda: self._generate(*args, **kwargs))
+                return noted(self._family, call, lambda: self._generate(*args, **kwargs))
         ids, cache = call["input_ids"], call.get("cache")
         ready = dict(prepared.inputs)
         columns = ready["input_ids"].shape[1]
@@ -310,7 +308,7 @@ class Pruner:
                 remember(cache, before)
             raise
         self._note(prepared)
-        return self._with_full_prompt(output, ids, columns, prepared, call)
+        return self._with_full_prompt(output, ids, columns, prepared, cache)
 
     def _prepare_generate(self, call: dict[str, Any]) -> Prepared | None:
         generation.infer_mask(self.model, call)
@@ -321,13 +319,9 @@ class Pruner:
         generation.check_chunks(self.model, self._family, call, pictures=pictures)
         return self._rewrite(call, whole=True)
 
+    @staticmethod
     def _with_full_prompt(
-        self,
-        output: Any,
-        ids: Tensor,
-        columns: int,
-        prepared: Prepared,
-        call: Mapping[str, Any],
+        output: Any, ids: Tensor, columns: int, prepared: Prepared, cache: Any
     ) -> Any:
         """The output of generate, with sequences that begin with the full prompt."""
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -336,10 +330,9 @@ class Pruner:
         # Callers cut off the prompt by the length of their input.
         whole = torch.cat([prompt, sequences[:, columns:]], 1)
         filled = releases.cache_in(output)
-        filled = call.get("cache") if filled is None else filled
+        filled = cache if filled is None else filled
         if filled is not None and prepared.layout is not None:
             remember(filled, prepared.layout.repeat(times))
-            self._rewriter.rope_deltas.note(call, filled)
         if isinstance(output, Tensor):
             return whole
         output.sequences = whole

@@ -83,6 +83,8 @@ class Family(ABC):
     not_prepared: ClassVar[str | None] = None
     #: modalities with separate features per picture, so that k="auto" can retain different numbers
     ragged: ClassVar[frozenset[str]] = frozenset()
+    #: arguments of the encoders that only the host reads: reading them from a GPU would wait for it
+    on_host: ClassVar[frozenset[str]] = frozenset()
     #: whether tokens have a time, height and width (then `positions` is not None)
     has_grid_positions: ClassVar[bool] = False
 
@@ -138,8 +140,11 @@ class Family(ABC):
         """The arguments of a call for the encoder of a modality, None without pixels."""
         if self.pixels_name(modality, call) is None:
             return None
-        names = self.parameters[modality]
-        return {name: call[name] for name in names if call.get(name) is not None}
+        given = {
+            name: call[name] for name in self.parameters[modality] if call.get(name) is not None
+        }
+        read = self.on_host & given.keys()
+        return given | {name: given[name].cpu() for name in read if isinstance(given[name], Tensor)}
 
     def check_budget(self, modality: str) -> None:
         """Raises ValueError if the model cannot take as many tokens as the budget chooses."""

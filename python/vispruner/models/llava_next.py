@@ -21,6 +21,8 @@ from .towers import TowerFamily
 class TiledFamily(TowerFamily):
     """Images cut into tiles that the model packs into one sequence."""
 
+    on_host = frozenset({"image_sizes"})
+
     def __init__(self, model: Any, budget: Budget, **options: str) -> None:
         super().__init__(model, budget, **options)
         self._refuse_cls({})
@@ -48,17 +50,11 @@ class TiledFamily(TowerFamily):
                 "'default'"
             )
 
-    @staticmethod
-    def sizes(inputs: Mapping[str, Any]) -> list[Any]:
-        """Height and width of each image, on the host: each number read from a GPU is a wait."""
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Tiles of each image, the overview included."""
         sizes = inputs.get("image_sizes")
         if sizes is None:
             raise ValueError("image_sizes must come with pixel_values")
-        return sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
-
-    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Tiles of each image, the overview included."""
-        sizes = self.sizes(inputs)
         self._refuse_cls(inputs)
         return [
             self.modeling.image_size_to_num_patches(
@@ -105,7 +101,7 @@ class TiledFamily(TowerFamily):
         """Packs channels (tiles, N, c) of each image like its features, to (T, c)."""
         packed, _ = self.base.pack_image_features(
             channels,
-            self.sizes(inputs),
+            inputs["image_sizes"],
             vision_feature_select_strategy=self.setting("vision_feature_select_strategy", inputs),
             image_newline=line_end,
         )

@@ -80,7 +80,7 @@ class LlavaOnevision(TiledFamily):
     ) -> list[Tensor]:
         packed, _ = self.base.pack_image_features(
             channels,
-            self.sizes(inputs),
+            inputs["image_sizes"],
             image_newline=line_end,
             vision_aspect_ratio=self.setting("vision_aspect_ratio", inputs),
         )
