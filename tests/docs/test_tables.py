@@ -58,6 +58,29 @@ def test_gpu_status_without_a_tested_gpu(tables: ModuleType) -> None:
     assert "| GPU | 2000-01-01 | 2.10, 1 | **NOT CLEAN** | 7 | 0 | `unknown` |" in shown
 
 
+def test_numbers_in_the_readme_are_those_of_the_table_they_link_to() -> None:
+    readme = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    measured = text.partition("<!-- table:end-to-end-cpu -->")[2].partition("<!-- /table -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in measured.splitlines()]
+    rows = [row for row in rows if row and row[0].startswith("llava")]
+
+    [less] = re.findall(
+        r"(\d+) % less time to first token for LLaVA-1.5 at k = 64, batch 4", readme
+    )
+    [first] = [row[6] for row in rows if row[:2] == ["llava-1.5-7b, batch 4", "k = 64"]]
+    assert f"(-{less} %)" in first
+
+    [(low, high)] = re.findall(
+        r"takes (\d+) to (\d+) % of the vision encoder's time for LLaVA", readme
+    )
+    shares = [
+        re.findall(r"\((.+) %\)", row[3]) for row in rows if row[1] not in ("unpruned", "k = 576")
+    ]
+    rounded = [round(float(share)) for [share] in shares]
+    assert (int(low), int(high)) == (min(rounded), max(rounded))
+
+
 DOCUMENTS = ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
 
