@@ -434,10 +434,19 @@ def test_shapes_that_do_not_match_are_refused() -> None:
     with vispruner.apply(model, k=K):
         with pytest.raises(ValueError, match=r"position_ids must have shape \(2, \d+\)"):
             model(**inputs, position_ids=torch.arange(length + 1)[None])
+        with pytest.raises(ValueError, match=r"position_ids must have shape \(2, \d+\), as"):
+            model(**inputs, position_ids=torch.arange(length).expand(3, 2, -1))  # of Qwen
         with pytest.raises(ValueError, match="attention_mask has 3 rows, input_ids 2"):
             model(**inputs | {"attention_mask": torch.ones(3, length).long()})
         with pytest.raises(ValueError, match=r"input_ids must have shape \(B, L\)"):
             model(**inputs | {"input_ids": inputs["input_ids"][0]})
+
+    tiny = Qwen25()
+    model, inputs = tiny.build(), tiny.inputs([TWO])
+    positions = torch.arange(inputs["input_ids"].shape[1])
+    expected = r"\(1, (\d+)\) or \(3, 1, \1\), as input_ids, got \(2,"
+    with vispruner.apply(model, k=K), pytest.raises(ValueError, match=expected):
+        model(**inputs, position_ids=positions.expand(2, 1, -1))
 
 
 def test_a_forward_whose_signature_has_no_names() -> None:

@@ -57,11 +57,12 @@ def mask_of(call: Mapping[str, Any]) -> Tensor | None:
     return attended
 
 
-def in_rows(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+def in_rows(call: Mapping[str, Any], ids: Tensor, *, grid: bool) -> dict[str, Any]:
     """The call with one row of masks and positions for each row of the prompt.
 
     Args:
-        call: the arguments; ids: (B, L) input_ids.
+        call: the arguments; ids: (B, L) input_ids; grid: whether the model has positions of time,
+            height and width (`Family.has_grid_positions`).
 
     Raises:
         ValueError: the numbers of rows differ, or the shape of input_ids or position_ids is wrong.
@@ -80,9 +81,11 @@ def in_rows(call: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
     given: Tensor | None = call.get("position_ids")
     if given is None:
         return expanded
-    if given.dim() not in (2, 3) or given.shape[-2] not in (1, batch) or given.shape[-1] != length:
+    fits = given.dim() == 2 or (grid and given.dim() == 3 and len(given) in (3, 4))
+    if not fits or given.shape[-2] not in (1, batch) or given.shape[-1] != length:
+        of_grid = f" or (3, {batch}, {length})" if grid else ""
         raise ValueError(
-            f"position_ids must have shape ({batch}, {length}), as input_ids, got "
+            f"position_ids must have shape ({batch}, {length}){of_grid}, as input_ids, got "
             f"{tuple(given.shape)}"
         )
     return expanded | {"position_ids": given.expand(*given.shape[:-2], batch, -1)}

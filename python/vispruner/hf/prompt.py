@@ -134,7 +134,7 @@ class Rewriter:
             ids = self._stand_in(call, whole=whole)
         if ids is None:
             return None
-        call = arguments.in_rows(call, ids)
+        call = arguments.in_rows(call, ids, grid=self._family.has_grid_positions)
         if visual:
             arguments.check_packed_lengths(call)
         mask = arguments.mask_of(call)
