@@ -4,6 +4,9 @@ TypeError for types and dtypes, ValueError for shapes and values. Each message n
 argument, what it was and what was expected. Checks read metadata only, never a tensor's values, so
 the host does not wait for the device (NaN and Inf inside tensors are defined behaviour,
 docs/numerics.md).
+
+The check of a function returns its numbers as Python's int and float, because NumPy's small
+integers wrap around and its small floats round.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +64,11 @@ def _tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {value.dtype}")
 
 
-def integer(name: str, value: object, minimum: int, maximum: int = MAX_INT) -> None:
+def _as_int(value: Any) -> int:
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def integer(name: str, value: object, minimum: int, maximum: int = MAX_INT) -> int:
     # The usual type first: abstract base classes are slow.
     integral = type(value) is int or isinstance(value, (numbers.Integral, torch.SymInt))
     if not integral or isinstance(value, bool):
@@ -69,9 +77,10 @@ def integer(name: str, value: object, minimum: int, maximum: int = MAX_INT) -> N
         raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
     if value > maximum:  # type: ignore[operator]
         raise ValueError(f"{name} must be at most {maximum}, got {shown(value)}")
+    return _as_int(value)
 
 
-def number(name: str, value: object, low: float, high: float, step: float | None = None) -> None:
+def number(name: str, value: object, low: float, high: float, step: float | None = None) -> float:
     real = type(value) is float or isinstance(value, (numbers.Real, torch.SymFloat))
     if not real or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {describe(value)}")
@@ -79,6 +88,7 @@ def number(name: str, value: object, low: float, high: float, step: float | None
         raise ValueError(f"{name} must be in [{low}, {high}], got {shown(value)}")
     if step is not None and value % step != 0:  # type: ignore[operator]
         raise ValueError(f"{name} must be a multiple of {step}, got {shown(value)}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _tokens(name: str, n: int) -> None:
@@ -124,22 +134,22 @@ def _same_device(feats: Tensor, cls_attn: Tensor) -> None:
         )
 
 
-def topk(cls_attn: object, k: object) -> None:
+def topk(cls_attn: object, k: object) -> tuple[int]:
     _cls_attn(cls_attn)
-    integer("k", k, 1)
+    return (integer("k", k, 1),)
 
 
-def pairwise_cosine(feats: object) -> None:
+def pairwise_cosine(feats: object) -> tuple[()]:
     _feats(feats)
+    return ()
 
 
-def dedup(feats: object, k: object, step: object) -> None:
+def dedup(feats: object, k: object, step: object) -> tuple[int, int]:
     _feats(feats)
-    integer("k", k, 1)
-    integer("step", step, 1)
+    return integer("k", k, 1), integer("step", step, 1)
 
 
-def prune(feats: Tensor, cls_attn: Tensor, k: object) -> None:
+def prune(feats: Tensor, cls_attn: Tensor, k: object) -> tuple[int]:
     _feats(feats)
     _cls_attn(cls_attn)
     expected = (feats.shape[0], feats.shape[1])
@@ -150,7 +160,7 @@ def prune(feats: Tensor, cls_attn: Tensor, k: object) -> None:
             f"got {describe(cls_attn)}"
         )
     _same_device(feats, cls_attn)
-    integer("k", k, 1)
+    return (integer("k", k, 1),)
 
 
 def _host_ints(name: str, value: object) -> list[int]:
@@ -172,7 +182,7 @@ def _host_ints(name: str, value: object) -> list[int]:
     for item in value:
         if not isinstance(item, (numbers.Integral, torch.SymInt)) or isinstance(item, bool):
             raise TypeError(f"{name} must hold ints, got {describe(item)}")
-    return list(value)
+    return [_as_int(item) for item in value]
 
 
 def _bounds(cu_seqlens: object, packed: str, rows: int) -> list[int]:
@@ -221,12 +231,11 @@ def prune_varlen(
         for value in ks:
             integer("k", value, 1)
     else:
-        integer("k", k, 1)
-        ks = [k] * images  # type: ignore[list-item]
+        ks = [integer("k", k, 1)] * images
     return bounds, ks
 
 
-def check_scale(scale: object) -> None:
+def _scale(scale: object) -> float:
     real = type(scale) is float or isinstance(scale, (numbers.Real, torch.SymFloat))
     if not real or isinstance(scale, bool):
         raise TypeError(f"scale must be a float, got {describe(scale)}")
@@ -236,6 +245,7 @@ def check_scale(scale: object) -> None:
         finite = False
     if not finite:
         raise ValueError(f"scale must be finite in float32, got {shown(scale)}")
+    return float(scale)  # type: ignore[arg-type]
 
 
 def _same_kind(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
@@ -247,7 +257,7 @@ def _same_kind(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
         )
 
 
-def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> None:
+def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> tuple[float]:
     _tensor("q_cls", q_cls)
     if q_cls.dim() != 3 or 0 in q_cls.shape[1:]:
         raise ValueError(f"q_cls must have shape (B, H, D), got {describe(q_cls)}")
@@ -260,13 +270,13 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> None:
         )
     _tokens("k", k.shape[2] - 1)
     _same_kind("k", k, "q_cls", q_cls)
-    check_scale(scale)
+    return (_scale(scale),)
 
 
 def received_attention(
     q: Tensor, k: Tensor, scale: object, cu_seqlens: object, lse: object
-) -> list[int]:
-    """Checks the arguments and returns the bounds of the images."""
+) -> tuple[float, list[int]]:
+    """Checks the arguments and returns (scale, bounds of the images)."""
     _tensor("q", q)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (T, H, D), got {describe(q)}")
@@ -276,7 +286,7 @@ def received_attention(
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {describe(k)}")
     _same_kind("k", k, "q", q)
-    check_scale(scale)
+    factor = _scale(scale)
     bounds = [0, q.shape[0]] if cu_seqlens is None else _bounds(cu_seqlens, "q", q.shape[0])
     if lse is not None:
         if not isinstance(lse, Tensor):
@@ -289,4 +299,4 @@ def received_attention(
             )
         if lse.device != q.device:
             raise ValueError(f"lse must be on the device of q, {q.device}, got {lse.device}")
-    return bounds
+    return factor, bounds

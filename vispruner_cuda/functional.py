@@ -26,6 +26,16 @@ _cls_attention = torch.ops.vispruner.cls_attention.default
 _received_attention = torch.ops.vispruner.received_attention.default
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func runs, whose tensors may hide requires_grad.
+
+    The name is private: without it every call counts as transformed.
+    """
+    functorch = getattr(torch._C, "_functorch", None)
+    peek = getattr(functorch, "peek_interpreter_stack", lambda: True)
+    return peek() is not None
+
+
 def differentiated(feats: Tensor) -> bool:
     """Whether a derivative may pass through feats, in reverse or forward mode.
 
@@ -38,11 +48,13 @@ def differentiated(feats: Tensor) -> bool:
         or getattr(forward_ad, "_current_level", 0) >= 0
         # A traced torch.func.grad or jvp does not show in feats.
         or is_compiling()
+        # Nor does the requires_grad of a tensor outside of vmap.
+        or _transformed()
     )
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
+    return tensor.detach() if tensor.requires_grad or _transformed() else tensor
 
 
 def _plain(tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> bool:
@@ -56,15 +68,14 @@ def _plain(tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> bool:
     for number in numbers:
         if type(number) is not int and type(number) is not float:
             return False
-    return not is_compiling()
+    return not is_compiling() and not _transformed()
 
 
 def _call(
     operator: Callable[..., Any],
-    check: Callable[..., None],
+    check: Callable[..., tuple[Any, ...]],
     tensors: tuple[Tensor, ...],
     numbers: tuple[Any, ...],
-    types: tuple[type, ...],
 ) -> Any:
     """Calls an operator with arguments that pass `check`.
 
@@ -76,9 +87,8 @@ def _call(
         except Exception:
             check(*tensors, *numbers)
             raise
-    check(*tensors, *numbers)
-    converted = (as_type(n) for as_type, n in zip(types, numbers, strict=True))
-    return operator(*map(_detached, tensors), *converted)
+    numbers = check(*tensors, *numbers)
+    return operator(*map(_detached, tensors), *numbers)
 
 
 def topk(cls_attn: Tensor, k: int) -> TopkResult:
@@ -100,7 +110,7 @@ def topk(cls_attn: Tensor, k: int) -> TopkResult:
 
     Source: VisPruner (arXiv 2412.01818), section 3.2; docs/numerics.md, "Score".
     """
-    return TopkResult(*_call(_topk, _checks.topk, (cls_attn,), (k,), (int,)))
+    return TopkResult(*_call(_topk, _checks.topk, (cls_attn,), (k,)))
 
 
 def pairwise_cosine(feats: Tensor) -> Tensor:
@@ -121,7 +131,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
     Source: docs/numerics.md, "Gram" and "Redundancy".
     """
-    return _call(_pairwise_cosine, _checks.pairwise_cosine, (feats,), (), ())
+    return _call(_pairwise_cosine, _checks.pairwise_cosine, (feats,), ())
 
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
@@ -145,15 +155,14 @@ def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
 
     Source: VisPruner (arXiv 2412.01818), section 3.3; docs/numerics.md, "The loop".
     """
-    return _call(_dedup, _checks.dedup, (feats,), (k, step), (int, int))
+    return _call(_dedup, _checks.dedup, (feats,), (k, step))
 
 
 def _check_vispruner(
     feats: Tensor, cls_attn: Tensor, k: object, important_ratio: object, step: object
-) -> None:
-    methods.IMPORTANT_RATIO.check(important_ratio)
-    methods.STEP.check(step)
-    _checks.prune(feats, cls_attn, k)
+) -> tuple[int, float, float]:
+    ratio, rounds = methods.IMPORTANT_RATIO.check(important_ratio), methods.STEP.check(step)
+    return *_checks.prune(feats, cls_attn, k), ratio, rounds
 
 
 def _parameter(values: Mapping[str, float]) -> float:
@@ -210,9 +219,7 @@ def prune(
     if method == methods.DEFAULT and seed is scope_alpha is mmr_lambda is None:
         ratio = methods.IMPORTANT_RATIO.default if important_ratio is None else important_ratio
         rounds = methods.STEP.default if step is None else step
-        kept, indices = _call(
-            _prune, _check_vispruner, (feats, cls_attn), (k, ratio, rounds), (int, float, int)
-        )
+        kept, indices = _call(_prune, _check_vispruner, (feats, cls_attn), (k, ratio, rounds))
     else:
         values = methods.resolve(
             method,
@@ -222,9 +229,9 @@ def prune(
             scope_alpha=scope_alpha,
             mmr_lambda=mmr_lambda,
         )
-        _checks.prune(feats, cls_attn, k)
+        (k,) = _checks.prune(feats, cls_attn, k)
         kept, indices = _prune_by(
-            _detached(feats), _detached(cls_attn), int(k), method, _parameter(values)
+            _detached(feats), _detached(cls_attn), k, method, _parameter(values)
         )
     if differentiated(feats):
         kept = gather_tokens(feats, indices)
@@ -272,8 +279,7 @@ def prune_varlen(
     bounds, ks = _checks.prune_varlen(feats, cls_attn, cu_seqlens, k)
     packed = (_detached(feats), _detached(cls_attn), bounds, ks)
     if method == methods.DEFAULT:
-        ratio, rounds = float(values["important_ratio"]), int(values["step"])
-        kept, indices = _prune_varlen(*packed, ratio, rounds)
+        kept, indices = _prune_varlen(*packed, values["important_ratio"], values["step"])
     else:
         kept, indices = _prune_varlen_by(*packed, method, _parameter(values))
     if differentiated(feats):
@@ -306,7 +312,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
 
     Source: VisPruner (arXiv 2412.01818), section 3.2.
     """
-    return _call(_cls_attention, _checks.cls_attention, (q_cls, k), (scale,), (float,))
+    return _call(_cls_attention, _checks.cls_attention, (q_cls, k), (scale,))
 
 
 def received_attention(
@@ -339,7 +345,7 @@ def received_attention(
 
     Source: VisPruner (arXiv 2412.01818), the authors' recipe for encoders without [CLS].
     """
-    bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
+    scale, bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
     return _received_attention(
-        _detached(q), _detached(k), float(scale), bounds, None if lse is None else _detached(lse)
+        _detached(q), _detached(k), scale, bounds, None if lse is None else _detached(lse)
     )

@@ -31,12 +31,15 @@ class Parameter:
     step: float | None
     help: str
 
-    def check(self, value: object) -> None:
-        """Raises TypeError or ValueError that names the parameter, the value and the bounds."""
+    def check(self, value: object) -> float:
+        """The value as Python's int or float.
+
+        Raises:
+            TypeError, ValueError: it has the wrong type, or is out of bounds.
+        """
         if self.step == 1:
-            _checks.integer(self.name, value, self.low, self.high)
-        else:
-            _checks.number(self.name, value, self.low, self.high, self.step)
+            return _checks.integer(self.name, value, self.low, self.high)
+        return _checks.number(self.name, value, self.low, self.high, self.step)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,5 @@ def resolve(method: object, **given: object) -> dict[str, float]:
                 f"{name} is a parameter of method {' and '.join(owners)}, got {value!r} with "
                 f"method {method!r}: leave it out"
             )
-        known[name].check(value)
-        values[name] = value  # type: ignore[assignment]
+        values[name] = known[name].check(value)
     return values

@@ -261,7 +261,7 @@ def gather_tokens(feats: Tensor, indices: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- the public API
 def topk(cls_attn: Tensor, k: int) -> TopkResult:
     """See :func:`vispruner_cuda.topk`."""
-    _checks.topk(cls_attn, k)
+    (k,) = _checks.topk(cls_attn, k)
     scores = ranking_scores(cls_attn)
     values, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
     return TopkResult(values[:, :k].contiguous(), indices[:, :k].contiguous())
@@ -276,7 +276,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
 def dedup(feats: Tensor, k: int, *, step: int = 8) -> Tensor:
     """See :func:`vispruner_cuda.dedup`."""
-    _checks.dedup(feats, k, step)
+    k, step = _checks.dedup(feats, k, step)
     batch, n = feats.shape[:2]
     rows = torch.arange(n, device=feats.device)
     kept = rows.new_empty((batch, min(k, n)))
@@ -296,7 +296,7 @@ def prune(
 ) -> PruneResult:
     """See :func:`vispruner_cuda.prune`."""
     values = methods.resolve(method, **parameters)
-    _checks.prune(feats, cls_attn, k)
+    (k,) = _checks.prune(feats, cls_attn, k)
     scores = ranking_scores(cls_attn)
     batch, n = scores.shape
     indices = torch.empty((batch, min(k, n)), dtype=torch.int64, device=feats.device)
@@ -330,8 +330,8 @@ def prune_varlen(
 
 def cls_attention(q_cls: Tensor, k: Tensor, scale: float) -> Tensor:
     """See :func:`vispruner_cuda.cls_attention`."""
-    _checks.cls_attention(q_cls, k, scale)
-    logits = torch.einsum("bhd,bhtd->bht", q_cls.float(), k.float()) * float(scale)
+    (scale,) = _checks.cls_attention(q_cls, k, scale)
+    logits = torch.einsum("bhd,bhtd->bht", q_cls.float(), k.float()) * scale
     return logits.softmax(dim=-1)[..., 1:].mean(dim=1)
 
 
@@ -343,11 +343,11 @@ def received_attention(
     lse: Tensor | None = None,
 ) -> Tensor:
     """See :func:`vispruner_cuda.received_attention`. Holds H x N x N logits of one image."""
-    bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
+    scale, bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
     parts = []
     for start, end in itertools.pairwise(bounds):
         q_image, k_image = q[start:end].float(), k[start:end].float()
-        logits = torch.einsum("qhd,khd->hqk", q_image, k_image) * float(scale)
+        logits = torch.einsum("qhd,khd->hqk", q_image, k_image) * scale
         if lse is None:
             weights = logits.softmax(dim=-1)
         else:

@@ -95,10 +95,9 @@ class Budget:
                 f"give exactly one of k and ratio, got k={self.k!r} and ratio={self.ratio!r}"
             )
         if self.auto:
-            object.__setattr__(self, "mass", AUTO_MASS if self.mass is None else self.mass)
-            _check_share("mass", self.mass)
+            self._set("mass", _share("mass", AUTO_MASS if self.mass is None else self.mass))
             if self.max_k is not None:
-                _check_count("max_k", self.max_k)
+                self._set("max_k", _count("max_k", self.max_k))
         else:
             for name in ("mass", "max_k"):
                 if getattr(self, name) is not None:
@@ -107,12 +106,16 @@ class Budget:
                         f"k={self.k!r} and ratio={self.ratio!r}: leave it out"
                     )
             if self.k is not None:
-                _check_count("k", self.k, " or 'auto'")
+                self._set("k", _count("k", self.k, " or 'auto'"))
             if self.ratio is not None:
-                _check_share("ratio", self.ratio)
+                self._set("ratio", _share("ratio", self.ratio))
         given = {name: getattr(self, name) for name in methods.PARAMETERS}
         for name, value in methods.resolve(self.method, **given).items():
-            object.__setattr__(self, name, value)
+            self._set(name, value)
+
+    def _set(self, name: str, value: float) -> None:
+        """Replaces a given number by one of Python's, while the frozen budget is made."""
+        object.__setattr__(self, name, value)
 
     @property
     def auto(self) -> bool:
@@ -123,21 +126,18 @@ class Budget:
     def parameters(self) -> dict[str, Any]:
         """The method and its parameters, as keyword arguments of `vispruner_cuda.prune`."""
         own = methods.METHODS[self.method].parameters
-        values = {p.name: getattr(self, p.name) for p in own}
-        return {"method": self.method} | {
-            p.name: int(values[p.name]) if p.step == 1 else float(values[p.name]) for p in own
-        }
+        return {"method": self.method} | {p.name: getattr(self, p.name) for p in own}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `vispruner.apply` for this budget, as plain data."""
         amount: dict[str, Any]
         if self.ratio is not None:
-            amount = {"ratio": float(self.ratio)}
+            amount = {"ratio": self.ratio}
         elif self.auto:
             amount = {"k": self.k, "mass": self.mass, "max_k": self.max_k}
         else:
-            amount = {"k": int(self.k or 0)}
+            amount = {"k": self.k}
         return {**amount, **self.parameters}
 
     def count(self, tokens: int, pictures: int = 1) -> int:
@@ -167,14 +167,14 @@ class Budget:
         assert self.mass is not None
         alike = len(set(lengths)) == 1
         rows = [scores.reshape(len(lengths), -1)] if alike else scores.split(list(lengths))
-        found = torch.hstack([_tokens_with_mass(row, float(self.mass)) for row in rows]).tolist()
+        found = torch.hstack([_tokens_with_mass(row, self.mass) for row in rows]).tolist()
         return [min(own, limit) for own, limit in zip(found, most, strict=True)]
 
     def ranked(self, count: int) -> int:
         """How many of `count` retained tokens are those with the highest scores."""
         if self.method == "topk":
             return count
-        return 0 if self.important_ratio is None else int(count * float(self.important_ratio))
+        return 0 if self.important_ratio is None else int(count * self.important_ratio)
 
     def select(self, feats: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Selects tokens of pictures of equal size.
@@ -256,15 +256,17 @@ def _tokens_with_mass(scores: Tensor, mass: float) -> Tensor:
     return (sums.double() < mass * sums[..., -1:].double()).sum(-1) + 1
 
 
-def _check_count(name: str, value: object, also: str = "") -> None:
+def _count(name: str, value: object, also: str = "") -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int{also}, got {describe(value)}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {shown(value)}")
+    return int(value)
 
 
-def _check_share(name: str, value: object) -> None:
+def _share(name: str, value: object) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {describe(value)}")
     if not 0 < value <= 1:  # type: ignore[operator]  # false for NaN as well
         raise ValueError(f"{name} must be in (0, 1], got {shown(value)}")
+    return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,29 @@ def test_message_names_value_and_expectation() -> None:
 def test_numpy_ints_are_ints() -> None:
     kept = vispruner_cuda.prune(F, A, np.int64(3), step=np.int32(8))
     assert torch.equal(kept.indices, reference.prune(F, A, 3).indices)
+
+
+@pytest.mark.parametrize("module", [vispruner_cuda, reference])
+def test_small_numbers_of_numpy_do_not_wrap_around_or_round(module: ModuleType) -> None:
+    feats, attn = torch.randn(1, 600, 4), torch.rand(1, 600)
+    packed, bounds = (feats[0], attn[0]), np.array([0, 250, 600], dtype=np.int16)
+    # 200 + 200 does not fit an uint8, 600 - 96 no int8, and 93 * 0.57 is 53 in float16.
+    for k in (np.uint8(200), np.int8(96)):
+        want = module.prune(feats, attn, int(k))
+        assert torch.equal(module.prune(feats, attn, k, step=np.int8(8)).indices, want.indices)
+        many = module.prune_varlen(*packed, list(bounds), [k, k], step=np.int8(8))
+        assert many.cu_seqlens == (0, int(k), 2 * int(k))
+        assert all(type(bound) is int for bound in many.cu_seqlens)
+        assert module.prune_varlen(*packed, list(bounds), k).cu_seqlens == many.cu_seqlens
+        assert torch.equal(module.topk(attn, k).indices, module.topk(attn, int(k)).indices)
+        assert torch.equal(module.dedup(feats, k), module.dedup(feats, int(k)))
+    ratio = np.float16(0.57)
+    want = module.prune(feats, attn, 93, important_ratio=float(ratio))
+    for kept in (
+        module.prune(feats, attn, 93, important_ratio=ratio),
+        module.prune_varlen(*packed, [0, 600], 93, important_ratio=ratio),
+    ):
+        assert torch.equal(kept.indices.flatten(), want.indices[0])
 
 
 def test_the_largest_ints_and_scales_of_other_types() -> None:

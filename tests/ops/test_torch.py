@@ -182,6 +182,43 @@ def test_forward_mode(device: str, packed: bool, method: str) -> None:
         torch.testing.assert_close(found, want, msg=name)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_derivatives_through_vmap(device: str, packed: bool) -> None:
+    """Inside vmap and functionalize, tensors hide that the gradient of an outer one is wanted."""
+    feats, attn = inputs(device)
+    feats, attn = feats.float(), attn.float()
+
+    def kept(x: Tensor, a: Tensor) -> Tensor:
+        if packed:
+            return vispruner_cuda.prune_varlen(x, a, [0, 40], 10).feats
+        return vispruner_cuda.prune(x[None], a[None], 10).feats[0]
+
+    def squares(f: Any) -> Any:
+        return lambda x: (f(x) ** 2).sum()
+
+    def backward(f: Any) -> Tensor:
+        leaf = feats.clone().requires_grad_()
+        f(leaf).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    mapped = squares(lambda x: torch.func.vmap(kept)(x, attn))
+    want = torch.func.grad(
+        squares(lambda x: torch.stack([kept(*one) for one in zip(x, attn, strict=True)]))
+    )(feats)
+    assert want.abs().sum() > 0
+    for found in (
+        backward(mapped),
+        backward(torch.func.functionalize(mapped)),
+        torch.func.grad(mapped)(feats),
+        torch.func.vmap(torch.func.grad(lambda x, a: (kept(x, a) ** 2).sum()))(feats, attn),
+    ):
+        torch.testing.assert_close(found, want)
+    tangent = torch.func.jvp(mapped, (feats,), (feats.cos(),))[1]
+    torch.testing.assert_close(tangent, (want * feats.cos()).sum())
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
 def test_derivatives_inside_a_compiled_function(transform: str) -> None:
     feats, attn = inputs()

@@ -369,7 +369,7 @@ class Kernels:
         cu_seqlens: Sequence[int] | Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
+        scale, bounds = _checks.received_attention(q, k, scale, cu_seqlens, lse)
         q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
         out = torch.full((q.shape[0],), float("nan"))
         if out.numel():
