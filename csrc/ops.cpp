@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <new>
 #include <optional>
 #include <string>
@@ -68,8 +69,13 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], int32_t dtype) {
   }
   const Place place(like);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(kDims, sizes, strides, dtype, place.type, place.index, &handle));
+  const AOTITorchError failed =
+      aoti_torch_empty_strided(kDims, sizes, strides, dtype, place.type, place.index, &handle);
+  // Of torch's exception only the code arrives here. Libraries that retry with a smaller batch look
+  // for these words.
+  STD_TORCH_CHECK(!failed, place.type == aoti_torch_device_type_cuda() ? "CUDA " : "",
+                  "out of memory. vispruner could not allocate ",
+                  stride * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), " bytes");
   return Tensor(handle);
 }
 
@@ -148,13 +154,17 @@ void check_feats(const Tensor& feats, int64_t dim) {
   if (dim == 3) check_tokens(feats.size(1));
 }
 
+void check_number_of_heads(int64_t heads) {
+  STD_TORCH_CHECK(heads >= 1 && heads <= kMaxHeads, "there must be 1 to ", kMaxHeads,
+                  " heads, got ", heads);
+}
+
 void check_attention(const Tensor& attn, int64_t batch_dims) {
   (void)dtype_of(attn, "cls_attn");
   STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.dim() == batch_dims + 2,
                   "cls_attn must have ", batch_dims + 1, " or ", batch_dims + 2,
                   " dimensions, got ", attn.dim());
-  STD_TORCH_CHECK(attn.dim() == batch_dims + 1 || attn.size(batch_dims) >= 1,
-                  "cls_attn must have at least one head");
+  if (attn.dim() == batch_dims + 2) check_number_of_heads(attn.size(batch_dims));
   if (batch_dims) check_tokens(tokens_of(attn));
 }
 
@@ -238,8 +248,9 @@ ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double
   check_heads(q_cls, k);
   STD_TORCH_CHECK(q_cls.dim() == 3 && k.dim() == 4 && k.size(0) == q_cls.size(0) &&
                       k.size(1) == q_cls.size(1) && k.size(3) == q_cls.size(2) && k.size(2) >= 1 &&
-                      q_cls.size(1) >= 1 && q_cls.size(2) >= 1,
+                      q_cls.size(2) >= 1 && q_cls.size(2) <= kMaxChannels,
                   "q_cls must have shape (B, H, D) and k (B, H, 1 + N, D)");
+  check_number_of_heads(q_cls.size(1));
   check_tokens(k.size(2) - 1);
   check_scale(scale);
   return {{q_cls.const_data_ptr(), q_cls.stride(0), q_cls.stride(1), 0},
@@ -257,9 +268,10 @@ ReceivedAttentionArgs received_attention_args(const Tensor& q, const Tensor& k, 
                                               const std::optional<Tensor>& lse) {
   check_heads(q, k);
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(0) == k.size(0) &&
-                      q.size(1) == k.size(1) && q.size(2) == k.size(2) && q.size(1) >= 1 &&
-                      q.size(2) >= 1,
+                      q.size(1) == k.size(1) && q.size(2) == k.size(2) && q.size(2) >= 1 &&
+                      q.size(2) <= kMaxChannels,
                   "q and k must have one shape, (T, H, D)");
+  check_number_of_heads(q.size(1));
   STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == q.size(0),
                   "cu_seqlens must begin with 0 and end with the rows of q");
   for (size_t i = 1; i < bounds.size(); ++i) {
@@ -710,7 +722,19 @@ std::string build_info() {
   const bool cuda = false;
   const int state = 0;
 #endif
-  const auto quoted = [](const std::string& s) { return "\"" + s + "\""; };
+  const auto quoted = [](const std::string& s) {
+    std::string json = "\"";
+    for (const char c : s) {
+      char escape[8] = "";
+      if (c == '"' || c == '\\') {
+        json += '\\';
+      } else if (c < 0x20 || c > 0x7e) {
+        std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned char>(c));
+      }
+      json += *escape ? std::string(escape) : std::string(1, c);
+    }
+    return json + "\"";
+  };
   const auto list = [&](const std::string& names) {  // "a,b" as "a","b"
     std::string json = quoted(names);
     for (size_t at = 0; (at = json.find(',', at)) != std::string::npos; at += 3) {

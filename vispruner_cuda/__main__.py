@@ -206,4 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as failure:  # of the output
+        sys.exit(f"vispruner_cuda: cannot write: {failure}")

@@ -25,6 +25,9 @@ MAX_TOKENS = 32768
 #: Channels of a token: sums of digit products are 32-bit integers inside the kernels.
 MAX_CHANNELS = 2**18 - 1
 
+#: Heads of an attention: they are a dimension of the kernels' grid.
+MAX_HEADS = 65535
+
 #: Channels of an attention head: a tile of them must fit shared memory.
 MAX_HEAD_DIM = 256
 
@@ -48,18 +51,24 @@ def shown(value: object, form: Callable[[object], str] = str) -> str:
 def describe(value: object) -> str:
     """A value and its type in one short line."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a tensor of shape {tuple(value.shape)}"
     kind, shape = type(value), getattr(value, "shape", ())
     if shape:  # an array, whose elements say little
         return f"{kind.__module__}.{kind.__name__} of shape {shape}"
     return f"{shown(value, repr)} ({kind.__name__})"
 
 
+def _dense(name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
 def _tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    _dense(name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {value.dtype}")
 
@@ -89,6 +98,13 @@ def number(name: str, value: object, low: float, high: float, step: float | None
     if step is not None and value % step != 0:  # type: ignore[operator]
         raise ValueError(f"{name} must be a multiple of {step}, got {shown(value)}")
     return float(value)  # type: ignore[arg-type]
+
+
+def _heads(name: str, heads: int) -> None:
+    if heads < 1:
+        raise ValueError(f"{name} must have at least one head")
+    if heads > MAX_HEADS:
+        raise ValueError(f"{name} has {heads} heads, at most {MAX_HEADS} are supported")
 
 
 def _tokens(name: str, n: int) -> None:
@@ -121,8 +137,8 @@ def _cls_attn(cls_attn: object) -> None:
     _tensor("cls_attn", cls_attn)
     if cls_attn.dim() not in (2, 3):  # type: ignore[attr-defined]
         raise ValueError(f"cls_attn must have shape (B, N) or (B, H, N), got {describe(cls_attn)}")
-    if cls_attn.dim() == 3 and cls_attn.shape[1] < 1:  # type: ignore[attr-defined]
-        raise ValueError(f"cls_attn must have at least one head, got {describe(cls_attn)}")
+    if cls_attn.dim() == 3:  # type: ignore[attr-defined]
+        _heads("cls_attn", cls_attn.shape[1])  # type: ignore[attr-defined]
     _tokens("cls_attn", cls_attn.shape[-1])  # type: ignore[attr-defined]
 
 
@@ -166,7 +182,9 @@ def prune(feats: Tensor, cls_attn: Tensor, k: object) -> tuple[int]:
 def _host_ints(name: str, value: object) -> list[int]:
     """A list of ints from a sequence or a CPU integer tensor."""
     if isinstance(value, Tensor):
-        if value.dim() != 1 or value.is_floating_point() or value.is_complex():
+        _dense(name, value)
+        kind = value.dtype
+        if value.dim() != 1 or kind.is_floating_point or kind.is_complex or kind == torch.bool:
             raise TypeError(
                 f"{name} must be a sequence of ints or a 1-D integer tensor on the CPU, "
                 f"got {describe(value)} of dtype {value.dtype}"
@@ -191,11 +209,11 @@ def _bounds(cu_seqlens: object, packed: str, rows: int) -> list[int]:
     if not bounds or bounds[0] != 0 or bounds[-1] != rows:
         raise ValueError(
             f"cu_seqlens must begin with 0 and end with {rows}, the number of rows of {packed}, "
-            f"got {bounds}"
+            f"got {shown(bounds)}"
         )
     for start, end in itertools.pairwise(bounds):
         if end < start:
-            raise ValueError(f"cu_seqlens must not decrease, got {bounds}")
+            raise ValueError(f"cu_seqlens must not decrease, got {shown(bounds)}")
         _tokens(packed, end - start)
     return bounds
 
@@ -217,8 +235,8 @@ def prune_varlen(
             f"cls_attn must have shape ({feats.shape[0]},) or (H, {feats.shape[0]}) to match "
             f"feats of shape {tuple(feats.shape)}, got {describe(cls_attn)}"
         )
-    if cls_attn.dim() == 2 and cls_attn.shape[0] < 1:
-        raise ValueError(f"cls_attn must have at least one head, got {describe(cls_attn)}")
+    if cls_attn.dim() == 2:
+        _heads("cls_attn", cls_attn.shape[0])
     _same_device(feats, cls_attn)
 
     bounds = _bounds(cu_seqlens, "feats", feats.shape[0])
@@ -261,6 +279,7 @@ def cls_attention(q_cls: Tensor, k: Tensor, scale: object) -> tuple[float]:
     _tensor("q_cls", q_cls)
     if q_cls.dim() != 3 or 0 in q_cls.shape[1:]:
         raise ValueError(f"q_cls must have shape (B, H, D), got {describe(q_cls)}")
+    _heads("q_cls", q_cls.shape[1])
     _tensor("k", k)
     expected = (q_cls.shape[0], q_cls.shape[1], q_cls.shape[2])
     if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected or k.shape[2] < 1:
@@ -280,6 +299,7 @@ def received_attention(
     _tensor("q", q)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (T, H, D), got {describe(q)}")
+    _heads("q", q.shape[1])
     if q.shape[2] > MAX_HEAD_DIM:
         raise ValueError(f"q must have at most {MAX_HEAD_DIM} channels per head, got {describe(q)}")
     _tensor("k", k)
@@ -291,6 +311,7 @@ def received_attention(
     if lse is not None:
         if not isinstance(lse, Tensor):
             raise TypeError(f"lse must be a torch.Tensor or None, got {describe(lse)}")
+        _dense("lse", lse)
         if lse.dtype != torch.float32:
             raise TypeError(f"lse must have dtype torch.float32, got {lse.dtype}")
         if tuple(lse.shape) != (q.shape[1], q.shape[0]):

@@ -309,7 +309,7 @@ def prune_varlen(
     feats: Tensor,
     cls_attn: Tensor,
     cu_seqlens: Sequence[int] | Tensor,
-    k: int | Sequence[int],
+    k: int | Sequence[int] | Tensor,
     *,
     method: str = methods.DEFAULT,
     **parameters: float | None,

@@ -404,11 +404,6 @@ int run(const ReceivedAttentionArgs& args, float* out, const Image* table, float
 template <typename T>
 int run_planned(const ReceivedAttentionArgs& args, float* out, const Image* table, float* lse,
                 float* sums, Stream stream) {
-  constexpr int kMostHeads = 65535;  // grid.y
-  if (args.heads > kMostHeads) {
-    return refuse("received_attention: %d heads are more than the %d of a grid: split them",
-                  args.heads, kMostHeads);
-  }
   int limit = 0;
   if (const int e = shared_memory_limit(stream.device, &limit)) return e;
   const int64_t wide = Wide<T>::shared_bytes(args.head_dim);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -62,6 +65,45 @@ def test_square_brackets_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFi
     target = tmp_path / "out[bold].png"
     assert cli.main(["show", str(picture), "--k", "22", "-o", str(target)]) == 0
     assert "out[bold].png" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_questions_that_cannot_be_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    picture = embedded.example().image
+    assert cli.main(["ask", str(picture), "what <image> is this?"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vispruner ask: ")
+    assert said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["ask", str(picture), "\udcff"])
+    assert "argument QUESTION: not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", ["closed", "full", "ascii"])
+def test_outputs(output: str, unbuffered: str) -> None:
+    """Nobody reads it, its disk is full, or it cannot show a character."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    if output == "ascii":
+        environment["PYTHONIOENCODING"] = "ascii"
+    read, write = os.pipe()
+    if output == "closed":
+        os.close(read)
+    stdout = os.open("/dev/full", os.O_WRONLY) if output == "full" else write
+    name = "flops" if output == "ascii" else "info"
+    done = subprocess.run(
+        [sys.executable, "-m", "vispruner.cli", name],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    status, said = {
+        "closed": (128 + signal.SIGPIPE, ""),
+        "full": (2, r"vispruner( info)?: \[Errno 28\] No space left on device\n"),
+        "ascii": (0, ""),
+    }[output]
+    assert done.returncode == status
+    assert re.fullmatch(said, done.stderr)
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

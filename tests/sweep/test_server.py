@@ -275,6 +275,38 @@ def test_the_key_and_the_path(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> No
     assert fake.keys == {"Bearer secret"}
 
 
+@pytest.mark.parametrize("key", ["sec\nret", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel"])
+def test_a_key_that_no_header_can_hold(
+    key: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ServerError, match="OPENAI_API_KEY has characters") as raised:
+        Client(fake.url, 5)
+    assert key not in str(raised.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    Client(fake.url, 5).get("/version")
+    assert fake.keys == {"Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("url", "reply", "complaint"),
+    [
+        ("{}/\N{LATIN SMALL LETTER U WITH DIAERESIS}", None, "expected a URL of ASCII characters"),
+        (f"http://{'a' * 64}.example", None, "cannot reach http"),
+        ("{}", '{"data": 5}', "has no models"),
+        ("{}", "[" * 100_000, "answers no JSON"),
+    ],
+)
+def test_urls_and_answers_of_no_server(
+    url: str, reply: str | None, complaint: str, fake: Fake
+) -> None:
+    if reply is not None:
+        fake.replies["/v1/models"] = 200, reply
+    with pytest.raises(ServerError, match=complaint) as raised:
+        Served(url.format(fake.url), None, lambda item: scenes.draw(0).image, 16, timeout=5)
+    assert "\n" not in str(raised.value)
+
+
 def test_keys_depend_on_the_server_and_the_method(fake: Fake) -> None:
     item = Item("a", b"a", "what?")
     keys = {served(fake).key(item, budget) for budget in (None, Budget(8), Budget(8, method="mmr"))}
@@ -282,7 +314,8 @@ def test_keys_depend_on_the_server_and_the_method(fake: Fake) -> None:
     keys.add(served(fake).key(item, None))
     fake.replies["/version"] = 200, '{"version": "0.33.0"}'
     keys.add(served(fake).key(item, None))
-    assert len(keys) == 5
+    keys.add(served(fake, at_once=8).key(item, None))  # its times are those of another load
+    assert len(keys) == 6
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,9 @@ def test_line_separators_of_unicode_inside_a_text(tmp_path: Path) -> None:
         ('{"image": "a.png"}', 'line 1: expected "question"'),
         ('{"image": "a.png", "question": " "}', 'line 1: expected "question"'),
         ('{"image": "a.png", "question": "?", "answer": 3}', 'line 1: "answer" must be a text'),
+        ('{"image": "a.png", "question": "\\ud800"}', 'line 1: expected "question"'),
+        ('{"image": ' + "[" * 100_000, "line 1: cannot read the JSON"),
+        ('{"image": ' + "1" * 5000 + "}", "line 1: cannot read the JSON"),
         ("", "has no pictures"),
     ],
 )
@@ -152,6 +155,13 @@ def test_wrong_data(tmp_path: Path, line: str, complaint: str) -> None:
     with pytest.raises(sweep.DataError, match=complaint) as error:
         list(sweep.read(str(path), None))
     assert "\n" not in str(error.value)
+
+
+def test_a_path_that_no_file_can_have(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"image": "a\\u0000b.png", "question": "what?"}')
+    [item] = sweep.read(str(path), None)
+    assert len(item.picture) == 16  # reported and skipped when it is read
 
 
 def test_a_directory(tmp_path: Path) -> None:
@@ -171,6 +181,14 @@ def test_a_directory(tmp_path: Path) -> None:
         ("a red  circle", "the red circle", 1),
         ("reddish", "red", 0),
         ("", "", 1),
+        ("", "A", 0),
+        ("the", "A", 0),
+        ("(a)", "A", 1),
+        ("<", ">", 0),
+        ("-5", "5", 0),
+        ("\N{MINUS SIGN}5", "-5", 1),
+        (".5", "5", 0),
+        ("5.", "5", 1),
     ],
 )
 def test_exact_match(answer: str, right: str, score: float) -> None:

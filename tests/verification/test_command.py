@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,23 @@ def test_an_unwritable_path_is_refused_before_the_work(target: str, tmp_path: Pa
     assert f"error: cannot write {target}: " in done.stderr
     assert " cases" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_full_disk_and_an_interruption() -> None:
+    command = [sys.executable, "-m", "vispruner_cuda", "--verify", "--quick", "--device", "cpu"]
+    full = subprocess.run([*command, "-o", "/dev/full"], capture_output=True, text=True)
+    assert full.returncode == 1
+    assert "vispruner_cuda: cannot write: [Errno 28] No space left on device" in full.stderr
+    assert "Traceback" not in full.stderr
+    with subprocess.Popen(
+        [*command, "-o", os.devnull], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # it is at work
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in said
 
 
 def test_the_check_of_the_path_changes_nothing(tmp_path: Path) -> None:

@@ -59,12 +59,16 @@ VP_HD float to_float(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 #else
-  // Branch-free and exact for all values: shift the fields into place, rescale the exponent by a
-  // multiplication (which also normalizes subnormals), restore Inf and NaN.
+  // Exact for all values, also where the processor flushes subnormals to zero: no float here is
+  // one. Shift the fields into place and add 127 - 15 to the exponent; restore Inf and NaN. A
+  // subnormal m * 2^-24 becomes the fraction of 2^-14 + m * 2^-24 first.
+  constexpr uint32_t kOne = 1u << 23;  // of the exponent
   const uint32_t magnitude = (uint32_t{x.bits} & 0x7fffu) << 13;
-  const float scaled = bits_float(magnitude) * 0x1p112f;
+  const float small = bits_float(magnitude + 113 * kOne) - bits_float(113 * kOne);
   const uint32_t special = magnitude >= (0x7c00u << 13) ? kInfBits : 0u;
-  return bits_float(float_bits(scaled) | special | ((uint32_t{x.bits} & 0x8000u) << 16));
+  const uint32_t normal = (magnitude + 112 * kOne) | special;
+  return bits_float((magnitude < kOne ? float_bits(small) : normal) |
+                    ((uint32_t{x.bits} & 0x8000u) << 16));
 #endif
 }
 

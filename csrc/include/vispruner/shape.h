@@ -8,6 +8,7 @@ namespace vispruner {
 
 constexpr int kMaxTokens = 32768;  // per image; token positions are 16-bit inside the kernels
 constexpr int64_t kMaxChannels = (int64_t{1} << 18) - 1;  // 32-bit sums of digit products
+constexpr int64_t kMaxHeads = 65535;                      // blocks of a grid's second dimension
 
 struct ImageShape {
   int tokens;     // N

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -81,20 +84,27 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status, 2 for invalid input."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of an answer
+        sys.stdout.reconfigure(errors="replace")
+    name = "vispruner"
     try:
         options = parser().parse_args(arguments)
-    except ImportError as error:  # of rich, transformers, ...
-        print(f"vispruner: {error}: {_remedy(error)}", file=sys.stderr)
-        return 2
-    try:
+        name = f"vispruner {options.command}"
         status: int = options.run(options)
+        sys.stdout.flush()
     except CommandError as error:
-        print(f"vispruner {options.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
-        print(f"vispruner {options.command}: {error}: {_remedy(error)}", file=sys.stderr)
+    except ImportError as error:  # of rich, transformers, ...
+        print(f"{name}: {error}: {_remedy(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except OSError as error:  # of standard output: a closed pipe, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
     return status

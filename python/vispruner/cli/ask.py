@@ -25,6 +25,7 @@ from .common import (
     model_inputs,
     one_line,
     read_image,
+    utf8,
 )
 from .numeric import positive
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "question",
         nargs="?",
+        type=utf8,
         metavar="QUESTION",
         help="a question about the image (default: one about the bundled scene)",
     )
@@ -82,7 +84,10 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     with console.status("loading the model"):
         model, processor = load_model(options, device)
-        inputs = model_inputs(processor, image, question, device)
+        try:
+            inputs = model_inputs(processor, image, question, device)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CommandError(one_line(error)) from error
     call = (model, processor, inputs, options.max_new_tokens)
 
     def pruned() -> tuple[str, dict[str, float], Any]:

@@ -29,6 +29,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def utf8(argument: str) -> str:
+    """An argument that a tokenizer can read: bytes that are not UTF-8 arrive as surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("not UTF-8") from error
+    return argument
+
+
 def _k(text: str) -> int | str:
     return text if text == "auto" else int(text)
 

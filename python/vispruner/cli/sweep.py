@@ -20,6 +20,7 @@ from .common import (
     add_model,
     device_of,
     one_line,
+    utf8,
 )
 from .numeric import positive, whole
 from .sweep_model import SHARES, Model, local, served_model, settings_of
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON lines with image, question and optionally answer; a directory of pictures; or a "
         "Hugging Face dataset, NAME[[:CONFIGURATION]:SPLIT] (default: drawn scenes)",
     )
-    add("--question", help="question for pictures without one")
+    add("--question", type=utf8, help="question for pictures without one")
     add("--limit", type=positive, help="questions to ask (scenes: pictures, default 8)")
     settings = parser.add_argument_group("settings").add_mutually_exclusive_group()
     settings.add_argument("--k", type=_numbers(int), help="such as 32,64,128")

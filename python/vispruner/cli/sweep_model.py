@@ -68,7 +68,12 @@ def served_model(options: argparse.Namespace) -> Model:
             raise CommandError(f"argument --{option}: not allowed with --server, which chooses it")
     try:
         subject = Served(
-            options.server, options.model, _image, options.max_new_tokens, options.timeout
+            options.server,
+            options.model,
+            _image,
+            options.max_new_tokens,
+            options.timeout,
+            options.batch_size,
         )
     except ServerError as error:
         raise CommandError(f"argument --server: {error}") from error

@@ -54,7 +54,11 @@ class Client:
         secure = parts.scheme == "https"
         self._connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._path = parts.path
-        key = os.environ.get("OPENAI_API_KEY")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ServerError("OPENAI_API_KEY has characters that a header cannot have")
+        if not (self.url.isascii() and self.url.isprintable()):
+            raise ServerError(f"expected a URL of ASCII characters, got {url!r}")
         self._headers: dict[str, str] = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
@@ -115,7 +119,7 @@ class Client:
             raise ServerError(
                 f"{self.url} did not answer within {self._timeout:g} s (--timeout)"
             ) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # of the host's name
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ServerError(f"cannot reach {self.url}: {reason}") from error
         finally:
@@ -124,7 +128,7 @@ class Client:
     def _json(self, content: bytes) -> Any:
         try:
             found = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServerError(f"{self.url} answers no JSON: is it an OpenAI server?") from error
         if not isinstance(found, dict):
             raise ServerError(f"{self.url} answers no JSON object: is it an OpenAI server?")

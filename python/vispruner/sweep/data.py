@@ -7,10 +7,11 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 QUESTION = "Describe the image in one sentence."
@@ -43,8 +44,8 @@ class Item:
         if isinstance(content, Path):
             try:
                 content = content.read_bytes()
-            except OSError:
-                content = str(content).encode()
+            except (OSError, ValueError):  # ValueError: a NUL, or no UTF-8
+                content = os.fsencode(content)
         return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -106,15 +107,22 @@ def _lines(path: Path, question: str | None) -> Iterator[Item]:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: no JSON: {error.msg}") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        except (ValueError, RecursionError) as error:  # very long numbers, very deep lists
+            raise DataError(f"{where}: cannot read the JSON: {error}") from error
+        if not isinstance(entry, dict) or not _is_text(entry.get("image")):
             raise DataError(f'{where}: expected an object with "image", a path')
         asked = entry.get("question", question)
-        if not isinstance(asked, str) or not asked.strip():
+        if not _is_text(asked) or not asked.strip():
             raise DataError(f'{where}: expected "question", a text (or --question for all)')
         answer = entry.get("answer")
-        if answer is not None and not isinstance(answer, str):
+        if answer is not None and not _is_text(answer):
             raise DataError(f'{where}: "answer" must be a text, got {answer!r}')
         yield Item(entry["image"], path.parent / entry["image"], asked, answer)
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a str that can be encoded: JSON may have lone surrogates."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
 def _dataset(source: str, question: str | None) -> Iterator[Item]:

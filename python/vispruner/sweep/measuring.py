@@ -69,7 +69,7 @@ class Swept(ABC):
     """A model that is swept, here or on a server.
 
     Attributes:
-        identity: hash of what its answers depend on.
+        identity: hash of what its answers and times depend on.
     """
 
     identity: str
@@ -261,8 +261,13 @@ def _extended(inputs: Any, answers: Sequence[list[int]]) -> dict[str, Any]:
     return longer
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _identity(model: Any, name: str, max_new_tokens: int) -> str:
-    """Hash of what answers depend on: the weights, the model's code and this package's version."""
+    """Hash of what a measurement depends on: the weights, how the model runs, and this package's
+    version."""
     digest = hashlib.sha256()
     directory = Path(name)
     if directory.is_dir():
@@ -276,6 +281,7 @@ def _identity(model: Any, name: str, max_new_tokens: int) -> str:
     about = {
         "vispruner_cuda": vispruner_cuda.__version__,
         "dtype": str(model.dtype),
+        "device": _device_name(model.device),
         "attention": model.config._attn_implementation,
         "max_new_tokens": max_new_tokens,
     }

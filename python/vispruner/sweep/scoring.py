@@ -18,13 +18,19 @@ class ScorerError(ValueError):
 
 
 def exact_match(answer: str, right: str) -> float:
-    """1 if the answers are equal, ignoring case, punctuation, articles and spaces."""
+    """1 if the answers are equal, ignoring case, punctuation, articles and spaces.
 
-    def normal(text: str) -> str:
-        words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-        return " ".join(word for word in words if word not in ("a", "an", "the"))
+    The sign and the point of a number are not ignored, nor is what would leave nothing: the answers
+    "A" and "?" are equal to "(a)" and "?" only.
+    """
+    return float(_normal(answer) == _normal(right))
 
-    return float(normal(answer) == normal(right))
+
+def _normal(text: str) -> str:
+    lower = text.lower().replace("\N{MINUS SIGN}", "-")
+    words = re.sub(r"(?!(?<!\w)-[.\d]|\.\d)[^\w\s]", " ", lower).split()
+    content = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(content or words) or " ".join(lower.split())
 
 
 def _reason(error: BaseException) -> str:
