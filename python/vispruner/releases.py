@@ -10,7 +10,10 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 #: Name of the KV cache as an argument and in outputs: since 5.24, and before.
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -110,9 +113,15 @@ def takes_chunked_images() -> bool:
     return version() >= (5, 23)
 
 
-def mixes_repeated_images() -> bool:
-    """Whether generate mixes up the images of repeated rows, pruned or not: 5.18."""
-    return version() == (5, 18)
+def mixes_repeated_images(model: Any) -> bool:
+    """Whether generate mixes up the images of repeated rows, pruned or not.
+
+    It does in 5.18, and in GLM in later releases as well. So a row of two images is tried.
+    """
+    row = torch.full((1, 2), int(model.config.image_token_id))
+    images = SimpleNamespace(pooler_output=[torch.zeros(1, 1), torch.ones(1, 1)])
+    found = model._expand_multimodal_outputs(row, {"image": images}, 2)["image"].pooler_output
+    return [int(image) for image in found] != [0, 1, 0, 1]
 
 
 def separates_pictures_of_idefics3() -> bool:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from .. import releases
@@ -34,7 +35,7 @@ class EncoderOutputs:
 
     def __init__(self, model: Any, family: Family) -> None:
         self.by_argument = releases.takes_encoder_outputs(model)
-        self._base = family.base
+        self._model, self._base = model, family.base
         self._encoders = dict(family.encoders)
         self._replacements: dict[str, Replacement] = {}
         self._held: PerThread[dict[str, Any]] = PerThread()
@@ -68,10 +69,11 @@ class EncoderOutputs:
                 for modality, output in outputs.items()
             }
         several = any(len(set(rows)) < len(rows) for _, rows in counts.values())
-        if times > 1 and several and releases.mixes_repeated_images():
+        if times > 1 and several and releases.mixes_repeated_images(self._model):
             raise ValueError(
-                "transformers 5.18 mixes up the images of a row when generate repeats it "
-                "(num_beams, num_return_sequences): use another version"
+                f"transformers {transformers.__version__} mixes up the images of a row of "
+                f"{self._model.config.model_type} when generate repeats it (num_beams, "
+                "num_return_sequences): call it without them, or use another version"
             )
         return dict(outputs)
 

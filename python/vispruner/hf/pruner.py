@@ -294,7 +294,7 @@ class Pruner:
             columns - releases.cached_columns(cache),
             pixels=bool(outputs) and not self._outputs.by_argument,
         )
-        before = layout_of(cache)
+        before, held = layout_of(cache), releases.cached_columns(cache)
         forget(cache)  # an ordinary cache inside generate
         try:
             with (
@@ -303,9 +303,12 @@ class Pruner:
                 prepared.clock("prefill"),
             ):
                 output = self._generate(**releases.spelled(ready, self._forward), **given)
-        except BaseException:
-            if before is not None:
-                remember(cache, before)
+        except BaseException:  # such as a streamer that stops
+            layout = before
+            if prepared.layout is not None and releases.cached_columns(cache) > held:
+                layout = prepared.layout.repeat(times)
+            if layout is not None:
+                remember(cache, layout)
             raise
         self._note(prepared)
         return self._with_full_prompt(output, ids, columns, prepared, cache)

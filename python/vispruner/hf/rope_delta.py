@@ -37,14 +37,17 @@ def noted(family: Family, call: Mapping[str, Any], run: Callable[[], Any]) -> An
         return run()
     cache = call.get("cache")
     begins = not releases.cached_columns(cache)
-    output = run()
-    filled = releases.cache_in(output) if cache is None else cache
-    pictures = any(family.pixels_name(modality, call) for modality in family.encoders)
-    text = not pictures and "input_ids" in call and not call.get("mm_encoder_outputs")
-    if filled is not None and begins:
-        setattr(filled, _ORIGIN, _Origin(None if text else family.rope_delta()))
-    elif hasattr(filled, _ORIGIN) and not text:
-        delattr(filled, _ORIGIN)  # pictures after what it knows
+    output = None
+    try:
+        output = run()
+    finally:  # also after an exception, such as that of a streamer that stops
+        filled = releases.cache_in(output) if cache is None else cache
+        pictures = any(family.pixels_name(modality, call) for modality in family.encoders)
+        text = not pictures and "input_ids" in call and not call.get("mm_encoder_outputs")
+        if filled is not None and begins:
+            setattr(filled, _ORIGIN, _Origin(None if text else family.rope_delta()))
+        elif hasattr(filled, _ORIGIN) and not text:
+            delattr(filled, _ORIGIN)  # pictures after what it knows
     return output
 
 
