@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,20 +18,34 @@ class Replacement:
     Args:
         owner, name: the method to replace.
         body: called instead.
+
+    Attributes:
+        original: the replaced method. Not named `__wrapped__`: libraries that remove wrappers, such
+            as accelerate's `unwrap_model`, would remove this one.
     """
 
     def __init__(self, owner: Any, name: str, body: Callable[..., Any]) -> None:
         self._owner, self._name, self._body = owner, name, body
         self._was_own = name in vars(owner)
         self._active = True
-        self.__wrapped__ = getattr(owner, name)  # inspect.signature follows it
+        self.original: Callable[..., Any] = getattr(owner, name)
         for attribute in _METADATA:
-            if hasattr(self.__wrapped__, attribute):
-                setattr(self, attribute, getattr(self.__wrapped__, attribute))
+            if hasattr(self.original, attribute):
+                setattr(self, attribute, getattr(self.original, attribute))
         setattr(owner, name, self)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def __code__(self) -> Any:  # torch.export reads it
+        return type(self).__call__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        body = self._body if self._active else self.__wrapped__
+        if args and args[0] is self._owner:  # accelerate binds it as it would a function
+            args = args[1:]
+        body = self._body if self._active else self.original
         return body(*args, **kwargs)
 
     def remove(self) -> None:
@@ -39,6 +54,6 @@ class Replacement:
         if vars(self._owner).get(self._name) is not self:
             return
         if self._was_own:
-            setattr(self._owner, self._name, self.__wrapped__)
+            setattr(self._owner, self._name, self.original)
         else:
             delattr(self._owner, self._name)

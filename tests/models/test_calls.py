@@ -225,6 +225,15 @@ def test_encoder_outputs_passed_by_the_caller() -> None:
                 model(**call)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_refused(strict: bool) -> None:
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([[1, image(0), 5]])
+    with vispruner.apply(model, k=K), torch.no_grad(), pytest.raises(Exception) as raised:
+        torch.export.export(model, (), {**inputs, "use_cache": False}, strict=strict)
+    assert "a pruned model cannot be exported" in str(raised.value)
+
+
 # ------------------------------------------------------------------------------ continuous batching
 @pytest.mark.parametrize("family", [Llava(), Qwen25()], ids=lambda family: family.name)
 def test_continuous_batching_is_not_pruned(family: Tiny) -> None:

@@ -166,6 +166,31 @@ def test_placement_hooks_of_accelerate() -> None:
     assert pruner.last is not None
 
 
+@pytest.mark.parametrize("first", ["apply", "prepare"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_wrappers_of_accelerate(first: str, keep: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    tiny = Llava()
+    model, inputs = tiny.build().float(), tiny.inputs(ROWS[:1])
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    length = inputs["input_ids"].shape[1]
+    if first == "prepare":
+        model = accelerator.prepare(model)
+    pruner = vispruner.apply(model, k=K)
+    if first == "apply":
+        model = accelerator.prepare(model)
+    pruned = model(**inputs).logits.shape[1]
+    assert pruned == tiny.build()(**tiny.inputs([[1, 10, 11, 12]])).logits.shape[1] + K
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=keep)
+    assert model(**inputs).logits.shape[1] == pruned
+    generate(model, inputs)
+    assert pruner.last is not None
+    assert pruner.last.prompt_after == pruned
+    pruner.remove()
+    assert model(**inputs).logits.shape[1] == length
+
+
 def test_seconds_of_videos() -> None:
     tiny = Qwen25()
     model = tiny.build()

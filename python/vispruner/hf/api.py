@@ -17,7 +17,7 @@ def apply(
     k: int | str | Budget | None = None,
     *,
     ratio: float | None = None,
-    method: str = methods.DEFAULT,
+    method: str | None = None,
     important_ratio: float | None = None,
     step: int | None = None,
     seed: int | None = None,
@@ -41,8 +41,8 @@ def apply(
             Budget instead of k, ratio, the method and its parameters. "auto": the number depends on
             the picture (docs/choosing-k.md); the host then waits for the scores in every call.
         ratio: or the share of tokens to retain, in (0, 1], where images differ in size.
-        method: which tokens: "vispruner", or "topk", "random", "maxmin", "scope" or "mmr"
-            (docs/choosing-k.md).
+        method: which tokens: "vispruner" (the default), "topk", "random", "maxmin", "scope" or
+            "mmr" (docs/choosing-k.md).
         important_ratio: of vispruner: share of the retained tokens selected by attention, in
             [0, 1]; default 0.5.
         step: of vispruner: tokens that the deduplication drops per round; default 8.
@@ -77,8 +77,8 @@ def apply(
         "max_k": max_k,
     }
     if not isinstance(k, Budget):
-        budget = Budget(k, method=method, **given)
-    elif method != methods.DEFAULT or any(value is not None for value in given.values()):
+        budget = Budget(k, method=methods.DEFAULT if method is None else method, **given)
+    elif method is not None or any(value is not None for value in given.values()):
         raise ValueError(f"pass only the Budget: method, {', '.join(given)} are fields of it")
     else:
         budget = k

@@ -54,7 +54,7 @@ class EncoderOutputs:
     def _encode(self, modality: str, *args: Any, **kwargs: Any) -> Any:
         held = (self._held.value or {}).get(modality)
         if held is None:
-            return self._replacements[modality].__wrapped__(*args, **kwargs)
+            return self._replacements[modality].original(*args, **kwargs)
         return held
 
     def repeated(self, outputs: Mapping[str, Any], counts: Counts, times: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Pruner:
             Replacement(model, "forward", self._pruned_forward),
             Replacement(model, "_replicate_for_data_parallel", self._refuse_replicas),
         ]
-        self._generate, self._forward, _ = (one.__wrapped__ for one in self._replacements)
+        self._generate, self._forward, _ = (one.original for one in self._replacements)
         self._outputs.install()
         setattr(model, MODEL_ATTRIBUTE, self)
 
@@ -195,6 +195,11 @@ class Pruner:
             if running is not None:
                 running.read(call)
             return output
+        if torch.compiler.is_exporting():
+            raise UnsupportedModelError(
+                "a pruned model cannot be exported, because the shortened prompt depends on the "
+                "values of input_ids: export the language model, and call vispruner.prepare"
+            )
         with self._generation.set(None), self._outputs.withheld():  # not those of an outer call
             return self._prune_and_forward(args, kwargs, call)
 
