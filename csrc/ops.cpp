@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -88,8 +89,8 @@ class HostMemory {
     if (bytes <= static_cast<int64_t>(sizeof little_)) return;
     data_ = static_cast<char*>(
         ::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlign}, std::nothrow));
-    STD_TORCH_CHECK(data_ != nullptr, "vispruner: the host has no ", bytes,
-                    " bytes of memory for the workspace");
+    STD_TORCH_CHECK(data_ != nullptr, "out of memory. vispruner: the host has no ", bytes,
+                    " bytes for the workspace");
   }
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
@@ -309,12 +310,21 @@ const char* at_element(const void* data, DType dtype, int64_t element) {
   return static_cast<const char*>(data) + element * element_bytes(dtype);
 }
 
+// Of an exception in torch's parallel_for, only an error code would arrive here. A task allocates
+// memory and does nothing else that can fail.
 cpu::Threads torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t tasks, const std::function<void(int64_t)>& body) {
+            std::atomic<bool> failed{false};
             torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) body(i);
+              try {
+                for (int64_t i = begin; i < end; ++i) body(i);
+              } catch (const std::bad_alloc&) {
+                failed = true;
+              }
             });
+            STD_TORCH_CHECK(!failed,
+                            "out of memory. vispruner: the host has none for the workspace");
           }};
 }
 

@@ -138,12 +138,6 @@ def test_driver_of_an_older_major_version_than_the_compiler(compiled: Kernels) -
     assert "\n" not in message
 
 
-def test_more_heads_than_a_grid_has(compiled: Kernels) -> None:
-    q = torch.ones(1, 65536, 8, dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="65536 heads are more than the 65535"):
-        compiled.received_attention(q, q, 0.3)
-
-
 def test_device_that_no_code_fits(compiled: Kernels) -> None:
     feats, attn = Problem(1, 70, 9, 2, 20).tensors()
     compiled.device = Device(7, 5, 64 * 1024)

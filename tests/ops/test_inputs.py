@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from types import ModuleType
@@ -43,6 +46,14 @@ for dtype in (torch.float64, torch.int32, torch.bool, torch.complex64, torch.flo
     bad("dedup", "feats", TypeError, F.to(dtype), 3)
     bad("pairwise_cosine", "feats", TypeError, F.to(dtype))
 bad("prune", "feats", TypeError, F.to_sparse(), A, 3)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(10, 4), torch.ones(10, 4)])
+bad("prune", "feats", TypeError, NESTED, A, 3)
+bad("topk", "cls_attn", TypeError, NESTED, 3)
+bad("prune_varlen", "cu_seqlens", TypeError, PF[:1], PA[:, :1], torch.tensor([False, True]), 3)
+bad("prune_varlen", "cu_seqlens", ValueError, PF, PA, list(range(100_000)), 3)
+bad("prune_varlen", "cu_seqlens", ValueError, PF, PA, [0, 10**5000, 1], 3)
 bad("prune", "feats", ValueError, F[0], A, 3)
 bad("prune", "feats", ValueError, F[:, :, :0], A, 3)
 bad("prune", "cls_attn", ValueError, F, A[0, 0], 3)
@@ -141,6 +152,14 @@ bad("received_attention", "cu_seqlens", TypeError, Q, Q, 0.5, 2)
 bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=3.0)
 bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=torch.ones(3, 2).half())
 bad("received_attention", "lse", ValueError, Q, Q, 0.5, lse=torch.ones(2, 3))
+bad("received_attention", "lse", TypeError, Q, Q, 0.5, lse=torch.ones(3, 2).to_sparse())
+for heads in (_checks.MAX_HEADS + 1, 2**32 + 3):
+    wide = torch.ones(2, 1, 4).expand(2, heads, 4)
+    bad("cls_attention", "q_cls", ValueError, wide, K[:, :1].expand(2, heads, 7, 4), 0.5)
+    bad("received_attention", "q", ValueError, wide, wide, 0.5)
+    bad("topk", "cls_attn", ValueError, A[:, :1].expand(-1, heads, 10), 3)
+    bad("prune", "cls_attn", ValueError, F, A[:, :1].expand(-1, heads, 10), 3)
+    bad("prune_varlen", "cls_attn", ValueError, PF, PA[:1].expand(heads, 10), [0, 10], 3)
 for scale, error in [
     ("1", TypeError),
     (None, TypeError),
@@ -182,6 +201,7 @@ def test_bad_input(
     with pytest.raises(error, match=rf"^{argument} ") as raised:
         call(*args, **keywords)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
 
 
 def test_message_names_value_and_expectation() -> None:
@@ -239,7 +259,38 @@ def test_the_largest_ints_and_scales_of_other_types() -> None:
             assert torch.equal(found, module.cls_attention(Q, K, 0.5))
 
 
+def test_no_memory() -> None:
+    """Said in words that libraries look for, which retry with a smaller batch."""
+    program = """
+import resource, torch, vispruner_cuda
+feats, attn, heads = torch.randn(1, 12000, 4), torch.rand(1, 12000), torch.randn(32768, 1, 256)
+calls = {
+    "prune": lambda: vispruner_cuda.prune(feats, attn, 100),
+    "pairwise_cosine": lambda: vispruner_cuda.pairwise_cosine(feats),
+    "received_attention": lambda: vispruner_cuda.received_attention(heads, heads, 0.1),
+    "cls_attention": lambda: vispruner_cuda.cls_attention(heads[:1], heads[None, None, :, 0], 0.1),
+    "topk": lambda: vispruner_cuda.topk(torch.ones(1).expand(10**6, 32768), 32768),
+}
+vispruner_cuda.received_attention(heads[:9], heads[:9], 0.1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 20 * 2**20, -1))
+for name, call in calls.items():
+    try:
+        call()
+    except RuntimeError as error:
+        assert "out of memory. vispruner" in str(error), f"{name}: {error}"
+    else:
+        raise AssertionError(f"{name} had enough")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(vispruner_cuda.prune(feats[:, :99], attn[:, :99], 3).indices.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[1, 3]" in done.stdout
+
+
 # The operators themselves check arguments that could cause out-of-bounds accesses.
+MANY = torch.ones(2, 1, 4).expand(2, 2**32 + 3, 4)
 DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("topk", (A, 0)),
     ("topk", (A.double(), 3)),
@@ -276,6 +327,9 @@ DIRECT: list[tuple[str, tuple[Any, ...]]] = [
     ("cls_attention", (Q, K[:1], 0.5)),
     ("cls_attention", (Q, K.half(), 0.5)),
     ("cls_attention", (Q, K, 1e300)),
+    ("cls_attention", (MANY, MANY[:, :, None], 0.5)),
+    ("received_attention", (MANY, MANY, 0.5, [0, 2], None)),
+    ("topk", (MANY, 3)),
     ("received_attention", (Q, Q[:1], 0.5, [0, 2], None)),
     ("received_attention", (Q, Q, 0.5, [0, 3], None)),
     ("received_attention", (Q, Q, -1e300, [0, 2], None)),

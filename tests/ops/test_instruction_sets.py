@@ -63,6 +63,18 @@ for value in (1022, 1023, 1024, 1447, 2047):
     assert torch.equal(want.indices, got.indices), value
     assert torch.equal(reference.pairwise_cosine(feats), vispruner_cuda.pairwise_cosine(feats))
     count += 2
+
+# All float16 values, also where the processor flushes subnormals to zero.
+halves = torch.arange(65536).to(torch.int16).view(torch.half).view(2, 32768)
+strided = torch.stack([halves, halves], -1)[..., 0]
+small = (torch.randn(1, 100, 20) * 2e-5).half()
+for flush in (False, True):
+    assert torch.set_flush_denormal(flush)
+    for attn in (halves, strided):
+        want, got = (module.topk(attn, 32768) for module in (reference, vispruner_cuda))
+        assert torch.equal(want.indices, got.indices), (flush, attn.stride())
+    assert torch.equal(reference.pairwise_cosine(small), vispruner_cuda.pairwise_cosine(small))
+    count += 3
 print("equal", count)
 """
 

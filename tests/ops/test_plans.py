@@ -258,6 +258,14 @@ def test_unknown_name_in_the_environment(stage: str) -> None:
     assert f"no plan 'fast' for {stage}: use one of auto, " in last
 
 
+def test_any_text_in_the_environment() -> None:
+    done = python("import vispruner_cuda", VISPRUNER_CPU_ISA='a"b\\c\td')
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: vispruner_cuda: environment variable VISPRUNER_CPU_ISA: ")
+    assert "no plan 'a\"b\\c\td' for cpu" in last
+
+
 def test_plans_of_this_build() -> None:
     choices: dict[str, Any] = plans.choices()
     assert all(names[0] == "auto" for names in choices.values())
