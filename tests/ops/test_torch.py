@@ -217,6 +217,10 @@ def test_derivatives_through_vmap(device: str, packed: bool) -> None:
         torch.testing.assert_close(found, want)
     tangent = torch.func.jvp(mapped, (feats,), (feats.cos(),))[1]
     torch.testing.assert_close(tangent, (want * feats.cos()).sum())
+    # What has no gradient does not claim one.
+    leaf = feats.clone().requires_grad_()
+    cosines = torch.func.vmap(lambda x: vispruner_cuda.pairwise_cosine(x[None]))(leaf)
+    assert not cosines.requires_grad
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
