@@ -109,7 +109,9 @@ def _heads(name: str, heads: int) -> None:
 
 def _tokens(name: str, n: int) -> None:
     if n > MAX_TOKENS:
-        raise ValueError(f"{name} has {shown(n)} tokens per image, at most {MAX_TOKENS} are supported")
+        raise ValueError(
+            f"{name} has {shown(n)} tokens per image, at most {MAX_TOKENS} are supported"
+        )
 
 
 def _feats(feats: object) -> None:

@@ -244,6 +244,16 @@ def test_weights_that_accelerate_offloads(family: Tiny) -> None:
             close(again["inputs_embeds"], ready["inputs_embeds"])
 
 
+def test_scores_of_weights_that_accelerate_offloads(tiny: Tiny) -> None:
+    if tiny.name in ("glm4v", "glm4v-moe", "glm46v"):
+        pytest.skip("the model does not run offloaded, pruned or not")
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny.build()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.model.parameters()).is_meta
+    vispruner.apply(model, k=K, check=True, **tiny.options).remove()
+
+
 # ---------------------------------------------------------------- arguments with an entry per item
 def as_list(call: dict[str, Any]) -> dict[str, Any]:
     return {"image_sizes": [tuple(size) for size in call["image_sizes"].tolist()]}

@@ -9,9 +9,11 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from support.tiny_models import FAMILIES, Row, Tiny, image, video
+from support.tiny_models import FAMILIES, Auto, Item, LlavaOnevision, Row, Tiny, image, video
+from support.tiny_models.base import prune
 
 import vispruner
+from vispruner.models import family_of
 
 K = 5
 STEPS = 4
@@ -114,6 +116,45 @@ def test_retaining_all_tokens_changes_nothing(tiny: Tiny) -> None:
 def forward(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
     with torch.no_grad():
         return model(**inputs, **more)
+
+
+class _Thin(LlavaOnevision):
+    """The model cuts off all patches of the tiles as padding; line ends remain of a high image."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._size = size
+
+    def size(self, item: Item) -> tuple[int, int]:
+        return self._size
+
+    def choose(self, item: Item, k: int | Auto) -> tuple[torch.Tensor, torch.Tensor]:
+        _, _, scores = self.patches(self.media([item])["pixel_values"][0])
+        packed = self.whole(item)
+        stays = torch.ones(len(packed), dtype=torch.bool)
+        stays[:36] = prune(packed[None, :36], scores[:1], k)[0]
+        return stays, packed[stays]
+
+
+@pytest.mark.parametrize(("size", "lines"), [((83, 1000), 0), ((1000, 83), 12)])
+@pytest.mark.parametrize("k", [K, Auto(mass=0.25, max_k=10)], ids=["k", "auto"])
+def test_an_image_whose_tiles_are_only_padding(
+    size: tuple[int, int], lines: int, k: int | Auto
+) -> None:
+    tiny = _Thin(size)
+    assert (tiny.tiles(image(0)), tiny.length(image(0))) == (3, 36 + lines)
+    row: Row = [1, image(0), 10, 11]
+    budget = {"k": k} if isinstance(k, int) else {"k": "auto", "mass": k.mass, "max_k": k.max_k}
+    model, inputs = tiny.build(), tiny.inputs([row])
+    with vispruner.apply(model, **budget) as pruner:
+        found = forward(model, inputs).logits[0]
+    with torch.no_grad():
+        want = tiny.logits(tiny.build(), row, k, [])
+    torch.testing.assert_close(found, want, atol=tiny.tolerance, rtol=0)
+    assert pruner.last is not None
+    (item,) = pruner.last.items
+    assert lines < item.after < item.before == 36 + lines
+    family = family_of(model)(model, vispruner.Budget(K))
+    assert family.kept("image", inputs) == [K + lines]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -10,13 +12,16 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
+from support import tiny_models
 from support.tiny_models import (
     IMAGE,
     Glm4v,
     Idefics3,
+    InternVL,
     Llava,
     LlavaNext,
     LlavaNextVideo,
+    LlavaOnevision,
     Qwen25,
     Tiny,
     VideoLlava,
@@ -32,6 +37,7 @@ from vispruner.models.qwen_vl_v1 import resampled_scores
 from vispruner.models.refused import REFUSED
 
 FAMILIES: tuple[Tiny, ...] = (Llava(), LlavaNext(), Qwen25(), VideoLlava())
+TOWERS: tuple[Tiny, ...] = (Llava(), LlavaNext(), LlavaOnevision(), InternVL(), VideoLlava())
 ROW = [1, 20, image(1), 22, image(2), 24, 25]
 
 
@@ -62,7 +68,12 @@ def untouched(model: Any) -> None:
         ({"ratio": 10**400}, ValueError, r"ratio must be in \(0, 1\], got 1000"),
         ({"k": torch.ones(2, 2).numpy()}, TypeError, r"k must be .* got numpy.ndarray of shape"),
         ({"k": 5, "method": "divprune"}, ValueError, "method must be one of vispruner, topk"),
-        ({"k": 5, "method": None}, TypeError, "method must be a str"),
+        ({"k": 5, "method": 3}, TypeError, "method must be a str"),
+        (
+            {"k": vispruner.Budget(5, method="topk"), "method": "vispruner"},
+            ValueError,
+            "pass only the Budget",
+        ),
         ({"k": 5, "method": "mmr", "step": 4}, ValueError, "step is a parameter of method vispr"),
         ({"k": 5, "seed": 1}, ValueError, "seed is a parameter of method random"),
         ({"k": 5, "method": "scope", "scope_alpha": 0.3}, ValueError, "a multiple of 0.25"),
@@ -315,6 +326,65 @@ def test_an_error_in_the_encoder_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch
             assert not name.endswith("projector") or not module._forward_pre_hooks
         model(**inputs)
     untouched(model)
+
+
+@pytest.mark.parametrize("tiny", tiny_models.FAMILIES, ids=lambda tiny: tiny.name)
+def test_features_that_no_encoder_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's method returns stored features, so that no hook runs."""
+    model, inputs = tiny.build(), tiny.inputs([[1, image(0), 5]])
+    encode = model.model.get_image_features
+    with torch.no_grad():
+        stored = encode(**tiny.media([image(0)]), return_dict=True)
+
+    @functools.wraps(encode)
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        return copy.deepcopy(stored)
+
+    with vispruner.apply(model, k=5, **tiny.options), torch.no_grad():
+        want = model(**inputs).logits
+        with monkeypatch.context() as patched:
+            patched.setattr(model.model, "get_image_features", cached)
+            with pytest.raises(
+                RuntimeError, match=r"tower ran without calling the \w+ proj"
+            ) as raised:
+                model(**inputs)
+        assert "\n" not in str(raised.value)
+        assert torch.equal(model(**inputs).logits, want)
+    untouched(model)
+
+
+@pytest.mark.parametrize("tiny", TOWERS, ids=lambda tiny: tiny.name)
+def test_features_that_no_projector_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny.build(), tiny.inputs([[1, image(0), 5]])
+    projector = model.model.multi_modal_projector
+    encode = model.model.get_image_features
+
+    @functools.wraps(encode)
+    def direct(*args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(projector), "__call__", type(projector).forward)
+            return encode(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "get_image_features", direct)
+    with vispruner.apply(model, k=5), torch.no_grad():
+        with pytest.raises(RuntimeError, match="without calling multi_modal_projector") as raised:
+            model(**inputs)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_model_that_was_compiled_before() -> None:
+    """Its compiled code does not call hooks that are registered later."""
+    torch.compiler.reset()
+    tiny = LlavaNext()
+    model, inputs = tiny.build(), tiny.inputs([[1, image(0), 5]])
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(**inputs)
+        with (
+            vispruner.apply(model, k=5),
+            pytest.raises(RuntimeError, match="tower ran without calling the query projection"),
+        ):
+            model(**inputs)
 
 
 def test_a_custom_family() -> None:

@@ -192,6 +192,7 @@ class Family(ABC):
     def sample(self, height: int, width: int) -> dict[str, Any]:
         """The encoder's arguments for a picture of this size with random pixels."""
         reference = next(self.base.parameters())
+        device = _offloaded_to(self.base) if reference.is_meta else reference.device
         dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
         generator = torch.Generator().manual_seed(0)
         pixels = next(name for name in self.parameters["image"] if name.startswith("pixel_values"))
@@ -199,7 +200,7 @@ class Family(ABC):
         for name, value in self.picture(self.config, height, width).items():
             own = pixels if name == "pixel_values" else name
             made = torch.randn(value.shape, generator=generator) if value.is_meta else value
-            inputs[own] = made.to(self.base.device, dtype if value.is_meta else value.dtype)
+            inputs[own] = made.to(device, dtype if value.is_meta else value.dtype)
         return inputs
 
     # ------------------------------------------------------------------- from a configuration alone
@@ -295,6 +296,13 @@ class Family(ABC):
             slots = (ids == self.token_id(modality)).unsqueeze(-1).to(embeds.device)
             embeds = embeds.masked_scatter(slots, features)
         return {"inputs_embeds": embeds}
+
+
+def _offloaded_to(module: Any) -> torch.device:
+    """The device that accelerate loads offloaded weights to; "meta" if it loads none."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "meta"))
 
 
 def taken(values: Any, items: Sequence[int]) -> Any:

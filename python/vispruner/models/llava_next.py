@@ -142,16 +142,19 @@ class LlavaNext(TiledFamily):
         tiles = self.tiles(inputs)
         self.check_pixels(inputs["pixel_values"], tiles)
         lengths = self.packed_lengths(tiles, inputs)
-        if self.chosen["tiles"] == "all":
-            rows, columns = self.patches()
-            for item, (count, length) in enumerate(zip(tiles, lengths, strict=True)):
-                wanted = count * self.budget.count(rows * columns)
-                if wanted > length:
-                    raise ValueError(
-                        f"tiles='all' gives image {item} {wanted} tokens, more than the {length} "
-                        "of the unpruned model: lower k or use tiles='unpad'"
-                    )
+        if self.chosen["tiles"] == "all" and not self.budget.auto:  # auto: known after the scores
+            for item, counts in enumerate(zip(self._chosen(tiles), lengths, strict=True)):
+                self._check_fits(f"image {item}", *counts)
         return lengths
+
+    def _check_fits(self, image: str, wanted: int, length: int) -> None:
+        """Raises ValueError if tiles="all" gives an image more tokens than it has placeholders."""
+        if wanted > length:
+            setting = "mass or max_k" if self.budget.auto else "k"
+            raise ValueError(
+                f"tiles='all' gives {image} {wanted} tokens, more than the {length} of the "
+                f"unpruned model: lower {setting} or use tiles='unpad'"
+            )
 
     def _chosen(self, tiles: list[int]) -> list[int]:
         """Selected patches of each image, including those on padding."""
@@ -246,6 +249,7 @@ class LlavaNext(TiledFamily):
         )
         for image, marks, own, alone, score, own_counts, (tokens, ends) in whole:
             if self.chosen["tiles"] == "all":
+                self._check_fits("an image", sum(own_counts), len(marks))
                 features.append(packed(alone, own_counts))
                 where = _true(own[..., 0].flatten() > 0.5, sum(own_counts))
                 stays = torch.arange(len(marks), device=marks.device) < len(features[-1])

@@ -110,9 +110,10 @@ class LlavaOnevision(TiledFamily):
         ]
 
     def _parts(self, tokens: int, tiles: int) -> tuple[list[int], list[int]]:
-        """Tokens and tiles of an image's overview and of its pooled rest."""
+        """Tokens and tiles of an image's overview and of its pooled rest, if it has one."""
         patches = self.patches()[0] * self.patches()[1]
-        return ([patches], [1]) if tiles == 1 else ([patches, tokens - patches], [1, tiles - 1])
+        rest = tokens - patches  # 0 if the model cuts off a thin image with its padding
+        return ([patches, rest], [1, tiles - 1]) if rest else ([patches], [1])
 
     def _pooled(self) -> tuple[int, int]:
         """Rows and columns of a frame's tokens."""

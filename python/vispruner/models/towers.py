@@ -127,9 +127,15 @@ class TowerFamily(Family):
         """Inside the block, `before(features, scores)` returns the input of the projector.
 
         features: (B, N or 1 + N, C) of the feature layer; scores: (B, N).
+
+        Raises:
+            RuntimeError: the block ended without a call of `before`.
         """
+        called = False
 
         def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal called
+            called = True
             with clock("score"):
                 scores = self.token_scores(modality, tap.scores())
             with clock("select"):
@@ -142,6 +148,13 @@ class TowerFamily(Family):
                 yield
             finally:
                 handle.remove()
+            if not called:
+                tap.scores()  # raises its error if the tower did not call its hooks either
+                raise RuntimeError(
+                    f"{self.encoders[modality]} ran the vision tower without calling "
+                    "multi_modal_projector, whose input pruning selects: a replaced method must "
+                    "call both"
+                )
 
     def select(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Selects patches by the budget, and retains [CLS] if the features begin with it.
