@@ -26,14 +26,15 @@ _cls_attention = torch.ops.vispruner.cls_attention.default
 _received_attention = torch.ops.vispruner.received_attention.default
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func runs, whose tensors may hide requires_grad.
+# The name is private: without it every call counts as transformed.
+_innermost_transform = getattr(
+    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: True
+)
 
-    The name is private: without it every call counts as transformed.
-    """
-    functorch = getattr(torch._C, "_functorch", None)
-    peek = getattr(functorch, "peek_interpreter_stack", lambda: True)
-    return peek() is not None
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func runs, whose tensors may hide requires_grad."""
+    return _innermost_transform() is not None
 
 
 def differentiated(feats: Tensor) -> bool:
