@@ -72,11 +72,12 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[kDims], int32_t dtype) {
   AtenTensorHandle handle = nullptr;
   const AOTITorchError failed =
       aoti_torch_empty_strided(kDims, sizes, strides, dtype, place.type, place.index, &handle);
-  // Of torch's exception only the code arrives here. Libraries that retry with a smaller batch look
-  // for these words.
+  // Exceptions do not cross torch's C interface, which logs their messages and returns a code.
+  // Libraries that retry with a smaller batch look for these words.
   STD_TORCH_CHECK(!failed, place.type == aoti_torch_device_type_cuda() ? "CUDA " : "",
                   "out of memory. vispruner could not allocate ",
-                  stride * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), " bytes");
+                  stride * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)),
+                  " bytes (torch's message is on standard error)");
   return Tensor(handle);
 }
 
@@ -240,6 +241,11 @@ void check_heads(const Tensor& q, const Tensor& k) {
                   "q and k must have one dtype and be on one device");
 }
 
+void check_head_dim(int64_t channels) {
+  STD_TORCH_CHECK(channels <= kMaxChannels, "a head has ", channels, " channels, at most ",
+                  kMaxChannels, " are supported");
+}
+
 void check_scale(double scale) {
   STD_TORCH_CHECK(std::isfinite(static_cast<float>(scale)), "scale must be finite in float32, got ",
                   scale);
@@ -249,9 +255,10 @@ ClsAttentionArgs cls_attention_args(const Tensor& q_cls, const Tensor& k, double
   check_heads(q_cls, k);
   STD_TORCH_CHECK(q_cls.dim() == 3 && k.dim() == 4 && k.size(0) == q_cls.size(0) &&
                       k.size(1) == q_cls.size(1) && k.size(3) == q_cls.size(2) && k.size(2) >= 1 &&
-                      q_cls.size(2) >= 1 && q_cls.size(2) <= kMaxChannels,
+                      q_cls.size(2) >= 1,
                   "q_cls must have shape (B, H, D) and k (B, H, 1 + N, D)");
   check_number_of_heads(q_cls.size(1));
+  check_head_dim(q_cls.size(2));
   check_tokens(k.size(2) - 1);
   check_scale(scale);
   return {{q_cls.const_data_ptr(), q_cls.stride(0), q_cls.stride(1), 0},
@@ -269,10 +276,10 @@ ReceivedAttentionArgs received_attention_args(const Tensor& q, const Tensor& k, 
                                               const std::optional<Tensor>& lse) {
   check_heads(q, k);
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(0) == k.size(0) &&
-                      q.size(1) == k.size(1) && q.size(2) == k.size(2) && q.size(2) >= 1 &&
-                      q.size(2) <= kMaxChannels,
+                      q.size(1) == k.size(1) && q.size(2) == k.size(2) && q.size(2) >= 1,
                   "q and k must have one shape, (T, H, D)");
   check_number_of_heads(q.size(1));
+  check_head_dim(q.size(2));
   STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0 && bounds.back() == q.size(0),
                   "cu_seqlens must begin with 0 and end with the rows of q");
   for (size_t i = 1; i < bounds.size(); ++i) {
@@ -310,8 +317,7 @@ const char* at_element(const void* data, DType dtype, int64_t element) {
   return static_cast<const char*>(data) + element * element_bytes(dtype);
 }
 
-// Of an exception in torch's parallel_for, only an error code would arrive here. A task allocates
-// memory and does nothing else that can fail.
+// Exceptions do not cross torch's parallel_for. The only one of a task is bad_alloc.
 cpu::Threads torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t tasks, const std::function<void(int64_t)>& body) {
@@ -732,6 +738,7 @@ std::string build_info() {
   const bool cuda = false;
   const int state = 0;
 #endif
+  // Bytes beyond ASCII become the characters of Latin-1: an environment variable may hold any.
   const auto quoted = [](const std::string& s) {
     std::string json = "\"";
     for (const char c : s) {

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,8 +209,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as failure:  # of the output
-        sys.exit(f"vispruner_cuda: cannot write: {failure}")
+        status = 130
+    except BrokenPipeError:  # nobody reads the output any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = 128 + signal.SIGPIPE
+    except OSError as error:
+        sys.exit(f"vispruner_cuda: {error}")
+    sys.exit(status)

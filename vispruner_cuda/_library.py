@@ -99,7 +99,9 @@ def _check(info: BuildInfo) -> None:
             "run `pip install .` again"
         )
     if info.environment_error:
-        raise ImportError(f"vispruner_cuda: {info.environment_error}")
+        # Bytes arrive as the characters of Latin-1.
+        text = info.environment_error.encode("latin-1").decode(errors="replace")
+        raise ImportError(f"vispruner_cuda: {text}")
     if torch.version.cuda is None:
         return
     if info.cuda_runtime_state == NO_CUDA_TORCH:

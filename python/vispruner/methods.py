@@ -35,15 +35,15 @@ class Replacement:
         setattr(owner, name, self)
 
     @property
-    def __signature__(self) -> inspect.Signature:
+    def __signature__(self) -> inspect.Signature:  # of an instance
         return inspect.signature(self.original)
 
     @property
-    def __code__(self) -> Any:  # torch.export reads it
+    def __code__(self) -> Any:  # without it, torch.export fails before `body` can refuse
         return type(self).__call__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self._owner:  # accelerate binds it as it would a function
+        if args and args[0] is self._owner:  # accelerate's unwrap_model binds it to the model
             args = args[1:]
         body = self._body if self._active else self.original
         return body(*args, **kwargs)

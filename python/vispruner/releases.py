@@ -116,12 +116,18 @@ def takes_chunked_images() -> bool:
 def mixes_repeated_images(model: Any) -> bool:
     """Whether generate mixes up the images of repeated rows, pruned or not.
 
-    It does in 5.18, and in GLM in later releases as well. So a row of two images is tried.
+    It does in 5.18, and in GLM in later releases as well. So a row of two images is tried. If the
+    method has another name or other arguments, its order is unknown.
     """
     row = torch.full((1, 2), int(model.config.image_token_id))
     images = SimpleNamespace(pooler_output=[torch.zeros(1, 1), torch.ones(1, 1)])
-    found = model._expand_multimodal_outputs(row, {"image": images}, 2)["image"].pooler_output
-    return [int(image) for image in found] != [0, 1, 0, 1]
+    try:
+        found = model._expand_multimodal_outputs(
+            input_ids=row, mm_encoder_output={"image": images}, expand_size=2
+        )
+    except (AttributeError, TypeError):
+        return True
+    return [int(image) for image in found["image"].pooler_output] != [0, 1, 0, 1]
 
 
 def separates_pictures_of_idefics3() -> bool:

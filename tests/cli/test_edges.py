@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,32 +79,47 @@ def test_questions_that_cannot_be_asked(capsys: pytest.CaptureFixture[str]) -> N
     assert "argument QUESTION: not UTF-8" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("output", ["closed", "full", "ascii"])
+@pytest.mark.parametrize("output", ["closed", "full", "ascii", "none"])
 def test_outputs(output: str, unbuffered: str) -> None:
-    """Nobody reads it, its disk is full, or it cannot show a character."""
+    """Nobody reads it, its disk is full, it cannot show a character, or there is none."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     if output == "ascii":
         environment["PYTHONIOENCODING"] = "ascii"
-    read, write = os.pipe()
-    if output == "closed":
-        os.close(read)
-    stdout = os.open("/dev/full", os.O_WRONLY) if output == "full" else write
     name = "flops" if output == "ascii" else "info"
-    done = subprocess.run(
-        [sys.executable, "-m", "vispruner.cli", name],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "-m", "vispruner.cli", name]
+    if output == "none":
+        command = ["sh", "-c", f"{shlex.join(command)} >&-"]
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed, open("/dev/full", "wb") as full:
+        stdout = {"closed": closed, "full": full}.get(output, subprocess.DEVNULL)
+        done = subprocess.run(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+        )
     status, said = {
         "closed": (128 + signal.SIGPIPE, ""),
         "full": (2, r"vispruner( info)?: \[Errno 28\] No space left on device\n"),
         "ascii": (0, ""),
+        "none": (0, ""),
     }[output]
     assert done.returncode == status
     assert re.fullmatch(said, done.stderr)
+
+
+def test_a_file_that_a_command_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> int:
+        raise FileNotFoundError(2, "No such file", "weights")
+
+    monkeypatch.setattr("vispruner.cli.info.run", fails)
+    assert cli.main(["info"]) == 2
+    print("after")
+    said = capsys.readouterr()
+    assert said.err == "vispruner info: [Errno 2] No such file: 'weights'\n"
+    assert said.out == "after\n"
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

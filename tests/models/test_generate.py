@@ -442,6 +442,32 @@ def test_a_new_image_in_a_stopped_turn(tiny: Tiny) -> None:
         assert torch.equal(found, fresh)
 
 
+def test_a_step_after_a_stopped_forward(tiny: Tiny) -> None:
+    model, inputs = tiny.build(), tiny.inputs(ROWS)
+
+    def stop(*_: Any) -> None:
+        raise StoppedError
+
+    def logits(*, stopped: bool) -> Tensor:
+        cache = transformers.DynamicCache(config=model.config.get_text_config())
+        if stopped:  # after the cache is filled
+            hook = model.lm_head.register_forward_pre_hook(stop)
+            with pytest.raises(StoppedError):
+                model(**inputs, past_key_values=cache)
+            hook.remove()
+        else:
+            model(**inputs, past_key_values=cache)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[30], [31]])], 1)
+        mask = whole(tiny, inputs, ids)["attention_mask"]
+        step: Tensor = model(
+            input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache
+        ).logits
+        return step
+
+    with vispruner.apply(model, k=K), torch.no_grad():
+        assert torch.equal(logits(stopped=True), logits(stopped=False))
+
+
 def test_a_turn_that_fails_before_it_reads_the_prompt(tiny: Tiny) -> None:
     model = tiny.build()
     with vispruner.apply(model, k=K):

@@ -259,6 +259,7 @@ def test_the_largest_ints_and_scales_of_other_types() -> None:
             assert torch.equal(found, module.cls_attention(Q, K, 0.5))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
 def test_no_memory() -> None:
     """Said in words that libraries look for, which retry with a smaller batch."""
     program = """

@@ -259,11 +259,11 @@ def test_unknown_name_in_the_environment(stage: str) -> None:
 
 
 def test_any_text_in_the_environment() -> None:
-    done = python("import vispruner_cuda", VISPRUNER_CPU_ISA='a"b\\c\td')
+    done = python("import vispruner_cuda", VISPRUNER_CPU_ISA='a"b\\c\td\u00e9')
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: vispruner_cuda: environment variable VISPRUNER_CPU_ISA: ")
-    assert "no plan 'a\"b\\c\td' for cpu" in last
+    assert "no plan 'a\"b\\c\td\u00e9' for cpu" in last
 
 
 def test_plans_of_this_build() -> None:

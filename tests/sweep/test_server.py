@@ -314,7 +314,7 @@ def test_keys_depend_on_the_server_and_the_method(fake: Fake) -> None:
     keys.add(served(fake).key(item, None))
     fake.replies["/version"] = 200, '{"version": "0.33.0"}'
     keys.add(served(fake).key(item, None))
-    keys.add(served(fake, at_once=8).key(item, None))  # its times are those of another load
+    keys.add(served(fake, concurrency=8).key(item, None))  # its times are those of another load
     assert len(keys) == 6
 
 

@@ -145,7 +145,8 @@ def test_line_separators_of_unicode_inside_a_text(tmp_path: Path) -> None:
         ('{"image": "a.png", "question": "?", "answer": 3}', 'line 1: "answer" must be a text'),
         ('{"image": "a.png", "question": "\\ud800"}', 'line 1: expected "question"'),
         ('{"image": ' + "[" * 100_000, "line 1: cannot read the JSON"),
-        ('{"image": ' + "1" * 5000 + "}", "line 1: cannot read the JSON"),
+        # The first Pythons 3.10 have no limit of digits.
+        ('{"image": ' + "1" * 5000 + "}", "line 1: (cannot read the JSON|expected an object)"),
         ("", "has no pictures"),
     ],
 )
@@ -188,6 +189,7 @@ def test_a_directory(tmp_path: Path) -> None:
         ("-5", "5", 0),
         ("\N{MINUS SIGN}5", "-5", 1),
         (".5", "5", 0),
+        ("No.1", "no 1", 1),
         ("5.", "5", 1),
     ],
 )

@@ -202,10 +202,15 @@ def test_a_full_disk_and_an_interruption() -> None:
     command = [sys.executable, "-m", "vispruner_cuda", "--verify", "--quick", "--device", "cpu"]
     full = subprocess.run([*command, "-o", "/dev/full"], capture_output=True, text=True)
     assert full.returncode == 1
-    assert "vispruner_cuda: cannot write: [Errno 28] No space left on device" in full.stderr
+    assert "vispruner_cuda: [Errno 28] No space left on device" in full.stderr
     assert "Traceback" not in full.stderr
     with subprocess.Popen(
-        [*command, "-o", os.devnull], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "-o", os.devnull],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell may have started the tests with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         process.stderr.readline()  # it is at work

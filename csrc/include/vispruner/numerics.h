@@ -59,15 +59,15 @@ VP_HD float to_float(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 #else
-  // Exact for all values, also where the processor flushes subnormals to zero: no float here is
-  // one. Shift the fields into place and add 127 - 15 to the exponent; restore Inf and NaN. A
-  // subnormal m * 2^-24 becomes the fraction of 2^-14 + m * 2^-24 first.
-  constexpr uint32_t kOne = 1u << 23;  // of the exponent
+  // Exact for all values. No intermediate float is subnormal, so it does not matter whether the
+  // processor flushes subnormals to zero. Shift the fields into place and add 127 - 15 to the
+  // exponent; restore Inf and NaN. A subnormal m * 2^-24 is 2^-14 + m * 2^-24 less 2^-14.
+  constexpr uint32_t kExponentStep = 1u << 23;
   const uint32_t magnitude = (uint32_t{x.bits} & 0x7fffu) << 13;
-  const float small = bits_float(magnitude + 113 * kOne) - bits_float(113 * kOne);
+  const float small = bits_float(magnitude + 113 * kExponentStep) - bits_float(113 * kExponentStep);
   const uint32_t special = magnitude >= (0x7c00u << 13) ? kInfBits : 0u;
-  const uint32_t normal = (magnitude + 112 * kOne) | special;
-  return bits_float((magnitude < kOne ? float_bits(small) : normal) |
+  const uint32_t normal = (magnitude + 112 * kExponentStep) | special;
+  return bits_float((magnitude < kExponentStep ? float_bits(small) : normal) |
                     ((uint32_t{x.bits} & 0x8000u) << 16));
 #endif
 }

@@ -82,6 +82,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _discard_output() -> None:
+    """Sends standard output nowhere if it cannot be written: Python would fail at its exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status, 2 for invalid input."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of an answer
@@ -91,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         name = f"vispruner {options.command}"
         status: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except CommandError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -101,10 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except OSError as error:  # of standard output: a closed pipe, a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        if isinstance(error, BrokenPipeError):
-            return 128 + signal.SIGPIPE
+    except BrokenPipeError:  # nobody reads standard output any more
+        _discard_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _discard_output()
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     return status

@@ -98,15 +98,14 @@ class Viewer:
         if not question.strip():
             raise CommandError("type a question")
         budget = self._budget(k, method, parameters)
-        inputs = model_inputs(self.processor, image, question, self.device)
-
-        call = (self.model, self.processor, inputs, self.max_new_tokens)
 
         def row(name: str, text: str, tokens: int, times: dict[str, float]) -> list[str]:
             return [name, text, str(tokens), f"{times['prefill']:.1f}", f"{times['total']:.1f}"]
 
         with self._lock, torch.no_grad():
             try:
+                inputs = model_inputs(self.processor, image, question, self.device)
+                call = (self.model, self.processor, inputs, self.max_new_tokens)
                 if not self._warm:  # the first run is slower than later ones
                     answer(*call)
                     self._warm = True
@@ -137,7 +136,7 @@ class Viewer:
         }
         try:
             return Budget(int(k), method=method, **own)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CommandError(one_line(error)) from error
 
 

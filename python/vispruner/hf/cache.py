@@ -6,8 +6,11 @@ the rows of the cache also change the layout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from .. import releases
 from .layout import Layout
 
 _ATTRIBUTE = "_vispruner_layout"
@@ -46,6 +49,18 @@ def remember(cache: Any, layout: Layout) -> None:
     for name in _ROW_OPERATIONS:
         if hasattr(type(cache), name):
             setattr(cache, name, _RowOperation(cache, name))
+
+
+@contextmanager
+def remembered_if_interrupted(cache: Any, layout: Layout | None) -> Iterator[None]:
+    """Stores the layout if the block raises an exception after it has filled the cache."""
+    held = releases.cached_columns(cache)
+    try:
+        yield
+    except BaseException:  # such as a streamer that stops, or Ctrl-C
+        if layout is not None and releases.cached_columns(cache) > held:
+            remember(cache, layout)
+        raise
 
 
 def forget(cache: Any) -> None:

@@ -21,7 +21,7 @@ from ..models import Family, UnsupportedModelError, check_scores, family_of, who
 from ..report import Report
 from ..selection import Budget
 from . import arguments, generation
-from .cache import forget, layout_of, remember
+from .cache import forget, layout_of, remember, remembered_if_interrupted
 from .encoder_outputs import EncoderOutputs
 from .generation import Generation, PromptStreamer
 from .labels import Columns, check_kept, with_restored_logits
@@ -195,7 +195,8 @@ class Pruner:
             if running is not None:
                 running.read(call)
             return output
-        if torch.compiler.is_exporting():
+        # Not is_exporting(): in torch 2.10, it is true in every graph.
+        if getattr(torch.compiler, "_is_exporting_flag", False):
             raise UnsupportedModelError(
                 "a pruned model cannot be exported, because the shortened prompt depends on the "
                 "values of input_ids: export the language model, and call vispruner.prepare"
@@ -239,9 +240,12 @@ class Pruner:
         inputs = prepared.inputs
         if keep:
             inputs = inputs | {"logits_to_keep": 0 if restored else keep}
-        with self._outputs.given(prepared.outputs, prepared.encoder_inputs) as given:
-            output = self._forward(**releases.spelled(inputs, self._forward), **given)
         cache = call.get("cache")
+        with (
+            remembered_if_interrupted(cache, prepared.layout),
+            self._outputs.given(prepared.outputs, prepared.encoder_inputs) as given,
+        ):
+            output = self._forward(**releases.spelled(inputs, self._forward), **given)
         cache = releases.cache_in(output) if cache is None else cache
         if cache is not None and prepared.layout is not None:
             remember(cache, prepared.layout)
@@ -299,21 +303,20 @@ class Pruner:
             columns - releases.cached_columns(cache),
             pixels=bool(outputs) and not self._outputs.by_argument,
         )
-        before, held = layout_of(cache), releases.cached_columns(cache)
+        layout = None if prepared.layout is None else prepared.layout.repeat(times)
+        before = layout_of(cache)
         forget(cache)  # an ordinary cache inside generate
         try:
             with (
+                remembered_if_interrupted(cache, layout),
                 self._outputs.given(outputs, prepared.encoder_inputs) as given,
                 self._generation.set(running),
                 prepared.clock("prefill"),
             ):
                 output = self._generate(**releases.spelled(ready, self._forward), **given)
-        except BaseException:  # such as a streamer that stops
-            layout = before
-            if prepared.layout is not None and releases.cached_columns(cache) > held:
-                layout = prepared.layout.repeat(times)
-            if layout is not None:
-                remember(cache, layout)
+        except BaseException:
+            if before is not None and layout_of(cache) is None:
+                remember(cache, before)
             raise
         self._note(prepared)
         return self._with_full_prompt(output, ids, columns, prepared, cache)

@@ -36,19 +36,26 @@ def noted(family: Family, call: Mapping[str, Any], run: Callable[[], Any]) -> An
     if not family.has_grid_positions or torch.compiler.is_compiling():
         return run()
     cache = call.get("cache")
-    begins = not releases.cached_columns(cache)
-    output = None
+    held = releases.cached_columns(cache)
     try:
         output = run()
-    finally:  # also after an exception, such as that of a streamer that stops
-        filled = releases.cache_in(output) if cache is None else cache
-        pictures = any(family.pixels_name(modality, call) for modality in family.encoders)
-        text = not pictures and "input_ids" in call and not call.get("mm_encoder_outputs")
-        if filled is not None and begins:
-            setattr(filled, _ORIGIN, _Origin(None if text else family.rope_delta()))
-        elif hasattr(filled, _ORIGIN) and not text:
-            delattr(filled, _ORIGIN)  # pictures after what it knows
+    except BaseException:  # such as a streamer that stops
+        if releases.cached_columns(cache) > held:
+            _note(family, call, cache, begins=not held)
+        raise
+    filled = releases.cache_in(output) if cache is None else cache
+    if filled is not None:
+        _note(family, call, filled, begins=not held)
     return output
+
+
+def _note(family: Family, call: Mapping[str, Any], cache: Any, *, begins: bool) -> None:
+    pictures = any(family.pixels_name(modality, call) for modality in family.encoders)
+    text = not pictures and "input_ids" in call and not call.get("mm_encoder_outputs")
+    if begins:
+        setattr(cache, _ORIGIN, _Origin(None if text else family.rope_delta()))
+    elif hasattr(cache, _ORIGIN) and not text:
+        delattr(cache, _ORIGIN)  # pictures after what it knows
 
 
 def of_cache(

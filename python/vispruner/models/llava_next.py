@@ -142,7 +142,7 @@ class LlavaNext(TiledFamily):
         tiles = self.tiles(inputs)
         self.check_pixels(inputs["pixel_values"], tiles)
         lengths = self.packed_lengths(tiles, inputs)
-        if self.chosen["tiles"] == "all" and not self.budget.auto:  # auto: known after the scores
+        if self.chosen["tiles"] == "all" and not self.budget.auto:  # else after the scores
             for item, counts in enumerate(zip(self._chosen(tiles), lengths, strict=True)):
                 self._check_fits(f"image {item}", *counts)
         return lengths

@@ -20,15 +20,15 @@ class ScorerError(ValueError):
 def exact_match(answer: str, right: str) -> float:
     """1 if the answers are equal, ignoring case, punctuation, articles and spaces.
 
-    The sign and the point of a number are not ignored, nor is what would leave nothing: the answers
-    "A" and "?" are equal to "(a)" and "?" only.
+    The sign and the point of a number are not ignored. If nothing else is left of an answer, its
+    articles and punctuation are not ignored either: "A" equals "(a)", and "?" equals "?" only.
     """
     return float(_normal(answer) == _normal(right))
 
 
 def _normal(text: str) -> str:
     lower = text.lower().replace("\N{MINUS SIGN}", "-")
-    words = re.sub(r"(?!(?<!\w)-[.\d]|\.\d)[^\w\s]", " ", lower).split()
+    words = re.sub(r"(?!(?<!\w)-[.\d]|(?<![^\W\d])\.\d)[^\w\s]", " ", lower).split()
     content = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(content or words) or " ".join(lower.split())
 

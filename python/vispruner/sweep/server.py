@@ -57,7 +57,7 @@ class Served(Swept):
         picture_of: reads the picture of an item; raises DataError.
         max_new_tokens: length of the longest answer.
         timeout: seconds to wait for a part of an answer.
-        at_once: questions that are asked at the same time, on which times depend.
+        concurrency: number of concurrent requests, on which durations depend.
 
     Attributes:
         name: of the model; version: of the server.
@@ -77,7 +77,7 @@ class Served(Swept):
         picture_of: Callable[[Item], Image.Image],
         max_new_tokens: int,
         timeout: float = 300,
-        at_once: int = 1,
+        concurrency: int = 1,
     ) -> None:
         self._client = Client(url, timeout)
         self._picture_of, self._max_new_tokens = picture_of, max_new_tokens
@@ -94,7 +94,7 @@ class Served(Swept):
         self.method = reply.budget.parameters
         known = {name: about.get(name) for name in ("id", "root", "max_model_len")}
         known |= {"version": self.version, "vispruner_cuda": vispruner_cuda.__version__}
-        known |= {"max_new_tokens": max_new_tokens, "at_once": at_once}
+        known |= {"max_new_tokens": max_new_tokens, "concurrency": concurrency}
         self.identity = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -103,7 +103,8 @@ class Served(Swept):
 
     def _model(self, name: str | None) -> Mapping[str, Any]:
         found = self._client.get("/v1/models").get("data")
-        models = [m for m in found if "id" in m] if _are_objects(found) else []
+        entries = found if isinstance(found, list) else []
+        models = [m for m in entries if isinstance(m, dict) and "id" in m]
         if not models:
             raise ServerError(f"{self.url} has no models: is it an OpenAI server?")
         for one in models:
@@ -251,10 +252,6 @@ def _last_tokens(prompt: Sequence[Any], text: str) -> list[Any]:
         found = "".join(str(token.get("decoded_token") or "").split()) + found
         tokens.append(token)
     return tokens if found == wanted else []
-
-
-def _are_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _data_url(picture: Image.Image) -> str:
