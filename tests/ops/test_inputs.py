@@ -274,7 +274,8 @@ calls = {
 }
 vispruner_cuda.received_attention(heads[:9], heads[:9], 0.1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 20 * 2**20, -1))
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 20 * 2**20, hard))
 for name, call in calls.items():
     try:
         call()
@@ -282,7 +283,7 @@ for name, call in calls.items():
         assert "out of memory. vispruner" in str(error), f"{name}: {error}"
     else:
         raise AssertionError(f"{name} had enough")
-resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 print(vispruner_cuda.prune(feats[:, :99], attn[:, :99], 3).indices.shape)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
