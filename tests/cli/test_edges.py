@@ -72,7 +72,7 @@ def test_questions_that_cannot_be_asked(capsys: pytest.CaptureFixture[str]) -> N
     picture = embedded.example().image
     assert cli.main(["ask", str(picture), "what <image> is this?"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("vispruner ask: ")
+    assert said.startswith("vispruner ask: a question must not contain <image>, which stands for")
     assert said.count("\n") == 1
     with pytest.raises(SystemExit):
         cli.main(["ask", str(picture), "\udcff"])

@@ -330,6 +330,11 @@ def batch_inputs(
 
 
 def _prompt(processor: Any, question: str) -> str:
+    placeholder = getattr(processor, "image_token", None)
+    if placeholder and placeholder in question:
+        raise ValueError(
+            f"a question must not contain {placeholder}, which stands for an image: {question!r}"
+        )
     if not getattr(processor, "chat_template", None):
         return f"USER: {processor.image_token}\n{question} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": question}]
