@@ -332,9 +332,7 @@ def batch_inputs(
 def _prompt(processor: Any, question: str) -> str:
     placeholder = getattr(processor, "image_token", None)
     if placeholder and placeholder in question:
-        raise ValueError(
-            f"a question must not contain {placeholder}, which stands for an image: {question!r}"
-        )
+        raise ValueError(f"a question must not contain {placeholder}, which stands for an image")
     if not getattr(processor, "chat_template", None):
         return f"USER: {processor.image_token}\n{question} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": question}]
