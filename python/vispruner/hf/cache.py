@@ -54,11 +54,14 @@ def remember(cache: Any, layout: Layout) -> None:
 @contextmanager
 def remembered_if_interrupted(cache: Any, layout: Layout | None) -> Iterator[None]:
     """Stores the layout if the block raises an exception after it has filled the cache."""
+    if layout is None:  # a decoding step, which must not wait for the length of a static cache
+        yield
+        return
     held = releases.cached_columns(cache)
     try:
         yield
     except BaseException:  # such as a streamer that stops, or Ctrl-C
-        if layout is not None and releases.cached_columns(cache) > held:
+        if releases.cached_columns(cache) > held:
             remember(cache, layout)
         raise
 
