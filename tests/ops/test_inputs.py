@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -260,15 +261,18 @@ def test_the_largest_ints_and_scales_of_other_types() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
-def test_no_memory() -> None:
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_no_memory(threads: str) -> None:
     """Said in words that libraries look for, which retry with a smaller batch."""
     program = """
 import resource, torch, vispruner_cuda
 feats, attn, heads = torch.randn(1, 12000, 4), torch.rand(1, 12000), torch.randn(32768, 1, 256)
+several = heads.view(8192, 4, 256)
 calls = {
     "prune": lambda: vispruner_cuda.prune(feats, attn, 100),
     "pairwise_cosine": lambda: vispruner_cuda.pairwise_cosine(feats),
     "received_attention": lambda: vispruner_cuda.received_attention(heads, heads, 0.1),
+    "several heads": lambda: vispruner_cuda.received_attention(several, several, 0.1),
     "cls_attention": lambda: vispruner_cuda.cls_attention(heads[:1], heads[None, None, :, 0], 0.1),
     "topk": lambda: vispruner_cuda.topk(torch.ones(1).expand(10**6, 32768), 32768),
 }
@@ -286,7 +290,10 @@ for name, call in calls.items():
 resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 print(vispruner_cuda.prune(feats[:, :99], attn[:, :99], 3).indices.shape)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "[1, 3]" in done.stdout
 
