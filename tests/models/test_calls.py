@@ -237,6 +237,19 @@ def test_an_exported_model_is_refused(strict: bool, error: type[Exception]) -> N
         torch.export.export(model, (), {**inputs, "use_cache": False}, strict=strict)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_model_is_refused() -> None:
+    tiny = Llava()
+    model, inputs = tiny.build(), tiny.inputs([[1, image(0), 5]])
+
+    def logits(*tensors: Tensor) -> Any:
+        return model(**dict(zip(inputs, tensors, strict=True)), use_cache=False).logits
+
+    refusal = pytest.raises(vispruner.UnsupportedModelError, match="cannot be exported")
+    with vispruner.apply(model, k=K), torch.no_grad(), refusal:
+        torch.jit.trace(logits, tuple(inputs.values()), check_trace=False)
+
+
 # ------------------------------------------------------------------------------ continuous batching
 @pytest.mark.parametrize("family", [Llava(), Qwen25()], ids=lambda family: family.name)
 def test_continuous_batching_is_not_pruned(family: Tiny) -> None:
