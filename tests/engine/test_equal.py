@@ -25,6 +25,8 @@ from support.engine_requests import (
     NONE,
     ONE,
     OTHER,
+    TALL,
+    THIN,
     TWO,
     WIDE,
     K,
@@ -380,3 +382,56 @@ def test_positions_beyond_the_rotary_embedding(
     with pytest.raises(ValueError, match=r"^vispruner: [^\n]* take 480 positions more[^\n]*$"):
         asked(few, family, [five])
     assert asked(few, family, [four]) == found
+
+
+def test_thin_images(
+    engine: Callable[..., Engine], transformers_of: Callable[[str], Transformers], family: str
+) -> None:
+    """Pictures of one pixel in one direction, of which a layout of tiles may have no tokens."""
+    requests = [replace(ONE, images=[number]) for number in (THIN, TALL, 1)]
+    pruned = engine(family, {"k": K, "max_k": ALL}, limit_mm_per_prompt=limits(family))
+    found = asked(pruned, family, requests)
+    assert [(len(a.prompt), a.tokens) for a in found] == transformers_of(family)(requests, K)
+
+
+@pytest.mark.parametrize("family", ["qwen25", "qwen3"])
+def test_a_text_with_a_placeholder(engine: Callable[..., Engine], family: str) -> None:
+    """The text of a client may have the token of a picture, which has no place in a picture."""
+    pruned = engine(family, {"k": K, "max_k": ALL}, limit_mm_per_prompt=limits(family))
+    question = "USER: what is <|video_pad|> in {image}? ASSISTANT:"
+    with pytest.raises(ValueError, match=r"^vispruner: [^\n]* token '<\|video_pad\|>'[^\n]*$"):
+        asked(pruned, family, [Request(question, [1])])
+    after = Request("USER: {image} what is <|video_pad|>? ASSISTANT:", [1])
+    (plain,) = asked(pruned, family, [replace(after, text=after.text.replace("video_pad", "x"))])
+    (found,) = asked(pruned, family, [after])
+    assert len(found.prompt) < len(plain.prompt)  # answered: one token instead of "<|x|>"
+
+
+@pytest.mark.parametrize(
+    ("family", "convert"), [("llava", "embed"), ("qwen25", "embed"), ("qwen3", "classify")]
+)
+def test_pooling(checkpoint: Callable[[str], Path], family: str, convert: str) -> None:
+    """Without the option, vLLM's adapters for pooling are on vLLM's own class."""
+    requests = [request.for_engine(family) for request in (ONE, NONE)]
+    # The weights of a classifier are random, since these checkpoints have none.
+    exact = convert == "embed"
+    options: dict[str, Any] = {"runner": "pooling", "convert": convert}
+    with Engine(checkpoint(family), plugin=False, pooling=options) as plain:
+        expected = plain(requests)
+    with Engine(checkpoint(family), pooling=options) as idle:
+        found = idle(requests)
+    assert [answer.prompt for answer in found] == [answer.prompt for answer in expected]
+    assert found == expected or not exact
+    with Engine(checkpoint(family), {"k": K}, pooling=options) as pruned:
+        found = pruned(requests)
+    assert len(found[0].prompt) < len(expected[0].prompt)
+    assert found[1] == expected[1] or not exact
+
+
+def test_embeddings_of_clients_are_not_pruned(engine: Callable[..., Engine]) -> None:
+    """Also where the memory for pruned images would be too small for them."""
+    small = engine("llava", {"k": K}, enable_mm_embeds=True, max_num_batched_tokens=32)
+    values = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    (found,) = small([{"prompt": ONE.prompt("llava"), "multi_modal_data": {"image": values}}])
+    (pruned,) = asked(small, "llava", [ONE])
+    assert len(found.prompt) - len(pruned.prompt) == 64 - K

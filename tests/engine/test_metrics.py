@@ -106,6 +106,15 @@ def test_what_is_refused_is_not_counted(llava: Server) -> None:
     assert pruning(llava) == start
 
 
+def test_beams_are_not_counted(llava: Server) -> None:
+    """As documented: vLLM rebuilds the prompt of each step without what this package notes."""
+    start = pruning(llava)
+    beams = chat(1, n=2)
+    beams["extra_body"]["use_beam_search"] = True
+    assert len(llava.client().chat.completions.create(**beams).choices) == 2
+    assert pruning(llava) == start
+
+
 def test_clients_see_what_was_kept(llava: Server) -> None:
     raw = llava.client().chat.completions.with_raw_response
     answer = raw.create(**chat(1, 2, k=5))

@@ -39,6 +39,22 @@ def test_a_misspelt_key_is_named(name: str, others: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["vispruner", "vis_pruner", "vispruner_k"])
+def test_options_in_other_places_are_named(name: str) -> None:
+    nested = config({"text_config": {"dtype": "float32", name: {"k": 8}}})
+    with pytest.raises(guard.UnsupportedEngineError, match=rf"'text_config\.{name}'"):
+        guard.check_engine(nested, "LlavaForConditionalGeneration", architectures())
+    multimodal = SimpleNamespace(mm_processor_kwargs={name: {"k": 8}})
+    model = SimpleNamespace(multimodal_config=multimodal)
+    with pytest.raises(guard.UnsupportedEngineError, match=rf"--mm-processor-kwargs has '{name}'"):
+        guard.check_other_options(SimpleNamespace(model_config=model, additional_config={}))
+    model.multimodal_config = None  # a model without images
+    extra = SimpleNamespace(model_config=model, additional_config={"a": {name: 8}})
+    with pytest.raises(guard.UnsupportedEngineError, match=rf"--additional-config has 'a.{name}'"):
+        guard.check_other_options(extra)
+    guard.check_other_options(SimpleNamespace(model_config=model, additional_config={"a": 1}))
+
+
 @pytest.mark.parametrize("overrides", [{}, {"num_labels": 2}, {"text_config": {}}, lambda c: c])
 def test_other_overrides_are_accepted(overrides: Any) -> None:
     guard.check_engine(config(overrides), "OPTForCausalLM", architectures())
@@ -61,6 +77,14 @@ def test_an_architecture_without_a_pruned_class(tmp_path: Path) -> None:
     [
         ({"model_impl": "transformers"}, "vispruner: --model-impl transformers cannot be pruned"),
         ({"hf_overrides": {"vis_pruner": {"k": 8}}}, "vispruner: --hf-overrides has 'vis_pruner'"),
+        (
+            {"hf_overrides": {}, "mm_processor_kwargs": {"vispruner": {"k": 8}}},
+            "vispruner: --mm-processor-kwargs has 'vispruner'",
+        ),
+        (
+            {"hf_overrides": {}, "additional_config": {"vispruner": {"k": 8}}},
+            "vispruner: --additional-config has 'vispruner'",
+        ),
     ],
 )
 def test_an_engine_that_would_ignore_the_option_does_not_start(
@@ -111,3 +135,13 @@ def test_an_engine_that_does_not_prune_refuses_pruning_options(
     with pytest.raises(ValueError, match="vispruner: this engine does not prune: start it with"):
         plain([{**TEXT, "mm_processor_kwargs": {"vispruner": {"k": 4}}}])
     assert len(plain([TEXT])[0].tokens) == 16
+
+
+@pytest.mark.parametrize("name", ["vispruner_k", "visprunner", "Vispruner"])
+def test_options_of_a_request_in_other_places(name: str, engine: Callable[..., Engine]) -> None:
+    pruned = engine("llava", {"k": 8})
+    with pytest.raises(ValueError, match=rf"vispruner: mm_processor_kwargs has '{name}'"):
+        pruned([{**TEXT, "mm_processor_kwargs": {name: 4}}])
+    with pytest.raises(ValueError, match=rf"vispruner: extra_args .* has '{name}'"):
+        pruned([TEXT], extra_args={name: 4})
+    assert len(pruned([TEXT], extra_args={"session_id": "a"})[0].tokens) == 16

@@ -19,9 +19,16 @@ from vispruner.selection import Budget
 from vispruner.vllm import architectures, compatibility
 from vispruner.vllm.config import KEY, Pruning, identity
 from vispruner.vllm.model import counts_of, encoder_batches
-from vispruner.vllm.positions import CHANNELS, Unpruned, with_places, without_places, write_places
+from vispruner.vllm.positions import (
+    CHANNELS,
+    LIMIT,
+    Unpruned,
+    with_places,
+    without_places,
+    write_places,
+)
 from vispruner.vllm.processing import RETAINED
-from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL
+from vispruner.vllm.qwen_vl import PrunedQwen3VL, PrunedQwen25VL, _Processor
 
 pytestmark = pytest.mark.engine
 
@@ -208,19 +215,30 @@ def test_positions_before_the_image_is_encoded(model: Any) -> None:
     assert unchanged[2] == ahead
 
 
+def test_positions_beyond_the_digits_are_refused() -> None:
+    text = SimpleNamespace(max_position_embeddings=LIMIT)  # the bound is four times this
+    hf_config = SimpleNamespace(get_text_config=lambda: text)
+    model_config = SimpleNamespace(hf_config=hf_config, max_model_len=512)
+    processor: Any = object.__new__(_Processor)
+    processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
+    processor.check_positions(LIMIT - 512)
+    with pytest.raises(ValueError, match=rf"leaves {LIMIT - 512} of {LIMIT}: send fewer"):
+        processor.check_positions(LIMIT - 511)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_positions_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
-    places = torch.tensor([[0, 0, 1], [2, 127, 255], [7, 128, 256], [0, 16383, 4097]])
+    places = torch.tensor([[0, 0, 1], [2, 127, 255], [7, 128, 256], [LIMIT - 9, LIMIT - 1, 4097]])
     embeddings = with_places(torch.zeros(4, 6, dtype=dtype), places)
     assert embeddings.dtype == dtype
     assert embeddings.shape == (4, 6 + CHANNELS)
     whole = without_places(torch.zeros(2, 6, dtype=dtype))
     ids = [5, 9, 9, 9, 9, 5, 8, 8]
     positions = torch.arange(8).repeat(3, 1)
-    positions[:, 1:5] = torch.tensor([7, 9, 14, 7])  # the picture begins at 7
+    positions[:, 1:5] = torch.tensor([7, 9, 14, LIMIT - 2])  # the picture begins at 7
     written = write_places(ids, [embeddings, whole], positions, 0, (9, 8))
     assert written[0].equal(positions[0])
-    assert written[1, 1:5].tolist() == [7, 134, 135, 16390]
+    assert written[1, 1:5].tolist() == [7, 134, 135, LIMIT + 6]
     assert written[2, 1:5].tolist() == [8, 262, 263, 4104]
     kept = [0, 5, 6, 7]
     assert written[:, kept].equal(positions[:, kept])

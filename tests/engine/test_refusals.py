@@ -224,7 +224,7 @@ def test_qwen_needs_full_attention_somewhere() -> None:
             "llava",
             {"k": 8},
             {"mm_processor_kwargs": {"vispruner": {"k": 4}}},
-            "into --hf-overrides",
+            "--mm-processor-kwargs has 'vispruner', which nothing reads",
         ),
         ("qwen25", {"k": 8}, {"video_pruning_rate": 0.5}, "vispruner: --video-pruning-rate"),
         ("qwen25", {"k": 8}, {"enable_prompt_embeds": True}, "vispruner: --enable-prompt-embeds"),

@@ -129,6 +129,7 @@ def test_k_in_vllm_xargs(server: Server) -> None:
         (None, {"vispruner_k": "8"}, "k must be an int"),
         (None, {"vispruner_ratio": 0.5}, "unknown option 'ratio'"),
         (None, {"vispruner_top": 8}, "'vispruner_top', which nothing reads"),
+        (None, {"visprunner_k": 8}, "'visprunner_k', which nothing reads"),
         (4, {"vispruner_k": 8}, "not in both"),
     ],
 )
@@ -137,6 +138,38 @@ def test_bad_fields_are_the_clients_fault(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=f"vispruner: .*{message}"):
         server.client().chat.completions.create(**with_fields(chat(1, k=k), **fields))
+
+
+@pytest.mark.parametrize("field", ["vispruner_k", "vispruner"])
+def test_fields_outside_of_xargs(server: Server, field: str) -> None:
+    call = chat(1)
+    call["extra_body"][field] = 4
+    with pytest.raises(openai.BadRequestError, match=f"has '{field}', which nothing reads"):
+        server.client().chat.completions.create(**call)
+
+
+@pytest.mark.parametrize("fields", [[1], "x", 7])
+def test_xargs_of_a_request_that_does_not_declare_them(server: Server, fields: Any) -> None:
+    call = {"messages": engine_traffic.chat(1)["messages"], "vllm_xargs": fields}
+    with pytest.raises(openai.BadRequestError, match="vllm_xargs must be an object"):
+        server.client().post(f"{server.url}/tokenize", body=call, cast_to=object)
+
+
+def test_k_of_a_pooling_request(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    log = tmp_path_factory.mktemp("pooling") / "log"
+    pooling = [*options(checkpoint), "--runner", "pooling"]
+    with running(pooling, log, environment(), START, ForkedServer) as pooled:
+
+        def tokens(**fields: Any) -> int:
+            call = {"messages": engine_traffic.chat(1)["messages"], "vllm_xargs": fields}
+            answer: Any = pooled.client().post("/embeddings", body=call, cast_to=object)
+            return int(answer["usage"]["prompt_tokens"])
+
+        assert tokens() - tokens(vispruner_k=3) == K - 3
+        with pytest.raises(openai.BadRequestError, match="k=999 is more than this engine's"):
+            tokens(vispruner_k=999)
 
 
 def test_many_users_at_once(server: Server) -> None:

@@ -51,7 +51,7 @@ class Answer:
 
     Attributes:
         prompt: token ids of the prompt, placeholders included; tokens: of the answer.
-        logprobs: of each token of the answer.
+        logprobs: of each token of the answer; the result of an engine with the pooling runner.
         cached: tokens of the prompt that came from the prefix cache.
     """
 
@@ -139,8 +139,18 @@ def _serve(
         raise
     connection.send(None)
     while (work := connection.recv()) is not None:
-        requests, length, adapter = work
-        sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=0)
+        requests, length, adapter, extra_args = work
+        sampling = SamplingParams(
+            temperature=0, max_tokens=length, ignore_eos=True, logprobs=0, extra_args=extra_args
+        )
+        if options.get("runner") == "pooling":
+            pooled = engine.encode(requests, pooling_task=options["convert"])
+            answers = [
+                Answer(list(output.prompt_token_ids), [], output.outputs.data.tolist(), 0)
+                for output in pooled
+            ]
+            connection.send((answers, {}))
+            continue
         lora = LoRARequest("adapter", 1, str(adapter)) if adapter is not None else None
         try:
             outputs = engine.generate(requests, sampling, use_tqdm=False, lora_request=lora)
@@ -272,6 +282,7 @@ class Engine:
         record: directory for the files of `_record`, numbered in order.
         version: reported as vLLM's.
         runner: "V1", or "V2": vLLM's default on GPUs, here with Triton's interpreter.
+        pooling: `runner` and `convert` of vLLM, for an engine whose answers are embeddings.
         options: further arguments of `vllm.LLM`.
 
     Raises:
@@ -288,6 +299,7 @@ class Engine:
         record: Path | None = None,
         version: str | None = None,
         runner: str = "V1",
+        pooling: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         settings = {
@@ -302,6 +314,7 @@ class Engine:
             "kv_cache_memory_bytes": 2**25,
             "enable_prefix_caching": False,
             **options,
+            **(pooling or {}),
         }
         if pruning is not None:
             settings["hf_overrides"] = {"vispruner": pruning}
@@ -327,14 +340,19 @@ class Engine:
             raise problem
 
     def __call__(
-        self, requests: Sequence[dict[str, Any]], length: int = 16, adapter: Path | None = None
+        self,
+        requests: Sequence[dict[str, Any]],
+        length: int = 16,
+        adapter: Path | None = None,
+        extra_args: dict[str, Any] | None = None,
     ) -> list[Answer]:
         """Answers of `length` tokens; ValueError if a request is refused.
 
         Args:
             adapter: directory of a LoRA adapter to use, None for none.
+            extra_args: of the sampling parameters.
         """
-        self._connection.send((list(requests), length, adapter))
+        self._connection.send((list(requests), length, adapter, extra_args))
         answers = self._connection.recv()
         if isinstance(answers, Exception):
             raise answers

@@ -18,6 +18,7 @@ import vispruner
 
 SIZES = ((112, 112), (168, 224), (112, 280), (140, 84))  # height, width
 LARGE = 101  # the picture of this number is larger than the tiles of LLaVA-OneVision here
+THIN, TALL = 102, 103  # pictures of one row and of one column of pixels
 WIDE = 100  # the picture of this number is a strip: 2 x 100 merged tokens of 28 pixels
 FRAMES = 4
 # 1.5 s per pair of frames, or 3 positions of Qwen2.5-VL. More than 3, and the text after a video
@@ -29,7 +30,7 @@ SIDE = 112  # of a frame: 16 merged tokens where patches have 14 pixels
 def picture(number: int) -> Image.Image:
     """Noise, of one of four sizes."""
     values = np.random.default_rng(number)
-    special = {WIDE: (56, 2800), LARGE: (448, 448)}
+    special = {WIDE: (56, 2800), LARGE: (448, 448), THIN: (1, 190), TALL: (190, 1)}
     height, width = special.get(number, SIZES[number % len(SIZES)])
     return Image.fromarray(values.integers(0, 255, (height, width, 3), dtype=np.uint8))
 

@@ -64,18 +64,24 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._maybe_apply_prompt_updates": ("mm_items", "mm_res"),
     "vllm.multimodal.processing.processor:ResolvedPromptUpdate": ("content",),
     "vllm.multimodal.processing.processor:MultiModalProcessingResult": ("prompt_updates",),
+    "vllm.multimodal.cache:BaseMultiModalProcessorCache.invalidate": ("mm_hash",),
     "vllm.multimodal.processing:PromptUpdateDetails": ("full", "is_embed"),
     "vllm.v1.engine.async_llm:AsyncLLM.add_request": ("request_id", "prompt"),
     f"{_INFO}.get_supported_mm_limits": (),
     f"{_INFO}.get_hf_processor": ("kwargs",),
+    f"{_MODELS}.adapters:as_embedding_model": ("cls",),
+    f"{_MODELS}.adapters:as_seq_cls_model": ("cls",),
     "vllm:ModelRegistry.inspect_model_cls": ("architectures", "model_config"),
+    "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._init_ctx": ("request",),
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("params",),
     "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat": ("request",),
     "vllm.renderers.online_renderer:OnlineRenderer.preprocess_cmpl": ("request",),
+    "vllm.renderers.base:BaseRenderer": ("config",),
     "vllm.renderers.base:BaseRenderer._process_tokens": ("prompt",),
     "vllm.renderers.base:BaseRenderer._process_tokens_async": ("prompt",),
     f"{_INFO}.get_mm_max_tokens_per_item": ("seq_len", "mm_counts"),
     "vllm.multimodal.inputs:MultiModalFieldConfig.batched": ("modality", "keep_on_cpu"),
-    "vllm.multimodal.processing:ProcessorInputs": ("hf_processor_mm_kwargs",),
+    "vllm.multimodal.processing:ProcessorInputs": ("hf_processor_mm_kwargs", "cache"),
     "vllm.multimodal.processing:PromptReplacement": ("modality", "target", "replacement"),
     "vllm.multimodal.processing:PromptUpdateDetails.select_token_id": ("seq", "embed_token_id"),
     "vllm.config:MultiModalConfig.is_multimodal_pruning_enabled": (),
@@ -198,11 +204,12 @@ def _stand_in(architecture: str) -> type[Any]:
     class StandIn(stock):
         """vLLM's own model; rejects an engine with the pruning option."""
 
-        def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             if Pruning.of(vllm_config.model_config.hf_config) is not None:
                 raise UnsupportedVersionError(version_problem())
-            return stock(vllm_config=vllm_config, prefix=prefix)
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
 
+    StandIn.__name__ = stock.__name__
     return StandIn
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,7 +31,8 @@ def _budget(options: Mapping[str, Any]) -> Budget:
     try:
         return Budget(**options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{KEY}: {error}") from None
+        message = str(error).replace(" or 'auto'", "")
+        raise ValueError(f"{KEY}: {message}") from None
 
 
 def _options(raw: object, allowed: tuple[str, ...]) -> dict[str, Any]:
@@ -107,6 +109,17 @@ class Pruning:
         if getattr(budget, unit) > most:
             raise ValueError(f"{KEY}: {unit}={options[unit]} is more than this engine's {most}")
         return budget
+
+
+def meant(names: Iterable[object]) -> list[str]:
+    """Names that mean an option of this package: they begin with its key, or misspell one."""
+    known = (KEY, *(f"{KEY}{option}" for option in ("k", "ratio")))
+
+    def ours(name: str) -> bool:
+        plain = name.lower().replace("_", "").replace("-", "")
+        return plain.startswith(KEY) or bool(difflib.get_close_matches(plain, known, cutoff=0.85))
+
+    return [name for name in map(str, names) if ours(name)]
 
 
 def without_key(mm_kwargs: Mapping[str, object]) -> dict[str, object]:

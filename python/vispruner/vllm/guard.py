@@ -7,20 +7,53 @@ accept engines and requests without pruning options.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
-from .config import KEY, Pruning
-from .requests import add_asked, reads_fields
+from .config import KEY, Pruning, meant
+from .requests import FIELDS, add_asked, reads_fields, reads_fields_of_pooling
 
 _INSTALLED = "_vispruner_guard"
 
 
 class UnsupportedEngineError(RuntimeError):
     """The pruning option of an engine would be ignored; the message is one line."""
+
+
+def _names(options: object, parent: str = "") -> Iterator[str]:
+    """Names in nested options, such as "text_config.dtype"; not those in this package's."""
+    for name, value in options.items() if isinstance(options, Mapping) else ():
+        yield f"{parent}{name}"
+        if f"{parent}{name}" != KEY:
+            yield from _names(value, f"{parent}{name}.")
+
+
+def _refuse_unread(option: str, given: object, read: str = KEY) -> None:
+    """Raises UnsupportedEngineError if an option has a name, other than `read`, that means
+    pruning."""
+    for name in _names(given):
+        if name != read and meant([name.rpartition(".")[2]]):
+            raise UnsupportedEngineError(
+                f"{KEY}: {option} has {name!r}, which nothing reads: give all options in "
+                f"--hf-overrides, under the key {KEY!r}"
+            )
+
+
+def check_other_options(vllm_config: Any) -> None:
+    """Checks that no other option of an engine asks for pruning.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+
+    Raises:
+        UnsupportedEngineError: one does.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    kwargs = getattr(multimodal, "mm_processor_kwargs", None)
+    _refuse_unread("--mm-processor-kwargs", kwargs, read="")
+    _refuse_unread("--additional-config", vllm_config.additional_config, read="")
 
 
 def check_engine(model_config: Any, architecture: str, supported: Mapping[str, Any]) -> None:
@@ -35,14 +68,7 @@ def check_engine(model_config: Any, architecture: str, supported: Mapping[str, A
         UnsupportedEngineError: the architecture or the implementation has no pruned class, or the
             option is misspelt.
     """
-    overrides = getattr(model_config, "hf_overrides", None)
-    for name in overrides if isinstance(overrides, Mapping) else ():
-        plain = str(name).lower().replace("_", "").replace("-", "")
-        if name != KEY and difflib.get_close_matches(plain, [KEY], cutoff=0.75):
-            raise UnsupportedEngineError(
-                f"{KEY}: --hf-overrides has {name!r}, which nothing reads: write it {KEY!r}, with "
-                "all options in it"
-            )
+    _refuse_unread("--hf-overrides", getattr(model_config, "hf_overrides", None))
     if getattr(model_config.hf_config, KEY, None) is None or architecture in supported:
         return
     if str(getattr(model_config, "model_impl", "auto")).endswith("transformers"):
@@ -66,6 +92,12 @@ def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
         ValueError: it does not, or the engine does not prune; the server answers with HTTP 400.
     """
     kwargs = prompt.get("mm_processor_kwargs") or {}
+    for name in meant(kwargs):
+        if name != KEY:
+            raise ValueError(
+                f"{KEY}: mm_processor_kwargs has {name!r}, which nothing reads: use "
+                f'{{"{KEY}": {{"k": 64}}}}'
+            )
     if KEY not in kwargs:
         return
     pruning = Pruning.of(hf_config)
@@ -75,6 +107,20 @@ def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
             f'--hf-overrides \'{{"{KEY}": {{"k": 64}}}}\''
         )
     pruning.for_request(kwargs)
+
+
+def check_parameters(parameters: Any) -> None:
+    """Checks that sampling parameters have no pruning option, which nothing would read.
+
+    Raises:
+        ValueError: they have one.
+    """
+    for name in meant(getattr(parameters, "extra_args", None) or ()):
+        raise ValueError(
+            f"{KEY}: extra_args of the sampling parameters has {name!r}, which nothing reads: "
+            f'offline, use mm_processor_kwargs={{"{KEY}": {{"k": 64}}}} of the prompt; in a '
+            f"request, {' or '.join(FIELDS)} in vllm_xargs"
+        )
 
 
 def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
@@ -122,8 +168,10 @@ def install_engine_check(supported: Mapping[str, Any]) -> None:
 
 def install_request_checks() -> None:
     """Checks every request of this process and reads its fields (`requests`)."""
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.v1.engine.input_processor import InputProcessor
 
     if hasattr(BaseRenderer, _INSTALLED):
         return
@@ -132,16 +180,29 @@ def install_request_checks() -> None:
         add_asked(prompt)
         check_request(renderer.model_config.hf_config, prompt)
 
+    def check_params(
+        processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
+    ) -> None:
+        check_parameters(params)
+
+    def check_options(renderer: Any, config: Any, *args: Any, **options: Any) -> None:
+        check_other_options(config)
+
+    _before(BaseRenderer, "__init__", check_options)
+    _before(InputProcessor, "process_inputs", check_params)
     _before(BaseRenderer, "_process_tokens", check)
     _before(BaseRenderer, "_process_tokens_async", check)
     for name in ("preprocess_chat", "preprocess_cmpl"):
         setattr(OnlineRenderer, name, reads_fields(getattr(OnlineRenderer, name)))
+    PoolingBaseServing._init_ctx = reads_fields_of_pooling(PoolingBaseServing._init_ctx)
     setattr(BaseRenderer, _INSTALLED, True)
 
 
 __all__ = [
     "UnsupportedEngineError",
     "check_engine",
+    "check_other_options",
+    "check_parameters",
     "check_request",
     "install_engine_check",
     "install_request_checks",

@@ -161,5 +161,7 @@ class PrunedLlavaOnevision(PrunedTowerModel, LlavaOnevisionForConditionalGenerat
         )
         overview = torch.arange(tiles.shape[1], device=whole.device)
         rest = torch.arange(len(overview), len(whole), device=whole.device)
-        where = torch.cat([overview, rest.view(ends, -1)[:, :-1].flatten()])
+        if ends:  # no row of a very thin image is left after its padding is cut off
+            rest = rest.view(ends, -1)[:, :-1].flatten()
+        where = torch.cat([overview, rest])
         return whole, where, marks[where, 0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
+from vllm.model_executor.models.adapters import as_embedding_model, as_seq_cls_model
 
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning
@@ -57,6 +58,12 @@ class AttentionTap:
         return seen
 
 
+def _adapted(stock: type[Any], vllm_config: VllmConfig) -> Any:
+    """vLLM's class with its adapter for pooling, which made a subclass of the pruned class."""
+    adapters = {"embed": as_embedding_model, "classify": as_seq_cls_model}
+    return adapters[vllm_config.model_config.convert_type](stock)
+
+
 def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
     """Splits images into runs of at most `limit` tokens, or of one image that has more.
 
@@ -93,7 +100,8 @@ class PrunedModel(Mixin):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         if Pruning.of(vllm_config.model_config.hf_config) is None:
-            return cls.stock(vllm_config=vllm_config, prefix=prefix)
+            stock = cls.stock if "stock" in vars(cls) else _adapted(cls.stock, vllm_config)
+            return stock(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -119,11 +127,6 @@ class PrunedModel(Mixin):
     @classmethod
     def check_engine(cls, vllm_config: VllmConfig) -> None:
         """Raises ValueError for options of the engine that pruning does not support."""
-        processor_kwargs = vllm_config.model_config.multimodal_config.mm_processor_kwargs
-        if KEY in (processor_kwargs or {}):
-            raise ValueError(
-                f"{KEY}: an engine's options go into --hf-overrides, not --mm-processor-kwargs"
-            )
         for option, (used, why) in cls.refused_options(vllm_config).items():
             if used:
                 raise ValueError(f"{KEY}: {option} cannot be used with {cls.stock.__name__}: {why}")
@@ -154,12 +157,14 @@ class PrunedModel(Mixin):
 
         Args:
             features: (T, C); scores: (T,) float32.
-            lengths: tokens of each picture; counts: tokens to keep of each.
+            lengths: tokens of each picture, which may be 0; counts: tokens to keep of each.
 
         Returns:
             (T', C) retained features and (T',) int64 ascending rows of features.
         """
         group = get_tp_group()
+        pictures = [(own, count) for own, count in zip(lengths, counts, strict=True) if own]
+        lengths, counts = [own for own, _ in pictures], [count for _, count in pictures]
         with self.timing("selection"):
             kept, rows = self.pruning.budget.select_packed(features, scores, lengths, counts)
             if group.world_size > 1:

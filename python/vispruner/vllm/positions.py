@@ -18,15 +18,21 @@ from torch import Tensor
 
 _BASE = 128  # digits below it are exact in bfloat16
 
-#: Extra channels of an embedding: two digits each of its picture's offset from the beginning of its
-#: video (0 in an image), of its row and of its column; -1 if no token was dropped.
-CHANNELS = 6
+_DIGITS = 3
+
+#: Positions that the digits can hold.
+LIMIT = _BASE**_DIGITS
+
+#: Extra channels of an embedding: the digits, most significant first, of its picture's offset from
+#: the beginning of its video (0 in an image), of its row and of its column; -1 if no token was
+#: dropped.
+CHANNELS = 3 * _DIGITS
 
 
 def with_places(embeddings: Tensor, places: Tensor) -> Tensor:
-    """Appends positions (k, 3) int64 below 16384 to embeddings (k, C): (k, C + CHANNELS)."""
-    digits = torch.stack([places // _BASE, places % _BASE], -1).flatten(1)
-    return torch.cat([embeddings, digits.to(embeddings)], 1)
+    """Appends positions (k, 3) int64 below LIMIT to embeddings (k, C): (k, C + CHANNELS)."""
+    digits = [places // _BASE**power % _BASE for power in reversed(range(_DIGITS))]
+    return torch.cat([embeddings, torch.stack(digits, -1).flatten(1).to(embeddings)], 1)
 
 
 def without_places(embeddings: Tensor) -> Tensor:
@@ -61,7 +67,9 @@ def write_places(
     where = computed + visual[computed:].nonzero()[: len(digits), 0]
     moved = digits[:, 0] >= 0
     where, digits = where[moved], digits[moved]
-    time, row, column = (digits[:, ::2] * _BASE + digits[:, 1::2]).to(positions).unbind(1)
+    powers = [_BASE**power for power in reversed(range(_DIGITS))]
+    places = sum(digits[:, n::_DIGITS] * power for n, power in enumerate(powers))
+    time, row, column = places.to(positions).unbind(1)
     positions = positions.clone()
     start = positions[0, where] - time
     positions[1:, where] = start + torch.stack([row, column])

@@ -7,6 +7,7 @@ use it. The number is passed to the workers in a separate field of each image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -83,6 +84,8 @@ class PrunedInfo(Mixin):
     ) -> Mapping[str, int]:
         """The largest image at the cap, which vLLM sizes its encoder cache and budget for."""
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        if self.ctx.get_mm_config().enable_mm_embeds:  # embeddings from clients are not pruned
+            return {**(most or {}), "image": max(self.most_retained(), self.get_max_image_tokens())}
         return {**(most or {}), "image": self.most_retained()}
 
     def most_retained(self) -> int:
@@ -121,6 +124,13 @@ class PrunedProcessor(Mixin):
         """Positions that an item takes beyond one per placeholder; arguments as for `shortened`."""
         return 0
 
+    def check_tokens(self, tokens: Sequence[int], places: Sequence[Any]) -> None:
+        """Raises ValueError for a prompt whose text has placeholders.
+
+        Args:
+            tokens: of the prompt; places: vLLM's `PlaceholderFeaturesInfo` of all its items.
+        """
+
     def check_positions(self, ahead: int) -> None:
         """Raises ValueError for a prompt whose positions the model has no rotary embedding for.
 
@@ -154,7 +164,14 @@ class PrunedProcessor(Mixin):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """vLLM's result, with the counts of its pruned items under this package's key."""
-        prompt = super().apply(inputs, timing_ctx)
+        try:
+            prompt = super().apply(inputs, timing_ctx)
+        except ValueError:
+            # vLLM has noted the images as sent to the engine, and would not send them again.
+            if inputs.cache is not None:
+                for item in itertools.chain(*self._get_mm_hashes(inputs).values()):
+                    inputs.cache.invalidate(item)
+            raise
         prompt[KEY] = _laid_out.get()
         return prompt
 
@@ -166,9 +183,12 @@ class PrunedProcessor(Mixin):
             if updates
         ]
         short = [own for own in contents if isinstance(own, _Shortened)]
-        self.check_positions(sum(max(0, own.ahead) for own in short))
         _laid_out.set([own.pruned for own in short if own.pruned])
-        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+        tokens, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)
+        self.check_positions(sum(max(0, own.ahead) for own in short))
+        if short:
+            self.check_tokens(tokens, [place for items in places.values() for place in items])
+        return tokens, places
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any

@@ -58,7 +58,7 @@ from .model import (
     encoder_batches,
     over_all_heads,
 )
-from .positions import CHANNELS, Unpruned, with_places, without_places, write_places
+from .positions import CHANNELS, LIMIT, Unpruned, with_places, without_places, write_places
 from .processing import RETAINED, PrunedInfo, PrunedProcessor, register_processor
 
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
@@ -132,9 +132,24 @@ class _Processor(PrunedProcessor):
         )
         return max(height, width, int(times[-1]) + 1)
 
+    def check_tokens(self, tokens: Sequence[int], places: Sequence[Any]) -> None:
+        # `write_places` finds the tokens of pictures by their ids.
+        config = self.info.get_hf_config()
+        end = max(place.start_idx + place.length for place in places)
+        text = list(tokens[:end])
+        for place in places:
+            text[place.start_idx : place.start_idx + place.length] = [None] * place.length
+        for token in (config.image_token_id, config.video_token_id):
+            if token in text:
+                name = self.info.get_tokenizer().decode([token])
+                raise ValueError(
+                    f"{KEY}: the text before a picture has the token {name!r}, which stands for a "
+                    "picture: write it in another way, or after the pictures"
+                )
+
     def check_positions(self, ahead: int) -> None:
         model_config = self.info.ctx.model_config
-        there = _rotary_positions(model_config.hf_config)
+        there = min(_rotary_positions(model_config.hf_config), LIMIT)
         if ahead + model_config.max_model_len > there:
             raise ValueError(
                 f"{KEY}: the pictures of this prompt take {ahead} positions more than tokens, and "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from .config import KEY
+from .config import KEY, meant
 
 #: field of `vllm_xargs` to the option of the request
 FIELDS = {f"{KEY}_k": "k", f"{KEY}_ratio": "ratio"}
@@ -24,10 +24,18 @@ def taken_from(request: Any) -> dict[str, Any]:
     """The options of a request in `vllm_xargs`, which are removed from it.
 
     Raises:
-        ValueError: a field is unknown, or the request sets the option in another place as well.
+        ValueError: a field is unknown, the request has one outside of `vllm_xargs`, or it sets the
+            option in another place as well.
     """
+    for name in meant(getattr(request, "model_extra", None) or ()):
+        raise ValueError(
+            f"{KEY}: the request has {name!r}, which nothing reads: put {' or '.join(FIELDS)} into "
+            "vllm_xargs"
+        )
     fields = getattr(request, "vllm_xargs", None) or {}
-    own = {name: value for name, value in fields.items() if str(name).lower().startswith(KEY)}
+    if not isinstance(fields, Mapping):  # some requests of vLLM do not declare the field
+        raise ValueError(f"{KEY}: vllm_xargs must be an object, got {fields!r}")
+    own = {name: fields[name] for name in meant(fields)}
     if not own:
         return {}
     for name in own:
@@ -64,4 +72,23 @@ def reads_fields(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-__all__ = ["FIELDS", "add_asked", "reads_fields", "taken_from"]
+def reads_fields_of_pooling(make_context: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a method (self, io_processor, request, ...) of the server that makes the context of a
+    pooling request, whose prompts other threads make."""
+
+    @functools.wraps(make_context)
+    async def wrapped(
+        serving: Any, io_processor: Any, request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        asked = taken_from(request)
+        context = await make_context(serving, io_processor, request, *args, **kwargs)
+        if asked:
+            context.prompt_extras = dict(context.prompt_extras or {})
+            given = context.prompt_extras.get("mm_processor_kwargs") or {}
+            context.prompt_extras["mm_processor_kwargs"] = {**given, KEY: asked}
+        return context
+
+    return wrapped
+
+
+__all__ = ["FIELDS", "add_asked", "reads_fields", "reads_fields_of_pooling", "taken_from"]
