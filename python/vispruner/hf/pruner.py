@@ -196,7 +196,7 @@ class Pruner:
                 running.read(call)
             return output
         # Not is_exporting(): in torch 2.10, it is true in every graph.
-        if getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing():
+        if getattr(torch.compiler, "_is_exporting_flag", False) or torch._C._get_tracing_state():
             raise UnsupportedModelError(
                 "a pruned model cannot be exported, because the shortened prompt depends on the "
                 "values of input_ids: export the language model, and call vispruner.prepare"

@@ -136,7 +136,7 @@ class _Processor(PrunedProcessor):
         # `write_places` finds the tokens of pictures by their ids.
         config = self.info.get_hf_config()
         end = max(place.start_idx + place.length for place in places)
-        text = list(tokens[:end])
+        text: list[int | None] = list(tokens[:end])
         for place in places:
             text[place.start_idx : place.start_idx + place.length] = [None] * place.length
         for token in (config.image_token_id, config.video_token_id):
