@@ -18,15 +18,44 @@
 # The script ends within TIME_LIMIT seconds (585 by default), which also limit each step. If it is
 # interrupted, the files have the results so far. DRY_RUN=1 runs the same steps on a CPU in less than 290
 # seconds and writes gpu_dry_run.json instead of gpu_verified.json.
+#
+# The directory and PYTHON are relative to the current directory. `--help` prints this text.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-dry=${DRY_RUN:-}
-python=${PYTHON:-python3}
+unset CDPATH  # `cd` would search in it, and print
+
+refuse() {
+  echo "gpu_check.sh: $1" >&2
+  exit 2
+}
+
+case ${1:-} in
+  -h | --help)
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+  -*) refuse "unknown option $1: the only argument is a directory (./$1 if it has this name), and --help explains it" ;;
+esac
+[ $# -le 1 ] || refuse "unexpected argument $2: name one output directory, in quotes if it has spaces"
+case ${DRY_RUN:-} in
+  '' | 0) dry= ;;
+  1) dry=1 ;;
+  *) refuse "DRY_RUN must be 1 (on a CPU) or 0 (on a GPU), got $DRY_RUN" ;;
+esac
 time_limit=${TIME_LIMIT:-$([ -n "$dry" ] && echo 285 || echo 585)}
-out=${1:-benchmarks/results}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-work=$(mktemp -d)
+# In less than 12 seconds no step would start.
+[[ $time_limit =~ ^[1-9][0-9]{0,5}$ ]] && [ "$time_limit" -ge 12 ] ||
+  refuse "TIME_LIMIT must be a whole number of seconds from 12 to 999999, got $time_limit"
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || refuse "PYTHON: there is no program $python: name a Python with torch"
+[[ $python != */* || $python == /* ]] || python=$PWD/$python
+root=$(cd "$(dirname "$0")/.." && pwd) || exit 2
+out=${1:-$root/benchmarks/results}
+# A file is created to find out: root may write to directories that take no files, such as /proc.
+mkdir -p "$out" 2>/dev/null && out=$(cd "$out" 2>/dev/null && pwd) &&
+  probe=$(mktemp "$out/.gpu_check.XXXXXX" 2>/dev/null) && rm "$probe" ||
+  refuse "cannot write to the output directory ${1:-$out}: name a directory that you can write to"
+work=$(mktemp -d) || refuse "cannot create a directory for the logs: set TMPDIR to one that you can write to"
+cd "$root" || exit 2
 logs=$work/gpu_check_logs
 mkdir "$logs"
 rm -f "$out/vispruner_verify.json"  # an earlier run's report must not be read as this one's

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def _trappable() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
+def begin(
+    tree: Path, *, arguments: Sequence[str] | None = None, **variables: object
+) -> subprocess.Popen[str]:
+    """Starts the script in `tree`; its argument is the absolute path of out/ by default."""
     own = {
         "PATH": f"{tree / 'bin'}:{os.environ['PATH']}",
         "PYTHON": str(tree / "bin" / "python"),
@@ -98,7 +102,12 @@ def begin(tree: Path, **variables: object) -> subprocess.Popen[str]:
         **{name: str(value) for name, value in variables.items()},
     }
     return subprocess.Popen(
-        ["bash", str(tree / "benchmarks" / "gpu_check.sh"), str(tree / "out")],
+        [
+            "bash",
+            str(tree / "benchmarks" / "gpu_check.sh"),
+            *([str(tree / "out")] if arguments is None else arguments),
+        ],
+        cwd=tree.parent,
         env={**{k: v for k, v in os.environ.items() if k != "DRY_RUN"}, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -278,6 +287,58 @@ def test_a_report_of_an_earlier_run_is_not_read(tree: Path) -> None:
     (tree / "out" / "vispruner_verify.json").write_text('{"complete": true, "results": []}')
     _, _, found = run(tree, STATUS_build=1)
     assert found["verify"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        (["--nosuch"], {}, "unknown option --nosuch: "),
+        (["-o"], {}, "unknown option -o: "),
+        (["out", "more"], {}, "unexpected argument more: "),
+        (["/dev/null/x"], {}, "cannot write to the output directory /dev/null/x: "),
+        (["/proc"], {}, "cannot write to the output directory /proc: "),
+        (["out"], {"TIME_LIMIT": "10min"}, "TIME_LIMIT must be a whole number of seconds "),
+        (["out"], {"TIME_LIMIT": "-5"}, "TIME_LIMIT must be a whole number of seconds "),
+        (["out"], {"TIME_LIMIT": "3"}, "TIME_LIMIT must be a whole number of seconds from 12 "),
+        (["out"], {"DRY_RUN": "yes"}, "DRY_RUN must be 1 (on a CPU) or 0 (on a GPU), got yes"),
+        (["out"], {"PYTHON": "nosuch"}, "PYTHON: there is no program nosuch: "),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(
+    tree: Path, arguments: list[str], variables: dict[str, str], said: str
+) -> None:
+    process = begin(tree, arguments=arguments, **variables)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert output.startswith(f"gpu_check.sh: {said}")
+    assert output.count("\n") == 1
+    assert not (tree / "calls").exists()
+    assert not list(tree.rglob("gpu_check_logs*"))
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_runs_nothing(tree: Path, option: str) -> None:
+    process = begin(tree, arguments=[option])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "bash benchmarks/gpu_check.sh [OUTPUT_DIRECTORY]" in output
+    assert "#" not in output
+    assert "pipefail" not in output
+    assert not (tree / "calls").exists()
+
+
+def test_paths_are_relative_to_the_current_directory(tree: Path) -> None:
+    python = f"{tree.name}/bin/python"
+    process = begin(tree, arguments=[f"{tree.name}/out"], PYTHON=python)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert report(tree)["clean"]
+
+
+def test_a_dry_run_of_0_is_none(tree: Path) -> None:
+    status, output, found = run(tree, DRY_RUN=0)
+    assert status == 0, output
+    assert found["clean"]
 
 
 @pytest.mark.parametrize(
