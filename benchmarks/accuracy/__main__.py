@@ -9,10 +9,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numeric
 import torch
 
 from . import recipe as recipes
+from .training import CheckpointError
 
+PACKAGED = "cpu"  # recipe of the model in the package
 COMMANDS = {
     "train": "train a model, or resume an interrupted run",
     "evaluate": "answer the test questions with every rule",
@@ -36,13 +39,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--recipe", default="cpu", help="name in recipes/, or path to a file")
         if name == "report":
             continue
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=numeric.seed, default=0)
         command.add_argument(
-            "--runs", type=Path, default=Path("runs"), help="directory for all checkpoints"
+            "--runs", type=Path, help="directory for all checkpoints (default: runs)"
         )
-        command.add_argument("--threads", type=int, help="CPU threads")
+        command.add_argument("--threads", type=numeric.threads, help="CPU threads")
         if name in ("evaluate", "methods", "analyze", "all"):
-            command.add_argument("--scenes", type=int, default=130, help="per background")
+            command.add_argument(
+                "--scenes", type=numeric.positive, default=130, help="per background"
+            )
         if name == "export":
             command.add_argument(
                 "-o", "--output", type=Path, help="directory to use instead of the package"
@@ -51,9 +56,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    recipe = recipes.load(options.recipe)
-    name = Path(options.recipe).stem
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        recipe = recipes.load(options.recipe)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --recipe: {error}: name a file in recipes/, or a .yaml file")
+    try:
+        return _run(options, recipe, Path(options.recipe).stem)
+    except CheckpointError as error:
+        parser.error(str(error))
+
+
+def _run(options: argparse.Namespace, recipe: recipes.Recipe, name: str) -> int:
     if options.command == "report":
         from .report import report
 
@@ -62,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    directory = options.runs / f"{name}-{options.seed}"
+    directory = (options.runs or Path("runs")) / f"{name}-{options.seed}"
     everything = options.command == "all"
     if everything or options.command == "train":
         from .train import train
@@ -75,7 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if everything or options.command == "methods":
         from .evaluation import evaluate_methods
 
-        print(evaluate_methods(recipe, name, options.seed, directory, options.scenes))
+        # Whoever names a directory or another recipe wants no other model instead.
+        packaged = options.runs is None and options.recipe == PACKAGED
+        print(
+            evaluate_methods(
+                recipe, name, options.seed, directory, options.scenes, packaged=packaged
+            )
+        )
     if everything or options.command == "analyze":
         from .analyses import analyze
 

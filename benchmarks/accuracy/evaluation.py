@@ -260,7 +260,10 @@ def from_lines(lines: Sequence[str]) -> list[Asked]:
 
 def _log(directory: Path) -> list[dict[str, Any]]:
     """The training log. For a step logged twice after an interruption, only the later line."""
-    lines = (json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines())
+    lines = (
+        json.loads(line)
+        for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return list({(line["stage"], line["step"]): line for line in lines}.values())
 
 
@@ -294,9 +297,12 @@ def evaluate(recipe: Recipe, name: str, seed: int, directory: Path, count: int) 
     )
 
 
-def trained(recipe: Recipe, seed: int, directory: Path) -> Any:
-    """The model after the subset stage: from a training run, or seed 0 from the package."""
-    if seed == EMBEDDED and not (directory / "subset.pt").exists():
+def trained(recipe: Recipe, seed: int, directory: Path, *, packaged: bool = False) -> Any:
+    """The model after the subset stage, from a training run.
+
+    With `packaged`, seed 0 may instead come from the package, whose model is of the recipe `cpu`.
+    """
+    if packaged and seed == EMBEDDED and not training.checkpoint(directory, "subset").exists():
         from transformers import AutoModelForImageTextToText
 
         model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -306,10 +312,13 @@ def trained(recipe: Recipe, seed: int, directory: Path) -> Any:
     return shipped(load_model(recipe, directory, "subset"))
 
 
-def evaluate_methods(recipe: Recipe, name: str, seed: int, directory: Path, count: int) -> Path:
-    """Writes results/accuracy_methods_NAME_seedS.json: arguments as of `evaluate`."""
+def evaluate_methods(
+    recipe: Recipe, name: str, seed: int, directory: Path, count: int, *, packaged: bool = False
+) -> Path:
+    """Writes results/accuracy_methods_NAME_seedS.json: arguments as of `evaluate` and `trained`."""
     drawn = test_scenes(recipe, count)
-    answers = ask_methods(Subject(trained(recipe, seed, directory), recipe), drawn)
+    model = trained(recipe, seed, directory, packaged=packaged)
+    answers = ask_methods(Subject(model, recipe), drawn)
     asked = describe(drawn)
     return provenance.write(
         f"accuracy_methods_{name}_seed{seed}",

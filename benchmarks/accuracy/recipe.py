@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import yaml
 from vispruner.embedded.scenes import Style
 
 DIRECTORY = Path(__file__).with_name("recipes")
+#: Settings that do not change which model is trained.
+_NOT_TRAINED = ("workers", "compile", "budgets")
 STAGES = ("tower", "language", "subset")
 
 
@@ -81,10 +85,24 @@ class Recipe:
         return retained if retained > 0 else None
 
 
+def settings(recipe: Recipe) -> dict[str, str]:
+    """The settings that a trained model depends on, such as {"stages.tower.steps": "3000"}."""
+
+    def flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from flat(f"{name}.{key}" if name else key, inner)
+        else:
+            yield name, json.dumps(value)
+
+    trained = {key: value for key, value in asdict(recipe).items() if key not in _NOT_TRAINED}
+    return dict(flat("", trained))
+
+
 def load(name: str) -> Recipe:
     """The recipe of a file: a name in recipes/, or a path."""
     path = Path(name) if name.endswith(".yaml") else DIRECTORY / f"{name}.yaml"
-    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     style: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in data.pop("style").items()

@@ -26,11 +26,16 @@ def load_model(recipe: Recipe, directory: Path, stage: str) -> Any:
     """The model after the stage "language" or "subset".
 
     Raises:
-        FileNotFoundError, ValueError: the stage has not started, or is not finished.
+        training.CheckpointError: the stage has not started, is not finished, or is of another
+            recipe.
     """
     found = training.load(directory, stage)
     if not found["finished"]:
-        raise ValueError(f"{directory}: stage {stage!r} stopped at step {found['step']}")
+        raise training.CheckpointError(
+            f"{training.checkpoint(directory, stage)} stopped at step {found['step']}: train on "
+            "(python -m accuracy train)"
+        )
+    training.check_recipe(found, recipe, training.checkpoint(directory, stage))
     model = build(recipe, seed=0)
     model.load_state_dict(found["module"])
     return model.to(training.device()).eval()

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .data import Batch, batches
-from .recipe import Recipe
+from .recipe import Recipe, settings
 
 SAVE_SECONDS = 60
 EVALUATIONS = 16  # per stage, if it is long enough
@@ -71,13 +71,60 @@ def checkpoint(directory: Path, stage: str) -> Path:
     return directory / f"{stage}.pt"
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, unfinished, or of a different run."""
+
+
 def load(directory: Path, stage: str) -> dict[str, Any]:
-    """The checkpoint of a stage; its entry `finished` is True at the end of the stage."""
+    """The checkpoint of a stage; its entry `finished` is True at the end of the stage.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = checkpoint(directory, stage)
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no {path}: train first (python -m accuracy train), or name the directory "
+            "of the training runs with --runs"
+        )
     # To the CPU: an optimizer's step counts stay where they are, and on a GPU each would be a wait.
-    found: dict[str, Any] = torch.load(
-        checkpoint(directory, stage), map_location="cpu", weights_only=True
-    )
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return found
+
+
+def check_recipe(found: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    """Refuses a checkpoint of a different recipe, even if its file has the same name.
+
+    A checkpoint of an earlier version does not name its recipe, and passes.
+    """
+    own, other = settings(recipe), found.get("recipe", settings(recipe))
+    for name in sorted(own.keys() | other.keys()):
+        here, there = own.get(name, "missing"), other.get(name, "missing")
+        if here != there:
+            raise CheckpointError(
+                f"{path} is of a different recipe: {name} is {there} there and {here} in "
+                "--recipe: name another directory with --runs"
+            )
+
+
+def _check_run(found: dict[str, Any], recipe: Recipe, seed: int, steps: int, path: Path) -> None:
+    """Refuses to continue a different run, whose weights would get this one's name."""
+    if "recipe" not in found or "seed" not in found:
+        raise CheckpointError(
+            f"{path} does not name its recipe and seed, because an earlier version wrote it: "
+            "train in another directory with --runs"
+        )
+    check_recipe(found, recipe, path)
+    if found["seed"] != seed:
+        raise CheckpointError(
+            f"{path} is of seed {found['seed']}, not of --seed {seed}: name another directory "
+            "with --runs"
+        )
+    if found["step"] > steps:
+        raise CheckpointError(
+            f"{path} is at step {found['step']}, and --recipe has only {steps}: name another "
+            "directory with --runs"
+        )
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
@@ -104,7 +151,7 @@ class _Log:
     def write(self, **facts: Any) -> dict[str, Any]:
         means = {name: round(total.item() / self._count, 4) for name, total in self._sums.items()}
         line = {**facts, "loss": means}
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._sums.clear()
         self._count = 0
@@ -112,7 +159,11 @@ class _Log:
 
 
 def run(task: Task, recipe: Recipe, seed: int, directory: Path) -> None:
-    """Trains a stage, resuming from its checkpoint in `directory` if there is one."""
+    """Trains a stage, resuming from its checkpoint in `directory` if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is of a different recipe or seed.
+    """
     stage = recipe.stages[task.name]
     path = checkpoint(directory, task.name)
     task.module.to(device())
@@ -120,6 +171,7 @@ def run(task: Task, recipe: Recipe, seed: int, directory: Path) -> None:
     start, seconds = 0, 0.0
     if path.exists():
         found = load(directory, task.name)
+        _check_run(found, recipe, seed, stage.steps, path)
         task.module.load_state_dict(found["module"])
         optimizer.load_state_dict(found["optimizer"])
         start, seconds = found["step"], found["seconds"]
@@ -162,6 +214,8 @@ def run(task: Task, recipe: Recipe, seed: int, directory: Path) -> None:
                 _save(
                     path,
                     {
+                        "recipe": settings(recipe),
+                        "seed": seed,
                         "module": task.module.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "step": done,

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("yaml")
 
-from accuracy import evaluation, fastv, language, recipe, rules
+from accuracy import __main__ as accuracy_command
+from accuracy import evaluation, fastv, language, recipe, rules, training
 from accuracy.data import owners, pack
 from accuracy.evaluation import Subject
 from accuracy.results import Results
@@ -90,11 +91,48 @@ def test_methods_are_those_of_the_operator(subject: Subject, drawn: list[Scene])
 def test_without_a_training_run_seed_0_is_the_model_of_the_package(
     model: Any, tmp_path: Path
 ) -> None:
-    found = evaluation.trained(RECIPE, 0, tmp_path)
+    found = evaluation.trained(RECIPE, 0, tmp_path, packaged=True)
     weights = dict(model.named_parameters())
     assert all(torch.equal(w, weights[name]) for name, w in found.named_parameters())
-    with pytest.raises(FileNotFoundError):
-        evaluation.trained(RECIPE, 1, tmp_path)
+    with pytest.raises(training.CheckpointError, match=r"subset\.pt"):
+        evaluation.trained(RECIPE, 1, tmp_path, packaged=True)
+    with pytest.raises(training.CheckpointError, match=r"subset\.pt"):
+        evaluation.trained(RECIPE, 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("methods --recipe smoke", "smoke-0/subset.pt: train first"),
+        ("methods --runs nowhere", "nowhere/cpu-0/subset.pt: train first"),
+        ("evaluate --runs nowhere", "nowhere/cpu-0/language.pt: train first"),
+        ("analyze --runs nowhere", "nowhere/cpu-0/subset.pt: train first"),
+        ("export --runs nowhere", "nowhere/cpu-0/subset.pt: train first"),
+        ("methods --recipe nosuch", "argument --recipe: "),
+        ("report --recipe nosuch", "argument --recipe: "),
+        ("methods --scenes 0", "argument --scenes: must be from 1 to"),
+        ("methods --threads -1", "argument --threads: must be from 1 to"),
+        ("train --seed -1", "argument --seed: must be from 0 to"),
+    ],
+)
+def test_a_command_without_its_model_is_refused(
+    arguments: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It neither takes another model nor writes a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation.provenance, "RESULTS", tmp_path)
+    for asking in ("ask_all", "ask_methods"):
+        monkeypatch.setattr(evaluation, asking, lambda *_: pytest.fail("a model was asked"))
+    with pytest.raises(SystemExit) as ended:
+        accuracy_command.main(arguments.split())
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_oracle_takes_a_patch_of_every_object_first(

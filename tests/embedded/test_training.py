@@ -93,6 +93,45 @@ def test_an_unfinished_stage_is_not_a_model(small: recipe.Recipe, tmp_path: Path
         load_model(small, tmp_path, "subset")
 
 
+def test_a_run_of_another_recipe_or_seed_is_not_continued(
+    small: recipe.Recipe, tmp_path: Path
+) -> None:
+    train(small, 0, tmp_path)
+    path = training.checkpoint(tmp_path, "tower")
+    before = path.read_bytes()
+
+    tower = replace(small.stages["tower"], learning_rate=0.5)
+    other = replace(small, stages={**small.stages, "tower": tower})
+    with pytest.raises(training.CheckpointError, match=r"tower\.learning_rate is 0.0015 there"):
+        train(other, 0, tmp_path)
+    with pytest.raises(training.CheckpointError, match=r"learning_rate"):
+        load_model(other, tmp_path, "subset")
+    with pytest.raises(training.CheckpointError, match="is of seed 0, not of --seed 1"):
+        train(small, 1, tmp_path)
+    assert path.read_bytes() == before
+
+    train(replace(small, workers=0, budgets=(8,)), 0, tmp_path)  # the same model
+
+    found = training.load(tmp_path, "tower")
+    torch.save({**found, "step": 5}, path)
+    with pytest.raises(training.CheckpointError, match="at step 5, and --recipe has only 4"):
+        train(small, 0, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_but_not_continued(
+    small: recipe.Recipe, tmp_path: Path
+) -> None:
+    """Its checkpoints do not name a recipe."""
+    train(small, 0, tmp_path)
+    for stage in recipe.STAGES:
+        found = training.load(tmp_path, stage)
+        old = {key: value for key, value in found.items() if key not in ("recipe", "seed")}
+        torch.save(old, training.checkpoint(tmp_path, stage))
+    load_model(small, tmp_path, "subset")
+    with pytest.raises(training.CheckpointError, match="does not name its recipe and seed"):
+        train(small, 0, tmp_path)
+
+
 def test_seeds_and_stages_see_different_scenes(small: recipe.Recipe) -> None:
     first = Training(small, "tower", 0)
     assert torch.equal(first[3].pixels, first[3].pixels)
