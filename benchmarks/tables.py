@@ -1,31 +1,83 @@
 """Generates the tables of README.md, docs/ and the model card from the files in results/.
 
 Without options the documents are rewritten (documents.py has their format); `--check` changes
-nothing, lists those that are out of date, and exits with 1 if there are any. The tables named
-accuracy-* come from accuracy/tables.py.
+nothing, lists those that are out of date, and exits with 1 if there are any. It also lists results
+that stand for the current kernels, but are of another csrc/. The tables named accuracy-* come from
+accuracy/tables.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
+import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import documents
-from documents import table
+from documents import ResultsError, read_json, table
 
 RESULTS = Path(__file__).with_name("results")
 ACCURACY = "accuracy-"
 RECIPE = "cpu"  # of the accuracy experiment in the documentation
 
 
+#: Results that their tables can do without.
+OPTIONAL = (
+    "gpu_verified",
+    "compiled_kernels",
+    "kernels",
+    "end_to_end_cpu",
+    "end_to_end_gpu",
+    "load",
+)
+#: Results that stand for the current kernels. (Times may be of an earlier csrc/, which they name.)
+CURRENT = ("kernel_counts", "occupancy", "compiled_kernels", "gpu_verified")
+
+
+def _path(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
 def _load(name: str) -> Any:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    path = _path(name)
+    return None if name in OPTIONAL and not path.exists() else read_json(path)
+
+
+def sources_hash(csrc: Path) -> str:
+    """The hash of the sources in a library, as CMakeLists.txt computes it."""
+    files = sorted(path.relative_to(csrc.parent).as_posix() for path in csrc.rglob("*"))
+    lines = [
+        f"{name} {hashlib.sha256((csrc.parent / name).read_bytes()).hexdigest()}\n"
+        for name in files
+        if (csrc.parent / name).is_file()
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+def of_other_kernels() -> list[str]:
+    """A line per file in CURRENT that is of another csrc/."""
+    import provenance  # needs torch
+
+    csrc = documents.ROOT / "csrc"
+    current = {"csrc_tree": provenance.tree_hash(csrc), "sources": sources_hash(csrc)}
+    lines = []
+    for name in CURRENT:
+        data = _load(name)
+        if data is None:
+            continue
+        # compiled_kernels.json has the hash of the library. Earlier runs on GPUs may stay listed.
+        key = "sources" if name == "compiled_kernels" else "csrc_tree"
+        found = [run.get(key) for run in (data if isinstance(data, list) else [data])]
+        if current[key] not in found:
+            lines.append(
+                f"{_path(name)}: of csrc {', '.join(str(value)[:12] for value in found)}, not of "
+                f"the current {str(current[key])[:12]}: measure again"
+            )
+    return lines
 
 
 def _where(data: Any) -> str:
@@ -243,12 +295,23 @@ def gpu_status(results: Callable[[str], Any]) -> str:
     if data is None:
         return "GPU-tested: not yet. No kernel of this project has run on a GPU.\n"
     runs = data if isinstance(data, list) else [data]
+
+    def verdict(run: Any) -> str:
+        if not run["clean"]:
+            return "**NOT CLEAN**"
+        tools = run["sanitizers"]
+        without = [name for name, tool in tools.items() if tool["status"] == "unavailable"]
+        if not without:
+            return "clean"
+        missing = "compute-sanitizer" if len(without) == len(tools) else ", ".join(without)
+        return f"clean, but without {missing}"
+
     rows = [
         [
             str(run["device"]),
             str(run["date"]),
             f"{run['torch']}, {run['driver']}",
-            "clean" if run["clean"] else "**NOT CLEAN**",
+            verdict(run),
             str(run["tests"]["passed"]),
             str(run["tests"]["failed"]),
             f"`{(run['csrc_tree'] or 'unknown')[:12]}`",
@@ -277,6 +340,14 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
     data = results("kernels")
     if data is None:
         return "Not measured yet: no GPU has run these kernels.\n"
+    from operators.workloads import GOALS  # needs torch
+
+    notes = ""
+    measured = len({row["name"] for row in data["rows"]} & {goal.name for goal in GOALS})
+    if measured < len(GOALS) or not data["complete"]:
+        notes += f"**incomplete: {measured} of {len(GOALS)} goals**\n\n"
+    for name, reason in data["no_baseline"].items():
+        notes += f"No result of the baseline {name}: {reason}.\n\n"
     rows = []
     for row in data["rows"]:
         ours = row["us_per_image"] if row["per"] == "image" else row["us"]
@@ -284,8 +355,10 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
         baselines = {name: time for name, time in row.get("baselines_us", {}).items() if time}
         if row["relative_to"] == "floor":
             ours, unit = ours / floor, "x floor"
-        elif row["relative_to"]:
+        elif row["relative_to"] in baselines:
             ours, unit = ours / baselines[row["relative_to"]], f"x {row['relative_to']}"
+        elif row["relative_to"]:
+            ours, unit = math.nan, f"x {row['relative_to']}"  # that baseline has no result
         else:
             unit = "us per image" if row["per"] == "image" else "us"
         best = min(
@@ -297,7 +370,7 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
             [
                 row["name"],
                 f"{row['goal']:g} ({row['aim']:g}) {unit}" if row["goal"] else "",
-                f"{ours:.3g} {unit}",
+                "not measured" if math.isnan(ours) else f"{ours:.3g} {unit}",
                 f"{row['us']:.3g} us",
                 f"{baselines[best]:.3g} us ({best})" if best else "",
                 f"{max(row['floor_us'].values()):.3g} us "
@@ -306,7 +379,7 @@ def gpu_goals(results: Callable[[str], Any]) -> str:
         )
     head = ["work", "goal (aim)", "measured", "whole call", "best baseline", "floor"]
     return (
-        f"{table(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
+        f"{notes}{table(head, rows)}\nHost time of one `prune` call: {data['host_us']:.1f} us. "
         f"csrc tree `{data['csrc_tree'][:12]}`. {_where(data)}\n"
     )
 
@@ -514,22 +587,40 @@ def _accuracy(recipe: str) -> dict[str, Callable[[], str]]:
 
 
 def part(name: str, recipe: str = RECIPE) -> str:
-    """The table of this name; KeyError if there is none."""
+    """The table of this name; KeyError if there is none.
+
+    Raises:
+        ResultsError: a results file is missing or broken.
+    """
     if name.startswith(ACCURACY):
         return _accuracy(recipe)[name.removeprefix(ACCURACY)]()
-    return TABLES[name](_load)
+    maker = TABLES[name]
+    last = ""
+
+    def results(file: str) -> Any:
+        nonlocal last
+        last = file
+        return _load(file)
+
+    try:
+        return maker(results)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ResultsError(
+            f"{_path(last)}: lacks what table {name} shows ({type(error).__name__}: {error}): "
+            "restore it, or run its benchmark again"
+        ) from error
 
 
 def update(root: Path = documents.ROOT, *, check: bool = False, recipe: str = RECIPE) -> list[Path]:
     """Writes every document that is out of date, or with `check` only returns their paths."""
     stale = []
     for path in documents.paths(root):
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         new = documents.render(old, lambda name: part(name, recipe))
         if new != old:
             stale.append(path)
             if not check:
-                path.write_text(new)
+                path.write_text(new, encoding="utf-8")
     return stale
 
 
@@ -538,11 +629,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
     parser.add_argument("--root", type=Path, default=documents.ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    stale = update(options.root, check=options.check)
+    try:
+        stale = update(options.root, check=options.check)
+        others = of_other_kernels() if options.check else []
+    except ResultsError as error:
+        print(error, file=sys.stderr)
+        return 1
     for path in stale:
         wrong = "tables are out of date: run python benchmarks/tables.py"
         print(f"{path}: {wrong if options.check else 'updated'}")
-    return 1 if options.check and stale else 0
+    for line in others:
+        print(line)
+    return 1 if others or (options.check and stale) else 0
 
 
 if __name__ == "__main__":

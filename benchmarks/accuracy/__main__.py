@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numeric
 import torch
+from documents import ResultsError
 
 from . import recipe as recipes
 from .training import CheckpointError
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --recipe: {error}: name a file in recipes/, or a .yaml file")
     try:
         return _run(options, recipe, Path(options.recipe).stem)
-    except CheckpointError as error:
+    except (CheckpointError, ResultsError) as error:
         parser.error(str(error))
 
 

@@ -35,8 +35,8 @@ def export(recipe: Recipe, seed: int, directory: Path, target: Path | None = Non
     load_model(recipe, directory, "subset").half().save_pretrained(target)
     with_published_names(target / "model.safetensors")
     processor(recipe).save_pretrained(target)
-    card = CARD.read_text()
-    (target / "README.md").write_text(card.replace("{seed}", str(seed)))
+    card = CARD.read_text(encoding="utf-8")
+    (target / "README.md").write_text(card.replace("{seed}", str(seed)), encoding="utf-8")
     size = sum(file.stat().st_size for file in target.iterdir())
     if size > LIMIT:
         raise ValueError(f"{target} has {size} bytes, more than {LIMIT}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import provenance
+from documents import ResultsError, read_json
 from numpy.typing import NDArray
 
 from .evaluation import Asked, from_bits, from_lines
@@ -19,7 +19,7 @@ Filter = Callable[[Asked], bool]
 
 def _load(pattern: str) -> list[dict[str, Any]]:
     paths = provenance.RESULTS.glob(f"{pattern}_seed*.json")
-    return sorted((json.loads(path.read_text()) for path in paths), key=lambda data: data["seed"])
+    return sorted((read_json(path) for path in paths), key=lambda data: data["seed"])
 
 
 def load_analyses(recipe: str) -> list[dict[str, Any]]:
@@ -44,15 +44,20 @@ class Results:
         """results/accuracy_RECIPE_seed*.json, or accuracy_PART_RECIPE_seed*.json.
 
         Raises:
-            FileNotFoundError: there are none.
-            ValueError: they contain answers to different questions.
+            ResultsError: there are none, or they contain answers to different questions.
         """
         name = f"accuracy_{part}_{recipe}" if part else f"accuracy_{recipe}"
         runs = _load(name)
         if not runs:
-            raise FileNotFoundError(f"no {name}_seed*.json in {provenance.RESULTS}")
+            raise ResultsError(
+                f"there is no {name}_seed*.json in {provenance.RESULTS}: restore them, or run "
+                "python -m accuracy"
+            )
         if any(run["asked"] != runs[0]["asked"] for run in runs):
-            raise ValueError("the results files contain answers to different questions")
+            raise ResultsError(
+                f"{provenance.RESULTS}/{name}_seed*.json contain answers to different questions: "
+                "run all seeds with the same --scenes"
+            )
         return Results(tuple(runs), tuple(from_lines(runs[0]["asked"])))
 
     @property

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.results.exists():
         parser.error(f"{arguments.results} does not exist: run operators.gpu on a GPU")
-    data = json.loads(arguments.results.read_text())
+    data = json.loads(arguments.results.read_text(encoding="utf-8"))
     gpu = data["device"]["gpu"] or {"name": "CPU, dry run"}
     for name, rows in data["curves"].items():
         if name in NUMERIC:

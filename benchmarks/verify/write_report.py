@@ -42,7 +42,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> Any:
     """The content of a file, None if it is missing or incomplete."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

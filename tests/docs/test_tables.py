@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,11 +54,106 @@ def test_gpu_status_without_a_tested_gpu(tables: ModuleType) -> None:
         "tests": {"passed": 7, "failed": 0},
         "csrc_tree": "0123456789abcdef",
         "clean": True,
+        "sanitizers": {"memcheck": {"status": 0}, "racecheck": {"status": 0}},
     }
     assert "| GPU | 2000-01-01 | 2.10, 1 | clean | 7 | 0 |" in tables.gpu_status(lambda name: run)
+    run["sanitizers"]["racecheck"]["status"] = "unavailable"
+    assert "| clean, but without racecheck |" in tables.gpu_status(lambda name: run)
+    run["sanitizers"]["memcheck"]["status"] = "unavailable"
+    assert "| clean, but without compute-sanitizer |" in tables.gpu_status(lambda name: run)
     run.update(clean=False, csrc_tree=None)
     shown = tables.gpu_status(lambda name: run)
     assert "| GPU | 2000-01-01 | 2.10, 1 | **NOT CLEAN** | 7 | 0 | `unknown` |" in shown
+
+
+def test_an_unfinished_gpu_benchmark_says_so(tables: ModuleType) -> None:
+    goals = importlib.import_module("operators.workloads").GOALS
+    rows = [
+        {
+            **asdict(goal),
+            **asdict(goal.case),
+            "us": 8.0,
+            "us_per_image": 8.0,
+            "floor_us": {"memory": 1.0},
+            "baselines_us": {goal.relative_to or "eager loop": 2.0, "torch.compile": None},
+        }
+        for goal in goals
+    ]
+    data: dict[str, Any] = {
+        "complete": True,
+        "rows": rows,
+        "no_baseline": {},
+        "host_us": 1.0,
+        "csrc_tree": "0123456789abcdef",
+        "device": {"gpu": {"name": "GPU", "driver": "1"}},
+        "versions": {"torch": "2.10"},
+        "date": "2000-01-01",
+    }
+    whole = tables.gpu_goals(lambda name: data)
+    assert whole.startswith("| work |")
+    assert "not measured" not in whole
+
+    data.update(complete=False, rows=rows[:3], no_baseline={"torch.compile": "no result in 60 s"})
+    shown = tables.gpu_goals(lambda name: data)
+    assert shown.startswith(f"**incomplete: 3 of {len(goals)} goals**\n")
+    assert "No result of the baseline torch.compile: no result in 60 s.\n" in shown
+
+    [relative] = [row for row in rows if row["relative_to"] not in (None, "", "floor")][:1]
+    relative["baselines_us"] = {}
+    data.update(rows=[relative])
+    assert "| not measured |" in tables.gpu_goals(lambda name: data)
+
+
+@pytest.fixture
+def results(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the results, which the tables read; the documents are an empty directory."""
+    copy = tmp_path / "results"
+    shutil.copytree(ROOT / "benchmarks" / "results", copy)
+    monkeypatch.setattr(tables, "RESULTS", copy)
+    return copy
+
+
+def check(tables: ModuleType, root: Path) -> int:
+    return int(tables.main(["--check", "--root", str(root)]))
+
+
+@pytest.mark.parametrize("name", ["kernel_counts", "occupancy", "compiled_kernels", "gpu_verified"])
+def test_check_notices_results_of_other_kernels(
+    name: str, tables: ModuleType, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(tables, results) == 0, capsys.readouterr().out
+    path = results / f"{name}.json"
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**data, "csrc_tree": "5eed" * 10, "sources": "5eed" * 3}))
+    assert check(tables, results) == 1
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{path}: of csrc 5eed5eed5eed, not of the current ")
+
+
+def test_an_earlier_run_on_a_gpu_may_stay_listed(tables: ModuleType, results: Path) -> None:
+    tree = json.loads((results / "occupancy.json").read_text())["csrc_tree"]
+    runs = [{"csrc_tree": "5eed" * 10}, {"csrc_tree": tree}]
+    (results / "gpu_verified.json").write_text(json.dumps(runs))
+    assert check(tables, results) == 0
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", b"\xff"])
+def test_a_broken_results_file_is_named(
+    content: str | bytes | None,
+    tables: ModuleType,
+    results: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (results / "page").mkdir()
+    (results / "page" / "README.md").write_text("<!-- table:host -->\n<!-- /table -->\n")
+    path = results / "host.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert check(tables, results / "page") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: ")
 
 
 def test_numbers_in_the_readme_are_those_of_the_table_they_link_to() -> None:
