@@ -22,6 +22,7 @@ from typing import Any
 
 import provenance
 import torch
+from numeric import positive
 from operators import baselines
 from rich.console import Console
 from rich.progress import Progress
@@ -259,7 +260,19 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
-    return int(width), int(height)
+    return positive(width), positive(height)
+
+
+_size.__name__ = "WxH"  # argparse uses it in its error
+
+
+def _json(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"must end in .json, got {text}")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory, or in none: create it first")
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,18 +288,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add(
         "--k",
         nargs="+",
-        type=int,
+        type=positive,
         default=[576, 192, 128, 64, 32],
         help="retained tokens per image",
     )
-    add("--baseline-k", type=int, default=64, help="k of the rows 'free' and 'plain'")
-    add("--batch", nargs="+", type=int, default=[1, 8, 32], help="prompts per batch")
-    add("--most-tokens", type=int, default=10**6, metavar="TOKENS",
+    add("--baseline-k", type=positive, default=64, help="k of the rows 'free' and 'plain'")
+    add("--batch", nargs="+", type=positive, default=[1, 8, 32], help="prompts per batch")
+    add("--most-tokens", type=positive, default=10**6, metavar="TOKENS",
         help="skip batches with more visual tokens")  # fmt: skip
     add("--image-size", type=_size, default="672x672", metavar="WxH", help="pixels of an image")
-    add("--text-tokens", type=int, default=64, help="all other tokens of a prompt")
-    add("--new-tokens", type=int, default=32, help="tokens of an answer")
-    add("--runs", type=int, default=5, help="timed runs, after one warm-up")
+    add("--text-tokens", type=positive, default=64, help="all other tokens of a prompt")
+    add("--new-tokens", type=positive, default=32, help="tokens of an answer")
+    add("--runs", type=positive, default=5, help="timed runs, after one warm-up")
     add(
         "--small",
         action="store_true",
@@ -294,9 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, help="of the model (bfloat16 on a GPU, float32 on a CPU)")
-    add("-o", "--output", type=Path, metavar="JSON",
+    add("-o", "--output", type=_json, metavar="JSON",
         help="results file (end_to_end_gpu.json or end_to_end_cpu.json in results/)")  # fmt: skip
     options = parser.parse_args(arguments)
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).strip().splitlines()[0]
+        parser.error(f"argument --device: cannot use {options.device!r}: {reason}")
     on_gpu = torch.device(options.device).type == "cuda"
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     name = f"end_to_end_{'gpu' if on_gpu else 'cpu'}.json"
@@ -320,6 +338,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     {"setup": {**setup, "transformers": transformers.__version__}, "rows": rows},
                     options.output.resolve().parent,
                 )
+    if not rows:
+        parser.error(
+            "argument --most-tokens: no batch has so few visual tokens, got "
+            f"{options.most_tokens}: raise it, or lower --batch"
+        )
     show(rows, console)
     return 0
 

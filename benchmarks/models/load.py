@@ -19,13 +19,19 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from numeric import positive
 from rich.console import Console
-from support import engine_load, engine_server
-from support.engine_load import Job
 
 from . import serving
+
+if TYPE_CHECKING:
+    from support import engine_load, engine_server
+    from support.engine_load import Job
+
+# What needs the engine's environment is imported where it is used, and not for --help.
+LEAST = 3  # requests; in shorter mixes none has an answer
 
 
 async def _drive(
@@ -39,6 +45,8 @@ async def _drive(
     Args:
         warm: jobs that are sent first, to warm up.
     """
+    from support import engine_load
+
     highest, done = 0.0, asyncio.Event()
 
     async def watch() -> None:
@@ -65,6 +73,9 @@ def measure(
     name: str, pruning: dict[str, Any] | None, options: argparse.Namespace, log: Path
 ) -> dict[str, Any]:
     """Starts a server, sends it the jobs and stops it."""
+    from support import engine_load, engine_server
+    from support.engine_load import Job
+
     jobs = engine_load.mix(options.requests, options.max_k, pictures=4 * options.requests)
     if pruning is None:  # no cap, so nothing is refused
         jobs = [replace(job, k=None) for job in jobs]
@@ -95,7 +106,7 @@ def measure(
         "requests_per_second": round(len(jobs) / seconds, 4),
         "first_token_seconds": {
             "median": round(statistics.median(first), 4),
-            "p90": round(statistics.quantiles(first, n=100)[89], 4),
+            "p90": round(serving.percentile_90(first), 4),
         },
         "kv_cache_highest": round(highest, 4),
         "prompt_tokens": round(statistics.mean(o.prompt for o in outcomes if o.prompt), 1),
@@ -107,11 +118,19 @@ def measure(
 
 
 def main() -> int:
-    parser = serving.server_parser("load", __doc__, concurrency=64, requests=500)
-    parser.add_argument("--max-k", type=int, default=128, help="upper limit of k per request (128)")
+    parser = serving.server_parser("load", __doc__, concurrency=64, requests=500, least=LEAST)
+    parser.add_argument(
+        "--max-k", type=positive, default=128, help="upper limit of k per request (128)"
+    )
     options = parser.parse_args()
     if options.max_k < options.k:
         parser.error(f"argument --max-k: must be at least --k ({options.k}), got {options.max_k}")
+    if options.max_k <= options.requests // 20:
+        parser.error(
+            "argument --max-k: must be above a 20th of --requests "
+            f"({options.requests // 20}), got {options.max_k}"
+        )
+    serving.check_environment(parser)
     console = Console(stderr=True)
     pruning = {"k": options.k, "max_k": options.max_k}
     results: list[dict[str, Any]] = []

@@ -14,21 +14,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import provenance
 import torch
+from numeric import positive, whole
 from rich.console import Console
 from rich.progress import Progress
-from support import engine_models, engine_process, engine_server
+
+if TYPE_CHECKING:
+    from support import engine_server
+
+# What needs the engine's environment is imported where it is used, and not for --help.
 
 SIDE = 336
 START = 600  # seconds that a server may take to start
@@ -36,6 +42,8 @@ START = 600  # seconds that a server may take to start
 
 def random_llava(folder: Path) -> Path:
     """LLaVA-1.5's tower input and token count, with few and narrow layers."""
+    from support import engine_models
+
     vision = engine_models.clip(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=4,
         image_size=SIDE, patch_size=14,
@@ -50,6 +58,8 @@ def random_llava(folder: Path) -> Path:
 def server_environment() -> dict[str, str]:
     if torch.cuda.is_available():
         return dict(os.environ)
+    from support import engine_process
+
     threads = str(len(os.sched_getaffinity(0)))
     return engine_process.environment(OMP_NUM_THREADS=threads, VLLM_CPU_KVCACHE_SPACE="2")
 
@@ -85,6 +95,11 @@ def benchmark(
     if result["completed"] != requests:
         raise RuntimeError(f"{requests - result['completed']} requests failed: {result['errors']}")
     return result
+
+
+def percentile_90(values: Sequence[float]) -> float:
+    """Also of a single value, which `quantiles` refuses before Python 3.13."""
+    return statistics.quantiles(values, n=100)[89] if len(values) > 1 else values[0]
 
 
 @dataclass
@@ -124,7 +139,6 @@ class Measured:
         self.prompts.append(tokens / options.requests)
 
     def result(self) -> dict[str, Any]:
-        quantiles = statistics.quantiles(self.first, n=100)
         return {
             "name": self.name,
             "pruning": self.pruning,
@@ -133,12 +147,14 @@ class Measured:
             "requests_per_second_of_rounds": [round(rate, 4) for rate in self.rates],
             "first_token_seconds": {
                 "median": round(statistics.median(self.first), 4),
-                "p90": round(quantiles[89], 4),
+                "p90": round(percentile_90(self.first), 4),
             },
         }
 
 
 def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[dict[str, Any]]:
+    from support import engine_server
+
     measured = [Measured("stock", None), Measured(f"k = {options.k}", {"k": options.k})]
     servers: list[tuple[Measured, engine_server.Server]] = []
     with contextlib.ExitStack() as stack, Progress(console=console) as progress:
@@ -162,8 +178,14 @@ def measure(options: argparse.Namespace, logs: Path, console: Console) -> list[d
     return [one.result() for one in measured]
 
 
-def server_parser(prog: str, description: str | None, concurrency: int, requests: int) -> Any:
-    """The options that serving.py and load.py share, with these defaults."""
+def server_parser(
+    prog: str, description: str | None, concurrency: int, requests: int, least: int = 1
+) -> argparse.ArgumentParser:
+    """The options that serving.py and load.py share, with these defaults.
+
+    Args:
+        least: requests.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m models.{prog}",
         description=description,
@@ -171,13 +193,24 @@ def server_parser(prog: str, description: str | None, concurrency: int, requests
     )
     add = parser.add_argument
     add("--model", help="a LLaVA or Qwen-VL to serve (default: a random LLaVA)")
-    add("--k", type=int, default=64, help="tokens per image (64)")
-    add("--concurrency", type=int, default=concurrency, help=f"requests in flight ({concurrency})")
-    add("--requests", type=int, default=requests, help=f"requests per run ({requests})")
-    add("--output-tokens", type=int, default=16, help="tokens per answer (16)")
+    add("--k", type=positive, default=64, help="tokens per image (64)")
+    add("--concurrency", type=positive, default=concurrency,
+        help=f"requests in flight ({concurrency})")  # fmt: skip
+    add("--requests", type=whole(least), default=requests, help=f"requests per run ({requests})")
+    add("--output-tokens", type=positive, default=16, help="tokens per answer (16)")
     add("--no-file", action="store_true", help="print, but write no file")
     add("server_options", nargs="*", help="after --: options for both servers, such as -tp 2")
     return parser
+
+
+def check_environment(parser: argparse.ArgumentParser) -> None:
+    """Refuses an environment without the engine, in one line."""
+    for name in ("openai", "vllm"):
+        if importlib.util.find_spec(name) is None:
+            parser.error(
+                f"{name} is not installed: use the environment of constraints-vllm.txt "
+                "(docs/CONTRIBUTING.md)"
+            )
 
 
 @contextlib.contextmanager
@@ -208,9 +241,10 @@ def write(name: str, setup: dict[str, Any], results: list[dict[str, Any]], **mor
 
 def main() -> int:
     parser = server_parser("serving", __doc__, concurrency=8, requests=24)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per server (5)")
-    parser.add_argument("--input-tokens", type=int, default=12, help="text per prompt (12)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds per server (5)")
+    parser.add_argument("--input-tokens", type=positive, default=12, help="text per prompt (12)")
     options = parser.parse_args()
+    check_environment(parser)
     console = Console(stderr=True)
     with served(options, longest=1024) as (folder, description):
         results = measure(options, folder, console)

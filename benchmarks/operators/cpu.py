@@ -16,13 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import provenance
 import torch
 import torch.nn.functional as F
+from numeric import threads
 from rich.console import Console
 from rich.progress import Progress
 
@@ -143,15 +144,15 @@ def memory(case: Case, threads: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m operators.cpu", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--threads", type=threads, default=2, help="torch threads (default: 2)")
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small cases; no file")
     parser.add_argument("--methods", action="store_true", help="every method of prune instead")
     parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.memory_of:
         (case,) = (c for c in CPU_MEMORY_CASES if c.name == options.memory_of)

@@ -30,6 +30,7 @@ from typing import Any
 import provenance
 import torch
 import torch.nn.functional as F
+from numeric import seconds
 from torch import Tensor
 
 from vispruner_cuda import plans
@@ -361,11 +362,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--goals", action="store_true", help="the goals only, no curves")
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile")
     parser.add_argument("--quick", action="store_true", help="short measurements")
-    parser.add_argument("--seconds", type=float, help="per measurement (default: 0.3)")
-    parser.add_argument("--compile-limit", type=float, default=120.0, help="seconds per baseline")
+    parser.add_argument("--seconds", type=seconds, help="per measurement (default: 0.3)")
+    parser.add_argument("--compile-limit", type=seconds, default=120.0, help="seconds per baseline")
     parser.add_argument("-o", "--output", type=Path, default=provenance.RESULTS, help="directory")
     parser.add_argument("--baseline", choices=list(COMPILED), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"argument -o: must be a directory, got the file {arguments.output}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU found: --device cpu makes a dry run")
     if arguments.seconds is None:

@@ -11,11 +11,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import provenance
 import torch
+from numeric import positive
 
 import vispruner_cuda
 
@@ -51,13 +52,15 @@ def measure(rounds: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m operators.host", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--rounds", type=int, default=200, help="default: 200")
-    parser.add_argument("--repeats", type=int, default=200, help="calls per round (default: 200)")
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=positive, default=200, help="default: 200")
+    parser.add_argument(
+        "--repeats", type=positive, default=200, help="calls per round (default: 200)"
+    )
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = measure(options.rounds, options.repeats)
     for row in rows:

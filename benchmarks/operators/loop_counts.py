@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import provenance
 import torch
+from numeric import positive
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -105,12 +106,12 @@ def count(feats: Tensor, k: int) -> dict[str, float]:
     return counts
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m operators.loop_counts", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--images", type=int, default=8, help="images per kind and size")
-    options = parser.parse_args()
+    parser.add_argument("--images", type=positive, default=8, help="images per kind and size")
+    options = parser.parse_args(arguments)
     console = Console(stderr=True)
     cases = [(kind, *size) for size in SIZES for kind in workloads.KINDS]
     results = []

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import provenance
 import torch
 import torch.nn.functional as F
+from numeric import positive
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -139,14 +140,14 @@ def mean(rows: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m operators.rounding_sensitivity",
         description=str(__doc__).splitlines()[0],
     )
-    parser.add_argument("--images", type=int, default=32, help="images per kind")
+    parser.add_argument("--images", type=positive, default=32, help="images per kind")
     parser.add_argument("--quick", action="store_true", help="2 images per kind, no file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     images = 2 if options.quick else options.images
     sources = {kind: synthetic(kind, images) for kind in FEATURES}
     sources["drawn scenes"] = drawn_scenes(images)

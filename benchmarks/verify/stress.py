@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1000)
     repeats = parser.parse_args(argv).repeats
+    if repeats < 1:
+        parser.error(f"argument --repeats: must be at least 1, got {repeats}")
     images = [image(seed) for seed in range(256)]
     feats, attn = (torch.cat(parts) for parts in zip(*images, strict=True))
     expected = torch.cat([reference.prune(*images[i], K).indices for i in range(8)])

@@ -39,6 +39,19 @@ def end_to_end(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+def test_no_batch_is_small_enough(
+    end_to_end: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "end_to_end_cpu.json"
+    arguments = ["--small", "--models", "llava-1.5-7b", "--batch", "1", "--most-tokens", "10"]
+    with pytest.raises(SystemExit) as ended:
+        end_to_end.main([*arguments, "-o", str(output)])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --most-tokens: no batch has so few visual tokens, got 10" in line
+    assert not output.exists()
+
+
 def test_rows_and_table(end_to_end: Any, tmp_path: Path) -> None:
     output = tmp_path / "end_to_end_cpu.json"
     models = ["llava-1.5-7b", "qwen2.5-vl-7b"]
