@@ -46,6 +46,20 @@ def test_methods_are_those_of_the_operators() -> None:
             assert (kind is int) == (parameter.step == 1)
 
 
+def test_a_missing_attention_does_not_blame_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object, **options: object) -> None:
+        said = f"{options['attn_implementation']}: FlashAttention2 is not installed"
+        raise ImportError(said)
+
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", load)
+    for attention, blamed in (("flash_attention_2", "--attention"), ("sdpa", "--model")):
+        assert cli.main(["ask", "--device", "cpu", "--attention", attention]) == 2
+        assert f"argument {blamed}: cannot load " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -77,6 +91,14 @@ def test_methods_are_those_of_the_operators() -> None:
         (["show", "-o", "out.nonsense"], "unknown image format '.nonsense'"),
         (["show", "-o", "out"], "unknown image format"),
         (["show", "--tower", "a", "--model", "b"], "--tower: not allowed with --model"),
+        (
+            ["show", "--tower", "random", "--attention", "eager"],
+            "argument --attention: not allowed with --tower",
+        ),
+        (
+            ["show", "--tower", "random", "--trust-remote-code"],
+            "argument --trust-remote-code: not allowed with --tower",
+        ),
         (["show", "--frobnicate"], "unrecognized arguments"),
         (["draw", "-o", "out"], "unknown image format"),
         (["flops", "--k", "0"], "--k: must be at least 1, got 0"),

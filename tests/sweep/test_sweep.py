@@ -550,6 +550,8 @@ def test_a_bad_picture_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--limit", "0"], "--limit"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--batch-size", "2.5"], "--batch-size: invalid whole number value: '2.5'"),
+        (["--timeout", "5"], "argument --timeout: not allowed without --server"),
+        (["--question", "what?"], "argument --question: not allowed without --data"),
         (["--data", "nowhere"], "--data: nowhere is not a file or directory"),
     ],
 )

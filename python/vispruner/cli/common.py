@@ -283,7 +283,10 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
         )
         processor = transformers.AutoProcessor.from_pretrained(name, **common)
     except Exception as error:  # hub, file, JSON and safetensors errors have no common base
-        raise CommandError(f"argument --model: cannot load {name!r}: {one_line(error)}") from error
+        flash = options.attention == "flash_attention_2" and "flash" in str(error).lower()
+        option = "--attention" if flash else "--model"
+        reason = one_line(error)
+        raise CommandError(f"argument {option}: cannot load {name!r}: {reason}") from error
     absent = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if absent:  # transformers would fill them with random values
         raise CommandError(
@@ -335,12 +338,8 @@ def _prompt(processor: Any, question: str) -> str:
         raise ValueError(f"a question must not contain {placeholder}, which stands for an image")
     if not getattr(processor, "chat_template", None):
         return f"USER: {processor.image_token}\n{question} ASSISTANT:"
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return str(
-        processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    )
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    return str(processor.apply_chat_template(turns, add_generation_prompt=True))
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

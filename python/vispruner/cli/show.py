@@ -207,6 +207,10 @@ def run(options: argparse.Namespace) -> int:
     check_picture_path(options.output)
     if options.tower is not None and options.model is not None:
         raise CommandError("argument --tower: not allowed with --model")
+    for name in ("attention", "trust_remote_code"):  # of --model
+        if options.tower is not None and getattr(options, name) not in (False, "sdpa"):
+            option = name.replace("_", "-")
+            raise CommandError(f"argument --{option}: not allowed with --tower, which ignores it")
     images = [read_image(path) for path in options.images or [Path(embedded.example().image)]]
     console = Console()
     with console.status("selecting tokens"):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..sweep.scoring import Scorer
 
 MOST_CHANGED = 8  # answers that the page shows
+TIMEOUT = 300  # seconds
 
 
 def _numbers(kind: type) -> Any:
@@ -99,9 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--timeout",
         type=whole(1, 10**6),  # a socket takes less than 2**31 milliseconds
-        default=300,
         metavar="SECONDS",
-        help="how long to wait for the server",
+        help=f"how long to wait for the server (default: {TIMEOUT})",
     )
 
 
@@ -133,6 +133,13 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.tolerance < math.inf:  # false for NaN as well
         raise CommandError(
             f"argument --tolerance: must be a finite number of at least 0, got {options.tolerance}"
+        )
+    if options.timeout is not None and options.server is None:
+        raise CommandError("argument --timeout: not allowed without --server")
+    options.timeout = options.timeout or TIMEOUT
+    if options.question is not None and options.data is None:
+        raise CommandError(
+            "argument --question: not allowed without --data: the drawn scenes have their own"
         )
     console = Console()
     if options.server is None:
