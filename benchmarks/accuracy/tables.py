@@ -55,6 +55,11 @@ def everything(asked: Asked) -> bool:
     return asked.background != UNSEEN
 
 
+def _machine(run: dict[str, Any]) -> str:
+    """Where and when a results file was measured: the seeds' may differ."""
+    return f"{run['device']['processor']}, torch {run['versions']['torch']}, {run['date']}."
+
+
 def _on(background: str) -> Filter:
     return lambda asked: asked.background == background
 
@@ -189,13 +194,12 @@ class Tables:
             [name, *(results.mean("subset", f"{m}@{k}", everything).percent() for k in budgets)]
             for m, name in METHODS_SHOWN.items()
         ]
-        run = results.runs[0]
+        machines = "".join(f"- Seed {run['seed']}: {_machine(run)}\n" for run in results.runs)
         return (
             f"All {self._recipe.patches} tokens: "
             f"{results.mean('subset', 'full', everything).percent()} %. Accuracy (%) ± standard "
             f"error, {_asked(results)} questions, {_seeds(results.seeds)}:\n\n"
-            f"{table(['k =', *map(str, budgets)], rows)}\n"
-            f"{run['device']['processor']}; torch {run['versions']['torch']}; {run['date']}.\n"
+            f"{table(['k =', *map(str, budgets)], rows)}\n{machines}"
         )
 
     def _methods_minus(self, other: str) -> str:
@@ -387,8 +391,7 @@ class Tables:
             last = {line["stage"]: line["seconds"] for line in run["training"]}
             minutes = sum(last[stage] for stage in self._recipe.stages) / 60
             lines.append(
-                f"- Seed {run['seed']}: trained in {minutes:.0f} minutes; "
-                f"{run['device']['processor']}, torch {run['versions']['torch']}, {run['date']}.\n"
+                f"- Seed {run['seed']}: trained in {minutes:.0f} minutes; {_machine(run)}\n"
             )
         agree = min(
             run["checkpoints"]["subset"]["agrees_with_generate"]["share"]

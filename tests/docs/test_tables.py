@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -177,6 +178,25 @@ def test_numbers_in_the_readme_are_those_of_the_table_they_link_to() -> None:
     ]
     rounded = [round(float(share)) for [share] in shares]
     assert (int(low), int(high)) == (min(rounded), max(rounded))
+
+
+def test_the_gain_of_smaller_steps_is_that_of_the_table() -> None:
+    text = (ROOT / "docs/choosing-k.md").read_text()
+    measured = text.partition("<!-- table:accuracy-step -->")[2].partition("<!-- /table -->")[0]
+    last = re.findall(r"^\| step \d+ .* \| ([\d.]+) ± [\d.]+ \|$", measured, re.MULTILINE)
+    gains = [round(float(small) - float(large), 1) for small, large in pairwise(last)]
+    [(low, high)] = re.findall(r"At k = 8 every\s+halving gains ([\d.]+) to ([\d.]+) points", text)
+    assert (float(low), float(high)) == (min(gains), max(gains))
+
+
+def test_the_methods_table_names_the_machine_of_every_seed() -> None:
+    text = (ROOT / "docs/accuracy.md").read_text()
+    [block] = re.findall(r"<!-- table:accuracy-methods -->(.*?)<!-- /table -->", text, re.DOTALL)
+    for path in sorted((ROOT / "benchmarks/results").glob("accuracy_methods_cpu_seed*.json")):
+        run = json.loads(path.read_text())
+        processor, torch = run["device"]["processor"], run["versions"]["torch"]
+        line = f"- Seed {run['seed']}: {processor}, torch {torch}, {run['date']}.\n"
+        assert line in block
 
 
 DOCUMENTS = ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
