@@ -1,4 +1,7 @@
-"""Types of numeric arguments of the benchmarks: a value out of range is refused in one line."""
+"""Types of numeric arguments of the benchmarks: a value out of range is refused in one line.
+
+The operators' benchmarks run without the package vispruner, which has such types of its own.
+"""
 
 from __future__ import annotations
 
