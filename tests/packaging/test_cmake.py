@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def architectures(sources, tmp_path):
     default = "\n".join(defaults)
 
     def choose(
-        release: str, asked: str = "", torch_cuda: str = "", wanted: str = "AUTO"
+        release: str, asked: str = "", torch_cuda: str = "", wanted: str = "AUTO", **variables: str
     ) -> subprocess.CompletedProcess:
         codes = "\\n".join(f"sm_{code}" for code in KNOWN[release].split())
         nvcc = tmp_path / "nvcc"
@@ -43,7 +44,12 @@ def architectures(sources, tmp_path):
             f'set(VISPRUNER_CUDA_ARCHS "{asked}")\n{function}\nvp_setup_cuda()\n'
             'message("${VP_BUILD_CUDA_ARCHS}|${CMAKE_CUDA_ARCHITECTURES}|${VP_CUDA_OPTIONS}")\n'
         )
-        return subprocess.run(["cmake", "-P", script], capture_output=True, text=True)
+        return subprocess.run(
+            ["cmake", "-P", script],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
 
     return choose
 
@@ -76,6 +82,24 @@ def test_bad_architecture(architectures, asked, message):
     done = architectures("12.4", asked)
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("variable", ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CUDAFLAGS"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--use_fast_math", "-use_fast_math", "--ftz=true", "-ftz true", "--prec-div=false",
+     "-prec-div false", "--prec-sqrt=false", "--fmad=true", "-fmad true"],
+)  # fmt: skip
+def test_flags_of_nvcc_that_change_results(architectures, variable, flag):
+    done = architectures("13.0", **{variable: f"-O3 {flag} -lineinfo"})
+    assert done.returncode != 0
+    message = f"vispruner: {variable} has {flag}, which changes results: remove it"
+    assert message in " ".join(done.stderr.split())
+
+
+def test_flags_of_nvcc_that_change_nothing(architectures):
+    done = architectures("13.0", NVCC_APPEND_FLAGS="--ftz=false --fmad false -prec-div=true -G")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
