@@ -6,6 +6,8 @@ VISPRUNER_TORCH_DIR, VISPRUNER_PTXAS_REPORT; MAX_JOBS limits the parallel compil
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import re
 import shlex
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -79,10 +82,31 @@ def run(*command: str) -> None:
     raise SystemExit(message)
 
 
+@functools.cache
+def lock() -> TextIO | None:
+    """Waits for another build of this source tree: both would write the same files in build/.
+
+    The lock is held until this process ends, because the wheel is made from these files.
+    """
+    path = ROOT / "build" / "lock"
+    path.parent.mkdir(exist_ok=True)
+    file = path.open("w")
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"vispruner: waiting for another build in {path.parent}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        return None
+    return file
+
+
 class BuildPy(build_py):
     """Starts from an empty build/lib, so that deleted modules are not packaged."""
 
     def run(self) -> None:
+        lock()
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
@@ -100,6 +124,7 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         check_tools()
+        lock()
         # One directory for all kinds of builds, so that later ones compile little.
         build = ROOT / "build" / f"cmake-{self.plat_name}"
         # pip builds in the source tree: options and compilers of an earlier build must not remain.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = """
 import sys
@@ -77,3 +81,50 @@ def test_full_disk(fails, tmp_path, left, said):
     call = f"namespace['shutil'].disk_usage = lambda _: {usage}\nnamespace['run']('cmake')"
     (line,) = fails(call, tmp_path)
     assert (f"has {left} MiB left: free some disk space" in line) == said
+
+
+# Its library contains the configuration that was asked for.
+SLOW_CMAKE = """
+if [ "$1" = -S ]; then
+  mkdir -p "$4"
+  for option; do case $option in -DVISPRUNER_CUDA=*) echo "$option" >"$4/asked";; esac; done
+else
+  cp "$2/asked" "$2/libvispruner.so"
+  echo built >"$2/summary.txt"
+fi
+sleep 1
+"""
+
+
+def test_two_builds_of_one_tree_wait_for_each_other(sources, tmp_path):
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("this environment's setuptools is too old to build with")
+    tree = shutil.copytree(sources, tmp_path / "tree", ignore=shutil.ignore_patterns("build"))
+    program(tmp_path, "cmake", SLOW_CMAKE)
+    builds = {}
+    for kernels in ("ON", "OFF"):
+        out = tmp_path / kernels
+        out.mkdir()
+        command = f"import vispruner_backend as b; b.build_wheel({str(out)!r})"
+        builds[out] = subprocess.Popen(
+            [sys.executable, "-c", command],
+            env=os.environ
+            | {
+                "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+                "PYTHONPATH": str(tree / "build_backend"),
+                "VISPRUNER_CUDA": kernels,
+                "VISPRUNER_TORCH_DIR": str(Path(torch.__file__).parent),
+                "CUDACXX": "nvcc",
+            },
+            cwd=tree,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    logs = [build.communicate()[0] for build in builds.values()]
+    for (out, build), log in zip(builds.items(), logs, strict=True):
+        assert build.returncode == 0, log
+        with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
+            built = wheel.read("vispruner_cuda/libvispruner.so").decode()
+        assert built == f"-DVISPRUNER_CUDA={out.name}\n"
+    assert sum("waiting for another build in" in log for log in logs) == 1
