@@ -85,8 +85,14 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def describe() -> dict[str, Any]:
-    """Device, versions and sources, as plain data."""
+    """Device, versions and sources, as plain data.
+
+    Raises:
+        RuntimeError: the library was built from other sources than those of this tree.
+    """
     info = _library.load()
+    if old := _library.stale(info, ROOT):
+        raise RuntimeError(old)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": {

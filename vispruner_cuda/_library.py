@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import platform
 import re
@@ -41,6 +42,30 @@ class BuildInfo:
     cpu_isa: str  # the instruction set in use
     cpu_isas: tuple[str, ...]  # the instruction sets that were built
     cpu_isas_usable: tuple[str, ...]  # the built ones that this processor has
+
+
+def sources_hash(root: Path) -> str | None:
+    """The hash of the sources in a source tree, as in CMakeLists.txt; None if it has none."""
+    csrc = root / "csrc"
+    if not (csrc / "include" / "vispruner").is_dir():
+        return None
+    lines = [
+        f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for path in csrc.rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh") and not path.name.startswith(".")
+    ]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:12]
+
+
+def stale(info: BuildInfo, root: Path) -> str | None:
+    """An error message if a library was built from other sources than those of a source tree."""
+    sources = sources_hash(root)
+    if sources is None or sources == info.sources:
+        return None
+    return (
+        f"vispruner_cuda: {PATH} was built from sources {info.sources}, and {root / 'csrc'} has "
+        f"{sources}: run `pip install .` again"
+    )
 
 
 def _check_torch() -> None:
@@ -98,6 +123,9 @@ def _check(info: BuildInfo) -> None:
             f"vispruner_cuda {__version__} found a library of version {info.version} in {PATH}: "
             "run `pip install .` again"
         )
+    # Next to the package in a clone, whose library remains when `git pull` changes the sources.
+    if old := stale(info, PATH.parents[1]):
+        raise ImportError(old)
     if info.environment_error:
         # Bytes arrive as the characters of Latin-1.
         text = info.environment_error.encode("latin-1").decode(errors="replace")

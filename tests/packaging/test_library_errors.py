@@ -16,6 +16,8 @@ import torch
 
 from vispruner_cuda import _library
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture
 def package(tmp_path) -> Path:
@@ -95,6 +97,20 @@ def test_library_of_another_version(package):
     (package / "_version.py").write_text('__version__ = "99.0"\n')
     message = import_error(package)
     assert "vispruner_cuda 99.0 found a library of version" in message
+
+
+def test_library_of_other_sources(package):
+    """As in a clone after `git pull`."""
+    csrc = shutil.copytree(ROOT / "csrc", package.parent / "csrc")
+    (csrc / ".ops.cpp.swp").touch()
+    (csrc / ".#ops.cpp").touch()
+    program = [sys.executable, "-c", "import vispruner_cuda"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    subprocess.run(program, cwd=package.parent, env=environment, check=True)
+    (csrc / "plan.cpp").write_text("// changed\n")
+    message = import_error(package)
+    assert f"was built from sources {_library.load().sources}, and {csrc} has " in message
+    assert message.endswith(": run `pip install .` again")
 
 
 @pytest.fixture
