@@ -23,7 +23,7 @@ def architectures(sources, tmp_path):
     """Runs the selecting part of CMakeLists.txt with a simulated compiler."""
     text = (sources / "CMakeLists.txt").read_text()
     (function,) = re.findall(r"^function\(vp_setup_cuda\)\n.*?^endfunction\(\)", text, re.M | re.S)
-    defaults = re.findall(r"^set\((?:VP_DEFAULT_ARCHS|VP_OLDEST_NVCC) .*\)$", text, re.M)
+    defaults = re.findall(r"^set\(VP_(?:DEFAULT_ARCHS|OLDEST_ARCH|OLDEST_NVCC) .*\)$", text, re.M)
     default = "\n".join(defaults)
 
     def choose(
@@ -33,7 +33,8 @@ def architectures(sources, tmp_path):
         nvcc = tmp_path / "nvcc"
         nvcc.write_text(
             f"#!/bin/sh\ncase $1 in --list-gpu-code) printf '{codes}\\n';;\n"
-            f"--version) echo 'Cuda compilation tools, release {release}, V{release}.1';; esac\n"
+            f"--version) echo 'Cuda compilation tools, release {release}, V{release}.1';;\n"
+            "--dryrun) case $2 in *90f) exit 1;; esac;; esac\n"
         )
         nvcc.chmod(0o755)
         script = tmp_path / "choose.cmake"
@@ -68,19 +69,60 @@ def test_default_adapts_to_the_compiler(architectures, release, expected):
 
 @pytest.mark.parametrize("asked", ["8.0 9.0a+PTX", "80,90a+PTX", "80;90a+PTX", "8.0;9.0a+PTX"])
 def test_spellings(architectures, asked):
-    assert architectures("13.0", asked).stderr.startswith("80;90a+PTX|80-real;90a|")
+    output = architectures("13.0", asked).stderr
+    assert output.startswith("80;90a+PTX|80-real|")
+    assert [option for option in output.strip().split(";") if option.startswith("-gencode")] == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("8.0;80;80+PTX", "80+PTX|80|"),
+        ("80+PTX 90 8.0 9.0", "80+PTX;90|80;90-real|"),
+        (" 90 ", "90|90-real|"),
+        ("120f", "120f|OFF|"),
+    ],
+)
+def test_every_architecture_once(architectures, asked, expected):
+    assert architectures("13.0", asked).stderr.startswith(expected)
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ("sm_80", "'sm_80' is not an architecture"),
+        (";", "VISPRUNER_CUDA_ARCHS=';' has no architecture"),
+        ("0", "'0' is not an architecture"),
+        ("75", "VISPRUNER_CUDA_ARCHS: '75' is too old; the kernels need 80 or later"),
+        ("80 90f", "VISPRUNER_CUDA_ARCHS: this nvcc does not support '90f'"),
         ("80 120", "this nvcc does not support '120'; it supports 50 52"),
     ],
 )
 def test_bad_architecture(architectures, asked, message):
     done = architectures("12.4", asked)
     assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+def test_architecture_of_this_machine_without_a_gpu(architectures, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    program.chmod(0o755)
+    done = architectures("13.0", "native", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode != 0
+    message = "VISPRUNER_CUDA_ARCHS=native, but nvidia-smi finds no GPU"
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("value", ["off", "0", "banana", ""])
+def test_kernels_must_be_auto_on_or_off(sources, tmp_path, value):
+    command = ["cmake", "-S", sources, "-B", tmp_path / "build", f"-DVISPRUNER_CUDA={value}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    message = f"vispruner: VISPRUNER_CUDA={value}: must be one of AUTO, ON, OFF"
     assert message in " ".join(done.stderr.split())
 
 
