@@ -130,6 +130,30 @@ def _chosen(name: str, values: tuple[str, ...]) -> str:
     return value
 
 
+def _check_environment() -> None:
+    """Refuses variables that would be ignored, or end in another program's error."""
+    path = _ROOT / "vispruner_cuda" / "_environment.py"
+    names: Any = {}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
+    if wrong := names["misspelt"](os.environ, names["BUILD"]):
+        raise SystemExit(f"vispruner: {wrong}")
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not re.fullmatch("0*[1-9][0-9]*", jobs):
+        raise SystemExit(f"vispruner: MAX_JOBS={jobs}: must be a whole number from 1, or unset")
+    home = os.environ.get("CUDA_HOME")
+    other_nvcc = os.environ.get("CUDACXX") or os.environ.get(NVCC) == "index"
+    if not home or other_nvcc or os.environ.get(CUDA) == "OFF":
+        return
+    if not Path(home).is_dir():
+        raise SystemExit(f"vispruner: CUDA_HOME={home}: no such directory: correct it or unset it")
+    nvcc = _system_nvcc()
+    if nvcc and Path(nvcc).parent != Path(home, "bin"):
+        raise SystemExit(
+            f"vispruner: CUDA_HOME={home} has no bin/nvcc, but there is {nvcc}: correct CUDA_HOME "
+            "or unset it"
+        )
+
+
 def torch_cuda(directory: str) -> str | None:
     """The CUDA version of a torch, None for a CPU build."""
     try:
@@ -225,6 +249,7 @@ def _setuptools_requirement() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    _check_environment()
     requirements = _setuptools_requirement()
     if not _tool_works("cmake", CMAKE):
         requirements.append(f"cmake>={CMAKE[0]}.{CMAKE[1]}")
@@ -271,6 +296,7 @@ def _setuptools() -> Any:
 
 
 def _builder() -> Any:
+    _check_environment()
     directory = torch_dir()
     if directory is None:
         raise SystemExit(

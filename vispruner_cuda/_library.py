@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
 import re
 import struct
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from . import _environment
 from ._version import __version__
 
 OLDEST_TORCH = (2, 10)
@@ -130,6 +132,8 @@ def _check(info: BuildInfo) -> None:
         # Bytes arrive as the characters of Latin-1.
         text = info.environment_error.encode("latin-1").decode(errors="replace")
         raise ImportError(f"vispruner_cuda: {text}")
+    if wrong := _environment.misspelt(os.environ, _environment.RUN):
+        raise ImportError(f"vispruner_cuda: {wrong}")
     if torch.version.cuda is None:
         return
     if info.cuda_runtime_state == NO_CUDA_TORCH:

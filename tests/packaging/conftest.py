@@ -39,8 +39,12 @@ def without_nvcc(tmp_path_factory) -> dict[str, str]:
                 link.symlink_to(program)
     hidden = ("CUDACXX", "CUDA_PATH", "VISPRUNER_CUDA", "VISPRUNER_CUDA_ARCHS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    # An invalid CUDA_HOME is searched instead of the usual places.
-    return {**environment, "PATH": str(directory), "CUDA_HOME": str(directory / "no-cuda")}
+    # A CUDA_HOME is searched instead of the usual places.
+    return {
+        **environment,
+        "PATH": str(directory),
+        "CUDA_HOME": str(tmp_path_factory.mktemp("no-cuda")),
+    }
 
 
 @pytest.fixture(scope="session")

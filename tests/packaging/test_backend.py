@@ -135,6 +135,51 @@ def test_finds_torch_despite_pips_isolation(tmp_path):
     assert Path(found) == Path(torch.__file__).parent
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"VISPRUNER_CUDA_ARCH": "90"},
+            "there is no variable VISPRUNER_CUDA_ARCH, but VISPRUNER_CUDA_ARCHS, VISPRUNER_CUDA:",
+        ),
+        ({"VISPRUNER_NVC": "index"}, "there is no variable VISPRUNER_NVC, but VISPRUNER_NVCC:"),
+        ({"MAX_JOBS": "abc"}, "MAX_JOBS=abc: must be a whole number"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS=0: must be a whole number"),
+        ({"MAX_JOBS": "-1"}, "MAX_JOBS=-1: must be a whole number"),
+        ({"CUDA_HOME": "/no/cuda"}, "CUDA_HOME=/no/cuda: no such directory: correct it or unset"),
+        ({"CUDA_HOME": "/usr"}, "CUDA_HOME=/usr has no bin/nvcc, but there is /toolkit/bin/nvcc"),
+    ],
+)
+def test_variables_that_would_be_ignored(
+    backend, machine, monkeypatch, tmp_path, variables, message
+):
+    machine(None, "13.0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for hook in (backend.get_requires_for_build_wheel, lambda: backend.build_wheel(str(tmp_path))):
+        with pytest.raises(SystemExit, match=f"^vispruner: {message}[^\n]*$"):
+            hook()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        # of Kubernetes, for the services `vispruner` and `vispruner-cuda`
+        {"VISPRUNER_PORT": "tcp://10.0.0.1:80", "VISPRUNER_SERVICE_HOST": "10.0.0.1"},
+        {"VISPRUNER_CUDA_PORT": "tcp://10.0.0.1:80", "VISPRUNER_CUDA_SERVICE_PORT_HTTP": "80"},
+        {"VISPRUNER_PORT_80_TCP_ADDR": "10.0.0.1", "VISPRUNER_MODEL": "llava"},
+        {"VISPRUNER_LAUNCH": "ordered", "MAX_JOBS": "08"},
+        {"VISPRUNER_CUDA": "OFF", "CUDA_HOME": "/no/cuda"},
+        {"CUDACXX": "/my/nvcc", "CUDA_HOME": "/no/cuda"},
+    ],
+)
+def test_variables_that_are_accepted(backend, machine, monkeypatch, variables):
+    machine(None, "13.0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert backend.get_requires_for_build_wheel() == []
+
+
 # ------------------------------------------------------------------------------ the CUDA compiler
 COMPILER = [
     "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
@@ -152,7 +197,7 @@ def machine(backend, monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "_system_nvcc", lambda: nvcc and "/toolkit/bin/nvcc")
         monkeypatch.setattr(backend, "_nvcc_version", lambda _: backend._version(nvcc))
 
-    for name in ("VISPRUNER_CUDA", "VISPRUNER_NVCC", "CUDACXX", backend.TORCH_DIR):
+    for name in ("VISPRUNER_CUDA", "VISPRUNER_NVCC", "CUDACXX", "CUDA_HOME", backend.TORCH_DIR):
         monkeypatch.setenv(name, "")  # so that what the backend sets is restored as well
         monkeypatch.delenv(name)
     return has

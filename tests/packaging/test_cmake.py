@@ -117,6 +117,23 @@ def test_architecture_of_this_machine_without_a_gpu(architectures, tmp_path):
     assert message in " ".join(done.stderr.split())
 
 
+def test_cuda_home_without_a_compiler(sources, without_nvcc, tmp_path):
+    """The nvcc on the PATH may be of another CUDA than the one that was asked for."""
+    (tmp_path / "nvcc").symlink_to("/bin/true")
+    done = subprocess.run(
+        [
+            *("cmake", "-S", sources, "-B", tmp_path / "build"),
+            f"-DPython3_EXECUTABLE={sys.executable}",
+        ],
+        env={**without_nvcc, "PATH": f"{tmp_path}{os.pathsep}{without_nvcc['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    message = f"CUDA_HOME={without_nvcc['CUDA_HOME']} has no bin/nvcc, but there is {tmp_path}/nvcc"
+    assert message in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize("value", ["off", "0", "banana", ""])
 def test_kernels_must_be_auto_on_or_off(sources, tmp_path, value):
     command = ["cmake", "-S", sources, "-B", tmp_path / "build", f"-DVISPRUNER_CUDA={value}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vispruner_cuda import _library
+from vispruner_cuda import _environment, _library, plans
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +112,37 @@ def test_library_of_other_sources(package):
     message = import_error(package)
     assert f"was built from sources {_library.load().sources}, and {csrc} has " in message
     assert message.endswith(": run `pip install .` again")
+
+
+@pytest.mark.parametrize(
+    ("variable", "known"),
+    [("LAUNCH_PLAN", "LAUNCH"), ("CPU_PLAN", "CPU_ISA"), ("ISA", "CPU_ISA"), ("RANK", "RANK_PLAN")],
+)
+def test_misspelt_variable(info, monkeypatch, variable, known):
+    monkeypatch.setenv(f"VISPRUNER_{variable}", "auto")
+    with pytest.raises(
+        ImportError,
+        match=f"^vispruner_cuda: there is no variable VISPRUNER_{variable}, but "
+        rf".*\bVISPRUNER_{known}\b.*: correct it or unset it$",
+    ):
+        _library._check(info)
+
+
+def test_variables_of_others(info, monkeypatch):
+    """Of the build, the tests, Kubernetes and other programs."""
+    for variable in (
+        *("CUDA", "CUDA_ARCHS", "NVCC", "TEST_COMPILED_KERNELS", "RANDOM_CASES", "PTX_TIMES"),
+        *("PTX_BUILD", "PORT", "PORT_80_TCP", "SERVICE_HOST", "SERVICE_PORT_HTTP", "MODEL", "HOME"),
+    ):
+        monkeypatch.setenv(f"VISPRUNER_{variable}", "1")
+    _library._check(info)
+
+
+def test_every_variable_of_a_plan_is_known():
+    known = {f"VISPRUNER_{name}" for name in _environment.RUN}
+    assert set(plans.variables().values()) <= known
+    sources = (ROOT / "csrc" / "plan.cpp").read_text()
+    assert set(re.findall(r'"(VISPRUNER_\w+)"', sources)) == known
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""Names of the environment variables. The build loads this file without the package."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+PREFIX = "VISPRUNER_"
+BUILD = ("CUDA", "CUDA_ARCHS", "NVCC", "PTXAS_REPORT", "TORCH_DIR")
+RUN = (
+    "RANK_PLAN",
+    "GRAM_PLAN",
+    "NEIGHBOURS_PLAN",
+    "DEDUP_PLAN",
+    "SORT_PLAN",
+    "CLS_ATTENTION_PLAN",
+    "RECEIVED_ATTENTION_PLAN",
+    "LAUNCH",
+    "CPU_ISA",
+)
+
+# Kubernetes sets VISPRUNER_SERVICE_HOST, VISPRUNER_PORT_80_TCP_ADDR, ... for a service `vispruner`.
+_OF_KUBERNETES = re.compile(
+    r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
+)
+
+
+def misspelt(environment: Iterable[str], known: tuple[str, ...]) -> str | None:
+    """An error message if a variable has nearly one of the known names.
+
+    Other unknown names are left alone: they may be of another program.
+    """
+    for variable in sorted(environment):
+        name = variable.removeprefix(PREFIX)
+        if name == variable or name in BUILD + RUN or _OF_KUBERNETES.fullmatch(name):
+            continue
+        if near := difflib.get_close_matches(name, known):
+            names = ", ".join(PREFIX + name for name in near)
+            return f"there is no variable {variable}, but {names}: correct it or unset it"
+    return None
