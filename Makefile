@@ -91,4 +91,4 @@ bench: install ## run the benchmarks, JSON in .benchmarks/
 	cd benchmarks && $(PY) -m pytest --benchmark-only --benchmark-autosave $(PYTEST_ARGS)
 
 clean:  ## remove build outputs, but not the virtual environment
-	rm -rf build dist python/*.egg-info *.egg-info vispruner_cuda/libvispruner.so
+	rm -rf build dist python/*.egg-info *.egg-info vispruner_cuda/libvispruner.*

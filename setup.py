@@ -150,6 +150,8 @@ class BuildLibrary(build_ext):
             # Always a new file: a running process may have the old one mapped.
             target.unlink(missing_ok=True)
             shutil.copy2(build / "libvispruner.so", target)
+            # pip shows the summary only with -v; `python -m vispruner_cuda` reads it from here.
+            shutil.copyfile(build / "summary.txt", target.with_suffix(".txt"))
         print(f"\n{(build / 'summary.txt').read_text()}", flush=True)
 
 

@@ -107,9 +107,19 @@ def report() -> dict[str, Any]:
     }
 
 
+def _why_no_kernels(library: Path) -> str:
+    """The line on CUDA kernels in the build's summary, which is next to the library."""
+    try:
+        summary = library.with_suffix(".txt").read_text(encoding="utf-8")
+    except OSError:  # a library that was copied here
+        summary = ""
+    found = re.search("CUDA kernels: (.*)", summary)
+    return found[1] if found else "none (built without nvcc)"
+
+
 def _text(data: dict[str, Any]) -> str:
     build = data["build"]
-    cuda = "none (built without nvcc)"
+    cuda = _why_no_kernels(Path(data["library"]))
     if build["cuda"]:
         cuda = f"{build['cuda_archs']} (CUDA {build['cuda_version']})"
         if build["cuda_runtime_state"] != _library.READY:

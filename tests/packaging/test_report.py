@@ -113,6 +113,20 @@ def test_gpu_that_cannot_be_used(gpu, capsys, state, archs, problem, message):
 
 
 @pytest.mark.parametrize(
+    ("summary", "said"),
+    [("  CPU kernels:  portable\n  CUDA kernels: NONE: no nvcc found\n", "NONE: no nvcc found"),
+     ("", "none (built without nvcc)"), (None, "none (built without nvcc)")],
+)  # fmt: skip
+def test_reason_for_no_kernels(gpu, capsys, monkeypatch, tmp_path, summary, said):
+    gpu(_library.CPU_ONLY, "")
+    monkeypatch.setattr(_library, "PATH", tmp_path / "libvispruner.so")
+    if summary is not None:
+        (tmp_path / "libvispruner.txt").write_text(summary)
+    report.main([])
+    assert f"\nCUDA kernels   {said}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("compiler", "torch_cuda", "warns"),
     [("13.0", "12.8", True), ("13.0", "13.0", False), ("12.8", "13.0", False), ("", "12.8", False),
      ("13.0", None, False)],

@@ -71,6 +71,8 @@ def test_installed_wheel_works(cpu_wheel, tmp_path):
     assert report["build"]["cuda"] is False
     assert "cpu" in report["backends"]
     assert done.returncode == (1 if report["devices"] else 0)
+    summary = (tmp_path / "vispruner_cuda" / "libvispruner.txt").read_text()
+    assert "CUDA kernels: NONE: no nvcc found" in summary
 
 
 def test_missing_nvcc_can_be_an_error(sources, without_nvcc, tmp_path):
