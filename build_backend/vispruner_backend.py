@@ -269,11 +269,13 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 
 def _setuptools() -> Any:
     """setuptools.build_meta, from the target environment if this one has no setuptools."""
-    if not os.access(_ROOT, os.W_OK):
-        raise SystemExit(
-            f"vispruner: cannot write to the source tree {_ROOT}, where the build takes place: "
-            "install from a copy"
-        )
+    # The build writes into all of them. build/ may be left from another user.
+    for place in (_ROOT, _ROOT / "vispruner_cuda", _ROOT / "build"):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise SystemExit(
+                f"vispruner: cannot write to the source tree {place}, where the build takes "
+                "place: install from a copy"
+            )
     try:
         import setuptools
     except ImportError:

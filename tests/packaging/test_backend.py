@@ -51,8 +51,10 @@ def test_old_torch_is_refused(backend, tmp_path):
             hook()
 
 
-def test_read_only_source_tree_is_refused(backend, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "access", lambda path, mode: not (path == ROOT and mode == os.W_OK))
+@pytest.mark.parametrize("name", [".", "vispruner_cuda"])
+def test_read_only_source_tree_is_refused(backend, monkeypatch, tmp_path, name):
+    read_only = ROOT / name
+    monkeypatch.setattr(os, "access", lambda path, mode: path != read_only or mode != os.W_OK)
     monkeypatch.setenv(backend.TORCH_DIR, "")  # restores what the backend sets
     monkeypatch.setattr(backend, "index_compiler", lambda: None)
     hooks = (backend.build_wheel, backend.build_editable, backend.build_sdist,
@@ -60,7 +62,7 @@ def test_read_only_source_tree_is_refused(backend, monkeypatch, tmp_path):
     for hook in hooks:
         os.environ.pop(backend.TORCH_DIR, None)
         with pytest.raises(
-            SystemExit, match=r"^vispruner: cannot write to the source tree [^\n]*$"
+            SystemExit, match=rf"^vispruner: cannot write to the source tree {read_only}, [^\n]*$"
         ):
             hook(str(tmp_path))
 
