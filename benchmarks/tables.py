@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -47,23 +46,16 @@ def _load(name: str) -> Any:
     return None if name in OPTIONAL and not path.exists() else read_json(path)
 
 
-def sources_hash(csrc: Path) -> str:
-    """The hash of the sources in a library, as CMakeLists.txt computes it."""
-    files = sorted(path.relative_to(csrc.parent).as_posix() for path in csrc.rglob("*"))
-    lines = [
-        f"{name} {hashlib.sha256((csrc.parent / name).read_bytes()).hexdigest()}\n"
-        for name in files
-        if (csrc.parent / name).is_file()
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
-
-
 def of_other_kernels() -> list[str]:
     """A line per file in CURRENT that is of another csrc/."""
     import provenance  # needs torch
 
-    csrc = documents.ROOT / "csrc"
-    current = {"csrc_tree": provenance.tree_hash(csrc), "sources": sources_hash(csrc)}
+    from vispruner_cuda import _library
+
+    current = {
+        "csrc_tree": provenance.tree_hash(documents.ROOT / "csrc"),
+        "sources": _library.sources_hash(documents.ROOT),
+    }
     lines = []
     for name in CURRENT:
         data = _load(name)
