@@ -90,14 +90,14 @@ def lock() -> TextIO | None:
     """
     path = ROOT / "build" / "lock"
     path.parent.mkdir(exist_ok=True)
-    file = path.open("w")
     try:
+        file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"vispruner: waiting for another build in {path.parent}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
+    except OSError:  # another user's file, or a file system without locks
         return None
     return file
 

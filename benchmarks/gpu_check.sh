@@ -133,7 +133,7 @@ build() {
     -DPython3_EXECUTABLE="$(command -v "$python")" -DVISPRUNER_CUDA=ON \
     -DVISPRUNER_CUDA_ARCHS="$archs" -DVISPRUNER_PTXAS_REPORT=ON &&
     cmake --build build/gpu_check --parallel &&
-    rm -f vispruner_cuda/libvispruner.so &&
+    rm -f vispruner_cuda/libvispruner.so vispruner_cuda/libvispruner.txt &&
     cp build/gpu_check/libvispruner.so vispruner_cuda/ &&
     "${CUDACXX:-nvcc}" -arch="sm_$archs" -o build/gpu_check/sanitizer_probe benchmarks/verify/sanitizer_probe.cu
 }

@@ -33,8 +33,9 @@ OPTIONAL = (
     "end_to_end_gpu",
     "load",
 )
-#: Results that stand for the current kernels. (Times may be of an earlier csrc/, which they name.)
-CURRENT = ("kernel_counts", "occupancy", "compiled_kernels", "gpu_verified")
+#: Results that stand for the current kernels. Those of GPUs may be of an earlier csrc/, and their
+#: tables name it.
+CURRENT = ("kernel_counts", "occupancy", "compiled_kernels")
 
 
 def _path(name: str) -> Path:
@@ -61,13 +62,12 @@ def of_other_kernels() -> list[str]:
         data = _load(name)
         if data is None:
             continue
-        # compiled_kernels.json has the hash of the library. Earlier runs on GPUs may stay listed.
+        # compiled_kernels.json has the hash of the library.
         key = "sources" if name == "compiled_kernels" else "csrc_tree"
-        found = [run.get(key) for run in (data if isinstance(data, list) else [data])]
-        if current[key] not in found:
+        if data.get(key) != current[key]:
             lines.append(
-                f"{_path(name)}: of csrc {', '.join(str(value)[:12] for value in found)}, not of "
-                f"the current {str(current[key])[:12]}: measure again"
+                f"{_path(name)}: of csrc {str(data.get(key))[:12]}, not of the current "
+                f"{str(current[key])[:12]}: measure again"
             )
     return lines
 

@@ -144,8 +144,6 @@ def _check_environment() -> None:
     other_nvcc = os.environ.get("CUDACXX") or os.environ.get(NVCC) == "index"
     if not home or other_nvcc or os.environ.get(CUDA) == "OFF":
         return
-    if not Path(home).is_dir():
-        raise SystemExit(f"vispruner: CUDA_HOME={home}: no such directory: correct it or unset it")
     nvcc = _system_nvcc()
     if nvcc and Path(nvcc).parent != Path(home, "bin"):
         raise SystemExit(

@@ -27,15 +27,20 @@ _OF_KUBERNETES = re.compile(
 
 
 def misspelt(environment: Iterable[str], known: tuple[str, ...]) -> str | None:
-    """An error message if a variable has nearly one of the known names.
+    """An error message if a variable has nearly one of the known names, or one without its _PLAN.
 
     Other unknown names are left alone: they may be of another program.
     """
+
+    def plain(name: str) -> str:
+        return name.removesuffix("_PLAN").replace("_", "")
+
     for variable in sorted(environment):
         name = variable.removeprefix(PREFIX)
         if name == variable or name in BUILD + RUN or _OF_KUBERNETES.fullmatch(name):
             continue
-        if near := difflib.get_close_matches(name, known):
+        same = [own for own in known if plain(own) == plain(name)]
+        if near := same or difflib.get_close_matches(name, known, cutoff=0.8):
             names = ", ".join(PREFIX + name for name in near)
             return f"there is no variable {variable}, but {names}: correct it or unset it"
     return None

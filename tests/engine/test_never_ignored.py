@@ -12,10 +12,13 @@ import pytest
 pytest.importorskip("vllm")
 
 import transformers
+import vllm
 from support.engine_process import Engine
 from support.engine_requests import Request
 
+import vispruner.vllm
 from vispruner.vllm import architectures, guard
+from vispruner.vllm.requests import taken_from
 
 pytestmark = pytest.mark.engine
 
@@ -44,10 +47,12 @@ def test_options_in_other_places_are_named(name: str) -> None:
     nested = config({"text_config": {"dtype": "float32", name: {"k": 8}}})
     with pytest.raises(guard.UnsupportedEngineError, match=rf"'text_config\.{name}'"):
         guard.check_engine(nested, "LlavaForConditionalGeneration", architectures())
-    multimodal = SimpleNamespace(mm_processor_kwargs={name: {"k": 8}})
-    model = SimpleNamespace(multimodal_config=multimodal)
-    with pytest.raises(guard.UnsupportedEngineError, match=rf"--mm-processor-kwargs has '{name}'"):
-        guard.check_other_options(SimpleNamespace(model_config=model, additional_config={}))
+    for field in ("mm_processor_kwargs", "media_io_kwargs"):
+        multimodal = SimpleNamespace(**{field: {"image": {name: {"k": 8}}}})
+        model = SimpleNamespace(multimodal_config=multimodal)
+        option = f"--{field.replace('_', '-')}"
+        with pytest.raises(guard.UnsupportedEngineError, match=rf"{option} has 'image\.{name}'"):
+            guard.check_other_options(SimpleNamespace(model_config=model, additional_config={}))
     model.multimodal_config = None  # a model without images
     extra = SimpleNamespace(model_config=model, additional_config={"a": {name: 8}})
     with pytest.raises(guard.UnsupportedEngineError, match=rf"--additional-config has 'a.{name}'"):
@@ -140,8 +145,48 @@ def test_an_engine_that_does_not_prune_refuses_pruning_options(
 @pytest.mark.parametrize("name", ["vispruner_k", "visprunner", "Vispruner"])
 def test_options_of_a_request_in_other_places(name: str, engine: Callable[..., Engine]) -> None:
     pruned = engine("llava", {"k": 8})
-    with pytest.raises(ValueError, match=rf"vispruner: mm_processor_kwargs has '{name}'"):
-        pruned([{**TEXT, "mm_processor_kwargs": {name: 4}}])
+    for kwargs, place in (
+        ({name: 4}, name),
+        ({"images_kwargs": {name: 4}}, f"images_kwargs.{name}"),
+    ):
+        with pytest.raises(ValueError, match=rf"vispruner: mm_processor_kwargs has '{place}'"):
+            pruned([{**TEXT, "mm_processor_kwargs": kwargs}])
+    image = Request("USER: {image}what is it? ASSISTANT:", [1]).for_engine("llava")
     with pytest.raises(ValueError, match=rf"vispruner: extra_args .* has '{name}'"):
-        pruned([TEXT], extra_args={name: 4})
-    assert len(pruned([TEXT], extra_args={"session_id": "a"})[0].tokens) == 16
+        pruned([image], extra_args={name: 4})
+    # The engine does not wait for the picture of a refused request.
+    assert len(pruned([image], extra_args={"session_id": "a"})[0].tokens) == 16
+
+
+@pytest.mark.parametrize("field", ["extra_args", "extra_kwargs"])
+def test_parameters(field: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"vispruner: {field} of the parameters has 'vispruner_k'"
+    ):
+        guard.check_parameters(SimpleNamespace(**{field: {"vispruner_k": 4}}))
+    # Read by offline scoring.
+    scoring = {"mm_processor_kwargs": {"vispruner": {"k": 4}}}
+    guard.check_parameters(SimpleNamespace(**{field: scoring}))
+    guard.check_parameters(SimpleNamespace(**{field: None}))
+
+
+@pytest.mark.parametrize("field", ["model_extra", "chat_template_kwargs", "media_io_kwargs"])
+def test_fields_of_a_request_in_other_places(field: str) -> None:
+    request = SimpleNamespace(**{field: {"vispruner_k": 4}})
+    with pytest.raises(ValueError, match=r"vispruner: the request has '[^\n]*vispruner_k', which"):
+        taken_from(request)
+
+
+def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops engines that prune, and no others."""
+
+    def broken() -> dict[str, str]:
+        raise ImportError("broken")
+
+    monkeypatch.setattr(vispruner.vllm, "architectures", broken)
+    monkeypatch.setattr(vllm.ModelRegistry, "inspect_model_cls", lambda *args: ("info", args[0]))
+    vispruner.vllm.register()
+    inspect = vllm.ModelRegistry.inspect_model_cls
+    assert inspect("A", SimpleNamespace(hf_config=SimpleNamespace())) == ("info", "A")
+    with pytest.raises(RuntimeError, match=r"^vispruner: cannot prune: broken$"):
+        inspect("A", SimpleNamespace(hf_config=SimpleNamespace(vispruner={"k": 8})))

@@ -14,10 +14,12 @@ pytest.importorskip("vllm")
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.models.interfaces import SupportsQuant
 
 from vispruner.selection import Budget
 from vispruner.vllm import architectures, compatibility
 from vispruner.vllm.config import KEY, Pruning, identity
+from vispruner.vllm.llava import PrunedLlava
 from vispruner.vllm.model import counts_of, encoder_batches
 from vispruner.vllm.positions import (
     CHANNELS,
@@ -352,3 +354,20 @@ def test_a_build_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         compatibility.UnsupportedVersionError, match=r"differs.*vllm\.somewhere:else"
     ):
         compatibility.refuse_unsupported()
+
+
+def test_quantized_models_have_the_names_of_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM passes the mapping of names to the quantization when it allocates the model."""
+    quantization = SimpleNamespace(packed_modules_mapping={}, apply_vllm_mapper=lambda mapper: None)
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(vispruner={"k": 8}))
+    vllm_config: Any = SimpleNamespace(model_config=model_config, quant_config=quantization)
+    monkeypatch.setattr(
+        SupportsQuant,
+        "_find_quant_config",
+        lambda *args, **kwargs: kwargs["vllm_config"].quant_config,
+    )
+    model = PrunedQwen25VL.__new__(PrunedQwen25VL, vllm_config=vllm_config, prefix="")
+    assert type(model) is PrunedQwen25VL
+    assert model.quant_config is quantization
+    assert "gate_up_proj" in quantization.packed_modules_mapping
+    assert type(PrunedLlava.__new__(PrunedLlava, vllm_config=vllm_config)) is PrunedLlava

@@ -116,7 +116,12 @@ def test_library_of_other_sources(package):
 
 @pytest.mark.parametrize(
     ("variable", "known"),
-    [("LAUNCH_PLAN", "LAUNCH"), ("CPU_PLAN", "CPU_ISA"), ("ISA", "CPU_ISA"), ("RANK", "RANK_PLAN")],
+    [
+        ("LAUNCH_PLAN", "LAUNCH"),
+        ("CPUISA", "CPU_ISA"),
+        ("CPU_IS", "CPU_ISA"),
+        ("RANK", "RANK_PLAN"),
+    ],
 )
 def test_misspelt_variable(info, monkeypatch, variable, known):
     monkeypatch.setenv(f"VISPRUNER_{variable}", "auto")
@@ -133,6 +138,7 @@ def test_variables_of_others(info, monkeypatch):
     for variable in (
         *("CUDA", "CUDA_ARCHS", "NVCC", "TEST_COMPILED_KERNELS", "RANDOM_CASES", "PTX_TIMES"),
         *("PTX_BUILD", "PORT", "PORT_80_TCP", "SERVICE_HOST", "SERVICE_PORT_HTTP", "MODEL", "HOME"),
+        *("CPU", "CPUS", "CPU_LIMIT", "ARCH", "ATTENTION", "CUDA_VERSION", "TORCH_VERSION"),
     ):
         monkeypatch.setenv(f"VISPRUNER_{variable}", "1")
     _library._check(info)

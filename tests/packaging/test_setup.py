@@ -83,7 +83,8 @@ def test_full_disk(fails, tmp_path, left, said):
     assert (f"has {left} MiB left: free some disk space" in line) == said
 
 
-# Its library contains the configuration that was asked for.
+# Its library contains the configuration that was asked for. The build goes on when the other one
+# says that it waits, or after five seconds.
 SLOW_CMAKE = """
 if [ "$1" = -S ]; then
   mkdir -p "$4"
@@ -91,8 +92,11 @@ if [ "$1" = -S ]; then
 else
   cp "$2/asked" "$2/libvispruner.so"
   echo built >"$2/summary.txt"
+  for _ in $(seq 50); do
+    if grep -q waiting "$LOGS"/*.log; then break; fi
+    sleep 0.1
+  done
 fi
-sleep 1
 """
 
 
@@ -115,13 +119,15 @@ def test_two_builds_of_one_tree_wait_for_each_other(sources, tmp_path):
                 "VISPRUNER_CUDA": kernels,
                 "VISPRUNER_TORCH_DIR": str(Path(torch.__file__).parent),
                 "CUDACXX": "nvcc",
+                "LOGS": str(tmp_path),
             },
             cwd=tree,
-            stdout=subprocess.PIPE,
+            stdout=out.with_suffix(".log").open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
-    logs = [build.communicate()[0] for build in builds.values()]
+    for build in builds.values():
+        build.wait()
+    logs = [out.with_suffix(".log").read_text() for out in builds]
     for (out, build), log in zip(builds.items(), logs, strict=True):
         assert build.returncode == 0, log
         with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:

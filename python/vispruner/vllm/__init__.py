@@ -20,6 +20,9 @@ has the options, the limits and the supported versions.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 
 def architectures() -> dict[str, str]:
     """Architecture to the class of this package that replaces it, "module:class"."""
@@ -29,6 +32,21 @@ def architectures() -> dict[str, str]:
     for family in families().values():
         places.update(vars(family).get("vllm", {}))
     return places
+
+
+def _refuse(problem: str) -> None:
+    """Rejects engines with the pruning option, and no others."""
+    from vllm import ModelRegistry
+
+    inspect = ModelRegistry.inspect_model_cls
+
+    @functools.wraps(inspect)
+    def inspected(architectures: Any, model_config: Any) -> Any:
+        if getattr(model_config.hf_config, "vispruner", None) is not None:
+            raise RuntimeError(f"vispruner: cannot prune: {problem}")
+        return inspect(architectures, model_config)
+
+    ModelRegistry.inspect_model_cls = inspected
 
 
 def register() -> None:
@@ -41,11 +59,15 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from .compatibility import version_problem
-    from .guard import install_engine_check, install_request_checks
+    try:
+        from .compatibility import version_problem
+        from .guard import install_engine_check, install_request_checks
 
+        places = architectures()
+    except ImportError as error:  # of the operators' library, for example
+        _refuse(str(error))
+        return
     refuse = version_problem() is not None
-    places = architectures()
     install_engine_check(places)
     if not refuse:
         install_request_checks()

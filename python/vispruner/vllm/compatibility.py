@@ -64,7 +64,10 @@ INTERNALS: dict[str, tuple[str, ...]] = {
     f"{_PROCESSOR}._maybe_apply_prompt_updates": ("mm_items", "mm_res"),
     "vllm.multimodal.processing.processor:ResolvedPromptUpdate": ("content",),
     "vllm.multimodal.processing.processor:MultiModalProcessingResult": ("prompt_updates",),
-    "vllm.multimodal.cache:BaseMultiModalProcessorCache.invalidate": ("mm_hash",),
+    **{
+        f"vllm.multimodal.cache:BaseMultiModalProcessorCache.{method}": ("mm_hash",)
+        for method in ("invalidate", "is_cached_item")
+    },
     "vllm.multimodal.processing:PromptUpdateDetails": ("full", "is_embed"),
     "vllm.v1.engine.async_llm:AsyncLLM.add_request": ("request_id", "prompt"),
     f"{_INFO}.get_supported_mm_limits": (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -111,12 +111,24 @@ class Pruning:
         return budget
 
 
+def names(options: object, parent: str = "") -> Iterator[str]:
+    """Names in nested options, such as "text_config.dtype"; not those in this package's."""
+    for name, value in options.items() if isinstance(options, Mapping) else ():
+        yield f"{parent}{name}"
+        if f"{parent}{name}" != KEY:
+            yield from names(value, f"{parent}{name}.")
+
+
 def meant(names: Iterable[object]) -> list[str]:
-    """Names that mean an option of this package: they begin with its key, or misspell one."""
+    """Names that mean an option of this package: they begin with its key, or misspell one.
+
+    Args:
+        names: without or, as from `names`, with those of the mappings that they are in.
+    """
     known = (KEY, *(f"{KEY}{option}" for option in ("k", "ratio")))
 
     def ours(name: str) -> bool:
-        plain = name.lower().replace("_", "").replace("-", "")
+        plain = name.rpartition(".")[2].lower().replace("_", "").replace("-", "")
         return plain.startswith(KEY) or bool(difflib.get_close_matches(plain, known, cutoff=0.85))
 
     return [name for name in map(str, names) if ours(name)]

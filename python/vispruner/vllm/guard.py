@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import itertools
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-from .config import KEY, Pruning, meant
-from .requests import FIELDS, add_asked, reads_fields, reads_fields_of_pooling
+from .config import KEY, Pruning, meant, names
+from .requests import FIELDS, add_asked, forget, reads_fields, reads_fields_of_pooling
 
 _INSTALLED = "_vispruner_guard"
 
@@ -22,19 +23,11 @@ class UnsupportedEngineError(RuntimeError):
     """The pruning option of an engine would be ignored; the message is one line."""
 
 
-def _names(options: object, parent: str = "") -> Iterator[str]:
-    """Names in nested options, such as "text_config.dtype"; not those in this package's."""
-    for name, value in options.items() if isinstance(options, Mapping) else ():
-        yield f"{parent}{name}"
-        if f"{parent}{name}" != KEY:
-            yield from _names(value, f"{parent}{name}.")
-
-
 def _refuse_unread(option: str, given: object, read: str = KEY) -> None:
     """Raises UnsupportedEngineError if an option has a name, other than `read`, that means
     pruning."""
-    for name in _names(given):
-        if name != read and meant([name.rpartition(".")[2]]):
+    for name in meant(names(given)):
+        if name != read:
             raise UnsupportedEngineError(
                 f"{KEY}: {option} has {name!r}, which nothing reads: give all options in "
                 f"--hf-overrides, under the key {KEY!r}"
@@ -51,8 +44,9 @@ def check_other_options(vllm_config: Any) -> None:
         UnsupportedEngineError: one does.
     """
     multimodal = vllm_config.model_config.multimodal_config
-    kwargs = getattr(multimodal, "mm_processor_kwargs", None)
-    _refuse_unread("--mm-processor-kwargs", kwargs, read="")
+    for option in ("mm_processor_kwargs", "media_io_kwargs"):
+        given = getattr(multimodal, option, None)
+        _refuse_unread(f"--{option.replace('_', '-')}", given, read="")
     _refuse_unread("--additional-config", vllm_config.additional_config, read="")
 
 
@@ -92,7 +86,7 @@ def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
         ValueError: it does not, or the engine does not prune; the server answers with HTTP 400.
     """
     kwargs = prompt.get("mm_processor_kwargs") or {}
-    for name in meant(kwargs):
+    for name in meant(names(kwargs)):
         if name != KEY:
             raise ValueError(
                 f"{KEY}: mm_processor_kwargs has {name!r}, which nothing reads: use "
@@ -110,17 +104,20 @@ def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
 
 
 def check_parameters(parameters: Any) -> None:
-    """Checks that sampling parameters have no pruning option, which nothing would read.
+    """Checks that sampling or pooling parameters have no pruning option, which nothing would read.
 
     Raises:
         ValueError: they have one.
     """
-    for name in meant(getattr(parameters, "extra_args", None) or ()):
-        raise ValueError(
-            f"{KEY}: extra_args of the sampling parameters has {name!r}, which nothing reads: "
-            f'offline, use mm_processor_kwargs={{"{KEY}": {{"k": 64}}}} of the prompt; in a '
-            f"request, {' or '.join(FIELDS)} in vllm_xargs"
-        )
+    for field in ("extra_args", "extra_kwargs"):
+        given = dict(getattr(parameters, field, None) or {})
+        given.pop("mm_processor_kwargs", None)  # read by offline scoring
+        for name in meant(names(given)):
+            raise ValueError(
+                f"{KEY}: {field} of the parameters has {name!r}, which nothing reads: offline, use "
+                f'mm_processor_kwargs={{"{KEY}": {{"k": 64}}}} of the prompt; in a request, '
+                f"{' or '.join(FIELDS)} in vllm_xargs"
+            )
 
 
 def _before(owner: Any, name: str, check: Callable[..., None]) -> None:
@@ -183,7 +180,13 @@ def install_request_checks() -> None:
     def check_params(
         processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> None:
-        check_parameters(params)
+        try:
+            check_parameters(params)
+        except ValueError:
+            if isinstance(prompt, Mapping):
+                hashes = prompt.get("mm_hashes") or {}
+                forget(processor.renderer.mm_processor_cache, itertools.chain(*hashes.values()))
+            raise
 
     def check_options(renderer: Any, config: Any, *args: Any, **options: Any) -> None:
         check_other_options(config)

@@ -61,7 +61,8 @@ class AttentionTap:
 def _adapted(stock: type[Any], vllm_config: VllmConfig) -> Any:
     """vLLM's class with its adapter for pooling, which made a subclass of the pruned class."""
     adapters = {"embed": as_embedding_model, "classify": as_seq_cls_model}
-    return adapters[vllm_config.model_config.convert_type](stock)
+    adapter = adapters.get(vllm_config.model_config.convert_type)
+    return stock if adapter is None else adapter(stock)
 
 
 def encoder_batches(tokens: Sequence[int], limit: int) -> Iterator[slice]:
@@ -102,7 +103,10 @@ class PrunedModel(Mixin):
         if Pruning.of(vllm_config.model_config.hf_config) is None:
             stock = cls.stock if "stock" in vars(cls) else _adapted(cls.stock, vllm_config)
             return stock(vllm_config=vllm_config, prefix=prefix)
-        return super().__new__(cls)
+        new: Any = super().__new__
+        if new is object.__new__:
+            return new(cls)
+        return new(cls, vllm_config=vllm_config, prefix=prefix)  # vLLM's for quantized models
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         refuse_unsupported()

@@ -22,11 +22,14 @@ from ..selection import Budget
 from . import metrics
 from .compatibility import refuse_unsupported
 from .config import KEY, Mixin, Pruning, identity, without_key
+from .requests import forget
 
 #: modality to the field of its items with the numbers of retained tokens per picture
 RETAINED = {"image": "vispruner_retained", "video": "vispruner_retained_video"}
 
 _laid_out: ContextVar[list[metrics.Pruned]] = ContextVar("vispruner_laid_out")
+#: Hashes of the current prompt's items that were not in vLLM's cache of sent items.
+_new: ContextVar[list[str]] = ContextVar("vispruner_new")
 
 
 @dataclass
@@ -143,7 +146,11 @@ class PrunedProcessor(Mixin):
         # share them, must not mix up different prunings of an image.
         budget = self.info.pruning.for_request(inputs.hf_processor_mm_kwargs)
         named = {**inputs.hf_processor_mm_kwargs, KEY: identity(budget)}
-        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=named))
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=named))
+        if (cache := inputs.cache) is not None:
+            items = itertools.chain(*hashes.values())
+            _new.set([item for item in items if not cache.is_cached_item(item)])
+        return hashes
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         processed = super()._apply_hf_processor_main(mm_items, without_key(hf_kwargs))
@@ -164,13 +171,11 @@ class PrunedProcessor(Mixin):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """vLLM's result, with the counts of its pruned items under this package's key."""
+        _new.set([])
         try:
             prompt = super().apply(inputs, timing_ctx)
-        except ValueError:
-            # vLLM has noted the images as sent to the engine, and would not send them again.
-            if inputs.cache is not None:
-                for item in itertools.chain(*self._get_mm_hashes(inputs).values()):
-                    inputs.cache.invalidate(item)
+        except Exception:
+            forget(inputs.cache, _new.get())
             raise
         prompt[KEY] = _laid_out.get()
         return prompt

@@ -8,11 +8,11 @@ this one. Its fields become the same options of the same request, bounded by the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from .config import KEY, meant
+from .config import KEY, meant, names
 
 #: field of `vllm_xargs` to the option of the request
 FIELDS = {f"{KEY}_k": "k", f"{KEY}_ratio": "ratio"}
@@ -27,7 +27,11 @@ def taken_from(request: Any) -> dict[str, Any]:
         ValueError: a field is unknown, the request has one outside of `vllm_xargs`, or it sets the
             option in another place as well.
     """
-    for name in meant(getattr(request, "model_extra", None) or ()):
+    others = dict(getattr(request, "model_extra", None) or {})
+    others.pop("vllm_xargs", None)  # an extra field of requests that do not declare it
+    for field in ("chat_template_kwargs", "media_io_kwargs"):
+        others[field] = getattr(request, field, None)
+    for name in meant(names(others)):
         raise ValueError(
             f"{KEY}: the request has {name!r}, which nothing reads: put {' or '.join(FIELDS)} into "
             "vllm_xargs"
@@ -91,4 +95,16 @@ def reads_fields_of_pooling(make_context: Callable[..., Any]) -> Callable[..., A
     return wrapped
 
 
-__all__ = ["FIELDS", "add_asked", "reads_fields", "reads_fields_of_pooling", "taken_from"]
+def forget(cache: Any, items: Iterable[str | None]) -> None:
+    """Forgets the images of a refused request.
+
+    vLLM has noted them as sent to the engine, and would not send them with the next request.
+
+    Args:
+        cache: vLLM's, of the front end, or None; items: hashes.
+    """
+    for item in items if cache is not None else ():
+        cache.invalidate(item)
+
+
+__all__ = ["FIELDS", "add_asked", "forget", "reads_fields", "reads_fields_of_pooling", "taken_from"]
