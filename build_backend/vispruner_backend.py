@@ -140,16 +140,6 @@ def _check_environment() -> None:
     jobs = os.environ.get("MAX_JOBS", "")
     if jobs and not re.fullmatch("0*[1-9][0-9]*", jobs):
         raise SystemExit(f"vispruner: MAX_JOBS={jobs}: must be a whole number from 1, or unset")
-    home = os.environ.get("CUDA_HOME")
-    other_nvcc = os.environ.get("CUDACXX") or os.environ.get(NVCC) == "index"
-    if not home or other_nvcc or os.environ.get(CUDA) == "OFF":
-        return
-    nvcc = _system_nvcc()
-    if nvcc and Path(nvcc).parent != Path(home, "bin"):
-        raise SystemExit(
-            f"vispruner: CUDA_HOME={home} has no bin/nvcc, but there is {nvcc}: correct CUDA_HOME "
-            "or unset it"
-        )
 
 
 def torch_cuda(directory: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 PREFIX = "VISPRUNER_"
@@ -20,16 +19,12 @@ RUN = (
     "CPU_ISA",
 )
 
-# Kubernetes sets VISPRUNER_SERVICE_HOST, VISPRUNER_PORT_80_TCP_ADDR, ... for a service `vispruner`.
-_OF_KUBERNETES = re.compile(
-    r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
-)
-
 
 def misspelt(environment: Iterable[str], known: tuple[str, ...]) -> str | None:
     """An error message if a variable has nearly one of the known names, or one without its _PLAN.
 
-    Other unknown names are left alone: they may be of another program.
+    Other unknown names are left alone: they may be of another program. Kubernetes sets
+    VISPRUNER_PORT, VISPRUNER_SERVICE_HOST and so on for a service of that name.
     """
 
     def plain(name: str) -> str:
@@ -37,7 +32,7 @@ def misspelt(environment: Iterable[str], known: tuple[str, ...]) -> str | None:
 
     for variable in sorted(environment):
         name = variable.removeprefix(PREFIX)
-        if name == variable or name in BUILD + RUN or _OF_KUBERNETES.fullmatch(name):
+        if name == variable or name in BUILD + RUN:
             continue
         same = [own for own in known if plain(own) == plain(name)]
         if near := same or difflib.get_close_matches(name, known, cutoff=0.8):

@@ -67,6 +67,7 @@ def test_flags_that_are_cancelled(sources, tmp_path):
     ("variables", "message"),
     [
         ({"CXXFLAGS": "-O2 -mfpmath=387"}, "CXXFLAGS has -mfpmath=387, which changes results"),
+        ({"CXXFLAGS": "-mfpmath=sse -mfpmath=sse+387"}, "CXXFLAGS has -mfpmath=sse+387, which"),
         ({"CXXFLAGS": "-mavx2 -O2"}, "CXXFLAGS has -mavx2, but the library selects"),
         ({"CXX": "c++ -mavx512f"}, "CXX has -mavx512f, but the library selects"),
         ({"LDFLAGS": "-mfpmath=387"}, "LDFLAGS has -mfpmath=387, which changes results"),

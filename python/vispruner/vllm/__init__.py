@@ -35,7 +35,10 @@ def architectures() -> dict[str, str]:
 
 
 def _refuse(problem: str) -> None:
-    """Rejects engines with the pruning option, and no others."""
+    """Rejects engines with the pruning option, and no others.
+
+    As `guard.install_engine_check`, which cannot be imported without the operators' library.
+    """
     from vllm import ModelRegistry
 
     inspect = ModelRegistry.inspect_model_cls

@@ -31,7 +31,7 @@ def _budget(options: Mapping[str, Any]) -> Budget:
     try:
         return Budget(**options)
     except (TypeError, ValueError) as error:
-        message = str(error).replace(" or 'auto'", "")
+        message = str(error).replace(" or 'auto'", "")  # which is refused here
         raise ValueError(f"{KEY}: {message}") from None
 
 
@@ -111,19 +111,19 @@ class Pruning:
         return budget
 
 
-def names(options: object, parent: str = "") -> Iterator[str]:
+def nested_names(options: object, parent: str = "") -> Iterator[str]:
     """Names in nested options, such as "text_config.dtype"; not those in this package's."""
     for name, value in options.items() if isinstance(options, Mapping) else ():
         yield f"{parent}{name}"
         if f"{parent}{name}" != KEY:
-            yield from names(value, f"{parent}{name}.")
+            yield from nested_names(value, f"{parent}{name}.")
 
 
 def meant(names: Iterable[object]) -> list[str]:
     """Names that mean an option of this package: they begin with its key, or misspell one.
 
     Args:
-        names: without or, as from `names`, with those of the mappings that they are in.
+        names: without or, as from `nested_names`, with those of the mappings that they are in.
     """
     known = (KEY, *(f"{KEY}{option}" for option in ("k", "ratio")))
 

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-from .config import KEY, Pruning, meant, names
+from .config import KEY, Pruning, meant, nested_names
 from .requests import FIELDS, add_asked, forget, reads_fields, reads_fields_of_pooling
 
 _INSTALLED = "_vispruner_guard"
@@ -26,7 +26,7 @@ class UnsupportedEngineError(RuntimeError):
 def _refuse_unread(option: str, given: object, read: str = KEY) -> None:
     """Raises UnsupportedEngineError if an option has a name, other than `read`, that means
     pruning."""
-    for name in meant(names(given)):
+    for name in meant(nested_names(given)):
         if name != read:
             raise UnsupportedEngineError(
                 f"{KEY}: {option} has {name!r}, which nothing reads: give all options in "
@@ -86,7 +86,7 @@ def check_request(hf_config: Any, prompt: Mapping[str, Any]) -> None:
         ValueError: it does not, or the engine does not prune; the server answers with HTTP 400.
     """
     kwargs = prompt.get("mm_processor_kwargs") or {}
-    for name in meant(names(kwargs)):
+    for name in meant(nested_names(kwargs)):
         if name != KEY:
             raise ValueError(
                 f"{KEY}: mm_processor_kwargs has {name!r}, which nothing reads: use "
@@ -112,7 +112,7 @@ def check_parameters(parameters: Any) -> None:
     for field in ("extra_args", "extra_kwargs"):
         given = dict(getattr(parameters, field, None) or {})
         given.pop("mm_processor_kwargs", None)  # read by offline scoring
-        for name in meant(names(given)):
+        for name in meant(nested_names(given)):
             raise ValueError(
                 f"{KEY}: {field} of the parameters has {name!r}, which nothing reads: offline, use "
                 f'mm_processor_kwargs={{"{KEY}": {{"k": 64}}}} of the prompt; in a request, '

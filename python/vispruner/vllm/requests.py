@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from .config import KEY, meant, names
+from .config import KEY, meant, nested_names
 
 #: field of `vllm_xargs` to the option of the request
 FIELDS = {f"{KEY}_k": "k", f"{KEY}_ratio": "ratio"}
@@ -31,7 +31,7 @@ def taken_from(request: Any) -> dict[str, Any]:
     others.pop("vllm_xargs", None)  # an extra field of requests that do not declare it
     for field in ("chat_template_kwargs", "media_io_kwargs"):
         others[field] = getattr(request, field, None)
-    for name in meant(names(others)):
+    for name in meant(nested_names(others)):
         raise ValueError(
             f"{KEY}: the request has {name!r}, which nothing reads: put {' or '.join(FIELDS)} into "
             "vllm_xargs"
